@@ -1,0 +1,1 @@
+"""From documents to device batches: tokenizer, token shards, order, loader."""
