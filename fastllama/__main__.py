@@ -1,0 +1,6 @@
+"""`python -m fastllama` and `torchrun … -m fastllama` are the command `fastllama`."""
+
+from fastllama.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""The command line: parse, call one function, print; nothing heavy is imported before its use."""
+
+import contextlib
+import io
+import itertools
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar, cast
+
+import tyro
+
+from fastllama import __version__
+from fastllama.config import Config, load_recipe, nearest_key, validate
+from fastllama.errors import TrainingFailedError
+
+Options = TypeVar("Options")
+
+HELP = """\
+usage: fastllama COMMAND [OPTIONS]
+
+Train LLaMA models from scratch.
+
+  fastllama tokenizer train --input PATH… --output tokenizer.json
+      learn a byte-level BPE vocabulary from text
+  fastllama prepare --input PATH… --tokenizer tokenizer.json --output data/NAME
+      encode documents into token shards
+  fastllama train CONFIG.toml [--run-dir runs/NAME] [--group.field VALUE …]
+      train, or go on with a run that was interrupted
+  fastllama train --resume runs/NAME [--group.field VALUE …]
+      go on with a run, with other options where that is possible
+  fastllama generate runs/NAME --prompt TEXT
+      continue a text with a trained model
+
+`fastllama COMMAND --help` explains the options of one. On several devices:
+`torchrun --nproc-per-node 8 -m fastllama train CONFIG.toml`.
+
+options:
+  --help     show this text
+  --version  show the version
+  --debug    show the traceback of an error (after any command)
+"""
+
+
+@dataclass(frozen=True)
+class TokenizerTrainOptions:
+    """Learn a byte-level BPE vocabulary from text and write it as tokenizer.json."""
+
+    input: tuple[str, ...]
+    """Files, folders or globs of .txt, .jsonl and .parquet (.gz and .zst too)."""
+    output: Path = Path("tokenizer.json")
+    """File to write."""
+    vocab_size: int = 8192
+    """Entries, the four special tokens and 256 bytes included."""
+    field: str = "text"
+    """Field with the text in JSON Lines and Parquet."""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Encode documents into token shards; started again after an interruption, it continues."""
+
+    input: tuple[str, ...]
+    """Files, folders or globs of .txt, .jsonl and .parquet (.gz and .zst too)."""
+    tokenizer: Path
+    """The tokenizer.json to encode with; any Hugging Face tokenizer will do."""
+    output: Path
+    """Folder to write, data/NAME."""
+    field: str = "text"
+    """Field with the text in JSON Lines and Parquet."""
+    validation_fraction: float = 0.0
+    """Share of the documents held out."""
+    shard_tokens: int = 100_000_000
+    """Tokens in a shard."""
+    end_token: str | None = None
+    """Token that ends each document; None finds the tokenizer's own."""
+    strict: bool = False
+    """Stop at the first malformed record instead of counting and skipping it."""
+    workers: int | None = None
+    """Encoding threads; None means one per core."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train the model of a recipe, or go on with a run.
+
+    Give the recipe first: fastllama train CONFIG.toml [--group.field VALUE ...]. A run that was
+    interrupted goes on from its newest checkpoint when the same command is typed again. SIGINT
+    (Ctrl-C) and SIGTERM finish the update, save a checkpoint and exit with 0.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(
+        default_factory=Config
+    )
+    run_dir: Path | None = None
+    """Folder of the run; None means runs/ and the name of the recipe."""
+    resume: Path | None = None
+    """Go on with this run; its own configuration takes the place of the recipe."""
+    print_config: bool = False
+    """Print the resolved configuration and what follows from it, and exit."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Continue a text with a trained model, token by token as it is drawn."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or one checkpoint inside it."""
+    prompt: str = ""
+    """Text to continue; empty starts a document."""
+    max_new_tokens: int = 128
+    """Tokens to add, if the text does not end before."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int | None = None
+    """Keep only this many most likely tokens."""
+    top_p: float = 1.0
+    """Keep the fewest most likely tokens whose probabilities sum to at least this."""
+    seed: int = 0
+    """The same seed draws the same text."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA when there is one."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 1 failed, 2 a mistake in what was asked for."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        run_command(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, TrainingFailedError) as error:
+        if debug:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {textwrap.shorten(str(error), width=1000)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, (ValueError, *MISTAKEN_PATHS)) else 1)
+
+
+MISTAKEN_PATHS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+def run_command(args: list[str]) -> None:
+    """Find the command in `args` and call it with the rest."""
+    if not args or args[0] in ("--help", "-h", "help"):
+        print(HELP, end="")
+    elif args[0] == "--version":
+        print(f"fastllama {__version__}")
+    elif args[:2] == ["tokenizer", "train"]:
+        tokenizer_train(parse(TokenizerTrainOptions, args[2:], "fastllama tokenizer train"))
+    elif args[0] in COMMANDS:
+        COMMANDS[args[0]](args[1:])
+    else:
+        raise UsageError(f"There is no command {' '.join(args[:2])!r}; see fastllama --help.")
+
+
+def parse(
+    kind: type[Options], args: list[str], prog: str, default: Options | None = None
+) -> Options:
+    """Parse `args` with tyro, its boxed complaints turned into one sentence.
+
+    Raises:
+        UsageError: an unknown option, with the nearest known one, or a value of another type.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            options, unknown = tyro.cli(
+                kind, args=args, prog=prog, default=default, return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise UsageError(f"{unbox(complaint.getvalue())}; see {prog} --help.") from None
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = nearest_key(name.lstrip("-").replace("-", "_")) if "." in name else ""
+        raise UsageError(f"Unknown option {name}{near or f'; see {prog} --help'}.")
+    return cast(Options, options)  # tyro types it as what default may be, None included
+
+
+def unbox(text: str) -> str:
+    """The first paragraph inside a box drawn around an error message."""
+    words: list[str] = []
+    for line in text.splitlines():
+        content = line.strip("│╭╮╰╯ ")
+        if words and set(content) <= {"─"}:
+            break
+        if line.startswith("│"):
+            words.append(content)
+    return " ".join(" ".join(words).split()) or text.strip()
+
+
+def tokenizer_train(options: TokenizerTrainOptions) -> None:
+    """`fastllama tokenizer train`."""
+    from fastllama.data.documents import Document, find_files, read_documents
+    from fastllama.data.tokenizer import (
+        fingerprint,
+        save_tokenizer,
+        train_tokenizer,
+        verify_round_trip,
+        vocabulary_size,
+    )
+
+    files = find_files(options.input)
+    documents = (
+        item.text for item in read_documents(files, options.field) if isinstance(item, Document)
+    )
+    tokenizer = train_tokenizer(documents, options.vocab_size)
+    verify_round_trip(tokenizer, ROUND_TRIPS)
+    save_tokenizer(tokenizer, options.output)
+    size = vocabulary_size(tokenizer)
+    few = "" if size == options.vocab_size else f" of {options.vocab_size}, all the text gave"
+    print(f"{options.output}: {size} entries{few}, fingerprint {fingerprint(tokenizer)[:12]}")
+    print(f"next: fastllama prepare --input … --tokenizer {options.output} --output data/NAME")
+
+
+ROUND_TRIPS = (
+    "def f(x):\n\treturn x  # 3.14\r\n",
+    "naïve façade",
+    "日本語 한국어 العربية",
+    "🦙\u200d🔥",
+    "<EOS>",
+)
+
+
+def prepare(args: list[str]) -> None:
+    """`fastllama prepare`."""
+    options = parse(PrepareOptions, args, "fastllama prepare")
+    from fastllama.data.prepare import prepare
+
+    manifest = prepare(
+        options.input,
+        options.tokenizer,
+        options.output,
+        field=options.field,
+        validation_fraction=options.validation_fraction,
+        shard_tokens=options.shard_tokens,
+        end_token=options.end_token,
+        strict=options.strict,
+        workers=options.workers,
+    )
+    for name, split in manifest.splits.items():
+        print(f"{options.output} {name}: {split.tokens:,} tokens in {split.documents:,} documents")
+    print(f"next: fastllama train CONFIG.toml --data.path {options.output}")
+
+
+def train(args: list[str]) -> None:
+    """`fastllama train`."""
+    options, run_path = parse_train(args)
+    if options.print_config:
+        print_config(options.config)
+        return
+    from rich.console import Console
+
+    from fastllama.run import RunFolder
+    from fastllama.train import train
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    console = Console(quiet=not is_main)
+    finished = train(
+        options.config, RunFolder(run_path), console, resume=options.resume is not None
+    )
+    if not finished:
+        console.print(f"Stopped and saved. Go on with: fastllama train --resume {run_path}")
+        return
+    lines = (
+        f"run     {run_path}",
+        f"plot    {run_path / 'loss.png'}",
+        f"next    fastllama generate {run_path} --prompt {options.config.logging.sample_prompt!r}",
+    )
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+
+
+def parse_train(args: list[str]) -> tuple[TrainOptions, Path]:
+    """Options of `fastllama train`, over the recipe or run they start from, and the run's path."""
+    recipe = Path(args.pop(0)) if args and not args[0].startswith("-") else None
+    # Read before the rest is parsed, because it gives the defaults.
+    resume = next(
+        (value for option, value in itertools.pairwise(args) if option == "--resume"), None
+    )
+    asks_help = "--help" in args or "-h" in args
+    if recipe is not None and resume is not None:
+        raise UsageError("Give a recipe or --resume, not both; a run has its own configuration.")
+    if resume is not None and not asks_help:
+        from fastllama.run import RunFolder
+
+        config = RunFolder(Path(resume)).load_config()
+    elif recipe is not None:
+        config = load_recipe(recipe)
+    elif asks_help:
+        config = Config()
+    else:
+        raise UsageError("Give a recipe, fastllama train CONFIG.toml, or --resume RUN.")
+    options = parse(
+        TrainOptions,
+        [{"true": "True", "false": "False"}.get(arg, arg) for arg in args],
+        "fastllama train CONFIG.toml",
+        TrainOptions(config=config),
+    )
+    if options.resume is not None and options.run_dir is not None:
+        raise UsageError("--run-dir names a new run and --resume an old one; give one of them.")
+    name = recipe.stem if recipe is not None else ""
+    return options, options.resume or options.run_dir or Path("runs") / name
+
+
+def print_config(config: Config) -> None:
+    """Print a configuration as TOML, what follows from it as comments."""
+    from fastllama.estimate import flops_per_token, n_parameters
+    from fastllama.parallel import world_size
+    from fastllama.run import resolved_toml
+
+    validate(config, world_size())
+    model = config.model
+    print(resolved_toml(config))
+    print(f"# parameters             {n_parameters(model):,}")
+    print(f"# feed-forward width     {model.ffn_hidden}")
+    print(f"# head width             {model.head_dim}")
+    print(f"# updates                {config.n_updates:,}")
+    print(f"# accumulation steps     {config.accumulation_steps(world_size())}")
+    print(f"# GFLOP/token, causal    {flops_per_token(model, causal=True) / 1e9:.3f}")
+    print(f"# GFLOP/token, PaLM      {flops_per_token(model, causal=False) / 1e9:.3f}")
+
+
+def generate(args: list[str]) -> None:
+    """`fastllama generate`."""
+    options = parse(GenerateOptions, args, "fastllama generate")
+    from fastllama.generate import Sampling, generate_text, load_run
+    from fastllama.parallel import choose_device
+
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    sampling.validate()
+    loaded = load_run(options.run, choose_device(options.device))
+    print(options.prompt, end="", flush=True)
+    pieces = generate_text(
+        loaded.model, loaded.tokenizer, options.prompt, sampling, loaded.end_token
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "prepare": prepare,
+    "train": train,
+    "generate": generate,
+}

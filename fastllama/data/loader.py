@@ -1,0 +1,135 @@
+"""Micro-batches, read and copied to the device ahead of use.
+
+A background thread fills a ring of pinned host buffers and, on CUDA, copies each to its device
+buffer on a stream of its own. Events order the three: a copy waits until the batch before it in
+the same slot has been used, the training stream waits for the copy, and a host buffer is refilled
+only after its copy has ended. The training thread never waits for a transfer, only for data that
+is not there yet, and that time is counted.
+"""
+
+import queue
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastllama.data.order import sequence_indices
+from fastllama.data.stream import TokenStream
+
+
+class _Slot:
+    """One place of the ring: (2, B, T) int64, inputs and targets, on the host and the device."""
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
+        on_cuda = device.type == "cuda"
+        self.host = torch.empty(shape, dtype=torch.int64, pin_memory=on_cuda)
+        self.device = torch.empty_like(self.host, device=device) if on_cuda else self.host
+        self.copied = torch.cuda.Event() if on_cuda else None
+        self.used = torch.cuda.Event() if on_cuda else None
+
+
+class BatchLoader:
+    """Endless micro-batches of this rank, in the order `fastllama.data.order` gives.
+
+    A round of micro-batches, one a rank, takes the next `batch_size * world_size` positions, so
+    the set of sequences in an update depends on the global position alone, not on how the update
+    is cut.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        position: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        depth: int = 4,
+    ) -> None:
+        """Start reading at the global `position`, counted in sequences since the run began."""
+        self.wait_seconds = 0.0
+        self._stream, self._seq_len, self._seed = stream, seq_len, seed
+        self._first = position + rank * batch_size
+        self._stride = batch_size * world_size
+        self._device = device
+        self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Slot | Exception] = queue.SimpleQueue()
+        self._current: _Slot | None = None
+        for _ in range(depth):
+            self._free.put(_Slot((2, batch_size, seq_len), device))
+        self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
+        self._thread.start()
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (B, T) int64 on the device, valid until the next call.
+
+        Raises:
+            OSError: the shards could no longer be read.
+        """
+        self._release()
+        start = time.perf_counter()
+        slot = self._ready.get()
+        self.wait_seconds += time.perf_counter() - start
+        if isinstance(slot, Exception):
+            raise slot
+        if slot.copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(slot.copied)
+        self._current = slot
+        return slot.device[0], slot.device[1]
+
+    def _release(self) -> None:
+        if self._current is None:
+            return
+        if self._current.used is not None:
+            self._current.used.record(torch.cuda.current_stream(self._device))
+        self._free.put(self._current)
+        self._current = None
+
+    def _read_ahead(self) -> None:
+        try:
+            side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+            first = self._first
+            while (slot := self._free.get()) is not None:
+                if slot.copied is not None:
+                    slot.copied.synchronize()
+                self._fill(slot.host, first)
+                if slot.copied is not None and slot.used is not None and side is not None:
+                    with torch.cuda.stream(side):
+                        side.wait_event(slot.used)
+                        slot.device.copy_(slot.host, non_blocking=True)
+                        slot.copied.record(side)
+                self._ready.put(slot)
+                first += self._stride
+        except Exception as error:  # handed to the training thread, which raises it
+            self._ready.put(error)
+
+    def _fill(self, host: Tensor, first: int) -> None:
+        inputs, targets = host.numpy()
+        positions = np.arange(first, first + len(inputs), dtype=np.int64)
+        indices = sequence_indices(positions, self._stream.n_sequences(self._seq_len), self._seed)
+        for row, index in enumerate(indices):
+            tokens = self._stream.read(int(index), self._seq_len)
+            inputs[row], targets[row] = tokens[:-1], tokens[1:]
+
+    def close(self) -> None:
+        """Stop the reader."""
+        self._free.put(None)
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

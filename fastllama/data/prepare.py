@@ -1,0 +1,482 @@
+"""Encodes documents into a data folder of token shards, and continues where it was stopped.
+
+The folder tells how far it is: `job.json` says what is being prepared, `progress.json` up to where
+everything is safely on the disk, and `manifest.json`, written last, that the data is complete.
+What a shard holds beyond the recorded progress is cut off before the work goes on, so that the
+result is the same, byte for byte, however often it was interrupted.
+"""
+
+import fcntl
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from tokenizers import Tokenizer
+
+from fastllama.atomic import fsync_folder, write_atomic
+from fastllama.data.documents import (
+    START,
+    Document,
+    Malformed,
+    Position,
+    find_files,
+    read_documents,
+)
+from fastllama.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Shard, Split, sha256_of
+from fastllama.data.tokenizer import (
+    end_token_id,
+    fingerprint,
+    load_tokenizer,
+    save_tokenizer,
+    vocabulary_size,
+)
+
+JOB_FILE = "job.json"
+PROGRESS_FILE = "progress.json"
+SPLITS = ("train", "validation")
+BATCH_CHARACTERS = 4_000_000
+BATCH_RECORDS = 4096
+COMMIT_SECONDS = 5.0
+REPORTED_RECORDS = 10
+HEADER_BYTES = 128
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the content of the data folder."""
+
+    files: list[Path]
+    field: str
+    tokenizer: Tokenizer
+    end_token_id: int
+    validation_fraction: float
+    shard_tokens: int
+
+    def describe(self) -> dict[str, Any]:
+        """The job as JSON; equal descriptions give equal data."""
+        stats = [(path, path.stat()) for path in self.files]
+        return {
+            "inputs": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+            "field": self.field,
+            "tokenizer": fingerprint(self.tokenizer),
+            "end_token_id": self.end_token_id,
+            "validation_fraction": self.validation_fraction,
+            "shard_tokens": self.shard_tokens,
+        }
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The narrowest type that holds every token id."""
+        return np.dtype("uint16" if vocabulary_size(self.tokenizer) <= 2**16 else "uint32")
+
+
+@dataclass
+class SplitProgress:
+    """How far one split is; `open_tokens` are in the shard after the complete `shards`."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    shards: list[Shard] = field(default_factory=list)
+    open_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards) + self.open_tokens
+
+
+@dataclass
+class Progress:
+    """The documents before `position` are in the shards, but for `skipped` malformed records."""
+
+    position: Position = START
+    skipped: int = 0
+    splits: dict[str, SplitProgress] = field(
+        default_factory=lambda: {name: SplitProgress() for name in SPLITS}
+    )
+
+    @classmethod
+    def load(cls, folder: Path) -> "Progress":
+        """Read the recorded progress; a folder without one is at the beginning."""
+        path = folder / PROGRESS_FILE
+        if not path.exists():
+            return cls()
+        content = json.loads(path.read_text())
+        splits = {}
+        for name, split in content["splits"].items():
+            split["shards"] = [Shard(**shard) for shard in split["shards"]]
+            splits[name] = SplitProgress(**split)
+        return cls(Position(*content["position"]), content["skipped"], splits)
+
+    def save(self, folder: Path) -> None:
+        write_atomic(folder / PROGRESS_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+    @property
+    def documents(self) -> int:
+        return sum(split.documents for split in self.splits.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(split.tokens for split in self.splits.values())
+
+
+class SplitWriter:
+    """Appends token ids to the shards of one split.
+
+    The header of a shard stays zero until the shard is complete, so that nothing takes an
+    incomplete one for an array.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, job: Job, progress: SplitProgress, dtype: np.dtype
+    ) -> None:
+        self.folder = folder
+        self.name = name
+        self.shard_tokens = job.shard_tokens
+        self.dtype = dtype
+        self.progress = progress
+        if progress.open_tokens:
+            self._cut_back()
+
+    @property
+    def open_path(self) -> Path:
+        return self.folder / f"{self.name}-{len(self.progress.shards):05d}.npy"
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Append a 1-D array of `dtype`, completing each shard that becomes full."""
+        while tokens.size:
+            if not self.progress.open_tokens:
+                self.open_path.write_bytes(bytes(HEADER_BYTES))
+                fsync_folder(self.folder)
+            now = tokens[: self.shard_tokens - self.progress.open_tokens]
+            with open(self.open_path, "ab") as file:
+                file.write(now.data)
+            self.progress.open_tokens += now.size
+            if self.progress.open_tokens == self.shard_tokens:
+                self.complete_shard()
+            tokens = tokens[now.size :]
+
+    def sync(self) -> None:
+        """Make everything appended so far durable."""
+        if self.progress.open_tokens:
+            with open(self.open_path, "rb") as file:
+                os.fsync(file.fileno())
+
+    def complete_shard(self) -> None:
+        """Give the open shard, which has at least one token, its header."""
+        path = self.open_path
+        tokens = self.progress.open_tokens
+        with open(path, "r+b") as file:
+            file.write(_npy_header(self.dtype, tokens))
+            file.flush()
+            os.fsync(file.fileno())
+        self.progress.shards.append(Shard(path.name, tokens, sha256_of(path)))
+        self.progress.open_tokens = 0
+
+    def _cut_back(self) -> None:
+        size = HEADER_BYTES + self.progress.open_tokens * self.dtype.itemsize
+        if not self.open_path.exists() or self.open_path.stat().st_size < size:
+            raise ValueError(
+                f"{self.open_path} lacks tokens that were already written: "
+                f"delete {self.folder} and prepare the data again"
+            )
+        os.truncate(self.open_path, size)
+
+
+def prepare(
+    inputs: Sequence[str],
+    tokenizer_path: Path,
+    output: Path,
+    *,
+    field: str = "text",
+    validation_fraction: float = 0.0,
+    shard_tokens: int = 100_000_000,
+    end_token: str | None = None,
+    strict: bool = False,
+    workers: int | None = None,
+) -> Manifest:
+    """Encode the documents of `inputs` into the folder `output`, and return its manifest.
+
+    Each document is ended by the end token. Called again after an interruption it continues, and
+    after completion it returns at once. Malformed records are counted and skipped, unless
+    `strict`. `workers` is the number of encoding threads (default: one per core); the tokenizers
+    library reads it once, so it has no effect on a process that has already encoded a batch.
+
+    Raises ValueError for settings that cannot work, for an `output` that holds anything else than
+    this job, for an input without documents, and when `strict` for the first malformed record;
+    OSError when reading or writing fails, after which it can be called again.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation fraction {validation_fraction} is not in [0, 1)")
+    for name, value in (("shard tokens", shard_tokens), ("workers", workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value} is not a positive number")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is not a folder: choose another --output")
+    if workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(workers)
+    tokenizer = load_tokenizer(tokenizer_path)
+    job = Job(
+        files=find_files(inputs),
+        field=field,
+        tokenizer=tokenizer,
+        end_token_id=end_token_id(tokenizer, end_token),
+        validation_fraction=validation_fraction,
+        shard_tokens=shard_tokens,
+    )
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    is_new = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    with _locked(output):
+        try:
+            return _prepare_folder(output, job, strict, console)
+        except BaseException:
+            if is_new and not _holds_work(output):
+                shutil.rmtree(output)
+            raise
+
+
+def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> Manifest:
+    description = job.describe()
+    _claim(output, description)
+    if (output / MANIFEST_FILE).exists():
+        manifest = Manifest.load(output)
+        manifest.check_files(output)
+        (output / PROGRESS_FILE).unlink(missing_ok=True)
+        console.print(f"{output} is already complete")
+        return manifest
+    save_tokenizer(job.tokenizer, output / TOKENIZER_FILE)
+    progress = Progress.load(output)
+    dtype = job.dtype
+    writers = {
+        name: SplitWriter(output, name, job, split, dtype)
+        for name, split in progress.splits.items()
+    }
+    started = time.monotonic()
+    _encode(output, job, progress, writers, strict, console)
+    if job.describe() != description:
+        raise ValueError(
+            f"an input file changed while it was read: delete {output} and prepare the data again"
+        )
+    manifest = _complete(output, job, progress, writers)
+    splits = ", ".join(f"{split.tokens:,} {name}" for name, split in manifest.splits.items())
+    console.print(
+        f"{output}: {progress.documents:,} documents, {splits} tokens, "
+        f"{progress.skipped:,} malformed records skipped, {time.monotonic() - started:.1f} s"
+    )
+    return manifest
+
+
+def _claim(output: Path, description: dict[str, Any]) -> None:
+    """Make `output` the folder of this job; refuse when it holds anything that could be lost."""
+    present = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
+    if present and JOB_FILE not in present:
+        raise ValueError(
+            f"{output} holds other files ({present[0]}): choose another --output or empty it"
+        )
+    if present:
+        earlier = json.loads((output / JOB_FILE).read_text())
+        if earlier == description:
+            return
+        if _holds_work(output):
+            changed = [name for name, value in description.items() if earlier.get(name) != value]
+            raise ValueError(
+                f"{output} holds data of another job ({', '.join(changed)} differ): "
+                "choose another --output, or delete the folder to prepare it anew"
+            )
+        for name in SPLITS:
+            for shard in output.glob(f"{name}-*.npy"):
+                shard.unlink()
+    write_atomic(output / JOB_FILE, json.dumps(description, indent=2) + "\n")
+
+
+def _holds_work(output: Path) -> bool:
+    return (output / PROGRESS_FILE).exists() or (output / MANIFEST_FILE).exists()
+
+
+def _encode(
+    output: Path,
+    job: Job,
+    progress: Progress,
+    writers: dict[str, SplitWriter],
+    strict: bool,
+    console: Console,
+) -> None:
+    """Append every document from the recorded position on, recording progress now and then."""
+    sizes = [path.stat().st_size for path in job.files]
+    started = committed = time.monotonic()
+    tokens_before = progress.tokens
+    with _progress_bar(console) as bar:
+        task = bar.add_task(
+            "",
+            total=sum(sizes),
+            completed=sum(sizes[: progress.position.file]),
+            documents=progress.documents,
+            tokens=tokens_before,
+            rate=0.0,
+        )
+        records = read_documents(job.files, job.field, progress.position)
+        for batch in _read_ahead(_batches(records)):
+            _skip_malformed(batch, progress, strict, console)
+            _append([record for record in batch if isinstance(record, Document)], job, writers)
+            progress.position = batch[-1].next
+            now = time.monotonic()
+            # Without a document there is nothing to lose, and a reader that starts at the
+            # beginning can tell an input without any.
+            if now - committed >= COMMIT_SECONDS and progress.documents:
+                _commit(output, progress, writers)
+                committed = now
+            bar.update(
+                task,
+                completed=batch[-1].bytes_read,
+                documents=progress.documents,
+                tokens=progress.tokens,
+                rate=(progress.tokens - tokens_before) / (now - started),
+            )
+    _commit(output, progress, writers)
+
+
+def _commit(output: Path, progress: Progress, writers: dict[str, SplitWriter]) -> None:
+    for writer in writers.values():
+        writer.sync()
+    progress.save(output)
+
+
+def _batches(
+    records: Iterator[Document | Malformed],
+) -> Iterator[list[Document | Malformed]]:
+    batch: list[Document | Malformed] = []
+    characters = 0
+    for record in records:
+        batch.append(record)
+        characters += len(record.text) if isinstance(record, Document) else 0
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_RECORDS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield from `items` while a thread works on the next one."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        upcoming = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
+            yield item
+
+
+def _skip_malformed(
+    batch: list[Document | Malformed], progress: Progress, strict: bool, console: Console
+) -> None:
+    for record in batch:
+        if isinstance(record, Malformed):
+            if strict:
+                raise ValueError(
+                    f"{record.where}: {record.reason}; mend the input or leave out --strict"
+                )
+            if progress.skipped < REPORTED_RECORDS:
+                console.print(f"{record.where}: {record.reason}")
+            progress.skipped += 1
+
+
+def _append(documents: list[Document], job: Job, writers: dict[str, SplitWriter]) -> None:
+    # The end token is added here, so what the tokenizer itself would put around a text is not.
+    encodings = job.tokenizer.encode_batch_fast(
+        [document.text for document in documents], add_special_tokens=False
+    )
+    ids: dict[str, list[int]] = {name: [] for name in writers}
+    for document, encoding in zip(documents, encodings, strict=True):
+        data = document.text.encode()
+        name = _choose_split(data, job.validation_fraction)
+        ids[name] += encoding.ids
+        ids[name].append(job.end_token_id)
+        writers[name].progress.documents += 1
+        writers[name].progress.text_bytes += len(data)
+    for name, writer in writers.items():
+        writer.append(np.array(ids[name], writer.dtype))
+
+
+def _choose_split(data: bytes, validation_fraction: float) -> str:
+    """Equal documents get the same split: none is seen in training and judged on as well."""
+    draw = int.from_bytes(blake2b(data, digest_size=8).digest(), "big") / 2**64
+    return "validation" if draw < validation_fraction else "train"
+
+
+def _complete(
+    output: Path, job: Job, progress: Progress, writers: dict[str, SplitWriter]
+) -> Manifest:
+    for writer in writers.values():
+        if writer.progress.open_tokens:
+            writer.complete_shard()
+    manifest = Manifest(
+        dtype=job.dtype.name,
+        vocab_size=vocabulary_size(job.tokenizer),
+        end_token_id=job.end_token_id,
+        tokenizer_fingerprint=fingerprint(job.tokenizer),
+        skipped_records=progress.skipped,
+        splits={
+            name: Split(split.tokens, split.documents, split.text_bytes, tuple(split.shards))
+            for name, split in progress.splits.items()
+            if split.tokens
+        },
+    )
+    manifest.check_files(output)
+    manifest.save(output)
+    (output / PROGRESS_FILE).unlink(missing_ok=True)
+    return manifest
+
+
+def _npy_header(dtype: np.dtype, tokens: int) -> bytes:
+    """The header of a 1-D array; NumPy pads it so that its size is the same for any length."""
+    header = io.BytesIO()
+    description = {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
+    np.lib.format.write_array_header_1_0(header, description)
+    if header.tell() != HEADER_BYTES:
+        raise RuntimeError(f"NumPy wrote a header of {header.tell()} bytes, not {HEADER_BYTES}")
+    return header.getvalue()
+
+
+def _progress_bar(console: Console) -> ProgressBar:
+    return ProgressBar(
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn(
+            "{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens, "
+            "{task.fields[rate]:,.0f} tokens/s"
+        ),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second process from writing into `folder`; the lock ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is preparing {folder}: wait until it ends, or stop it"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)

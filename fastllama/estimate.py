@@ -1,0 +1,54 @@
+"""Arithmetic over a configuration: parameters, FLOPs, and the device's peak they compare with.
+
+Two FLOP conventions are in use and differ by up to 1.4x at long sequences, so both are given:
+PaLM (Chowdhery et al. 2022, appendix B) counts attention as if nothing were masked; causal counts
+only the half below the diagonal. Both count the output projection, not the embedding lookup, and
+no recomputation.
+"""
+
+from fastllama.config import ModelConfig
+
+# Dense bf16 FLOP/s without sparsity, from the makers' data sheets, by a part of the name
+# that torch.cuda.get_device_name gives. Order matters: the first match counts.
+PEAK_BF16_FLOPS = {
+    "B200": 2.25e15,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def n_parameters(model: ModelConfig) -> int:
+    """Parameters of the model; a tied embedding counts once."""
+    embedding = model.vocab_size * model.n_embd
+    norms = (2 * model.n_layers + 1) * model.n_embd
+    return _matmul_parameters(model) + (0 if model.tied_embeddings else embedding) + norms
+
+
+def _matmul_parameters(model: ModelConfig) -> int:
+    qkv = model.n_embd * (model.n_heads + 2 * model.kv_heads) * model.head_dim
+    feed_forward = 3 * model.n_embd * model.ffn_hidden
+    per_layer = qkv + model.n_embd**2 + feed_forward
+    return model.n_layers * per_layer + model.vocab_size * model.n_embd
+
+
+def flops_per_token(model: ModelConfig, *, causal: bool) -> float:
+    """FLOPs of forward and backward for one token of a `max_seq_len` sequence.
+
+    6 per weight of a matrix product, and 12·L·D·T for the two attention products over T keys,
+    halved where `causal` counts what the mask leaves.
+    """
+    attention = 12 * model.n_layers * model.n_embd * model.max_seq_len
+    return 6.0 * _matmul_parameters(model) + attention / (2 if causal else 1)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by its name, or None where it is not known."""
+    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_name), None)

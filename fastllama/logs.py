@@ -1,0 +1,130 @@
+"""The logs of a run on disk: appended to, read back, drawn."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fastllama.atomic import write_atomic
+from fastllama.metrics import COLUMNS, Row
+
+
+class MetricsLog:
+    """Appends rows to metrics.csv, metrics.jsonl and, where wanted, TensorBoard."""
+
+    def __init__(self, run: Path, last_step: int, tensorboard: bool) -> None:
+        """Open the logs of a run that goes on after `last_step`.
+
+        Rows of later updates come from a process that was killed before its next checkpoint. Those
+        updates are about to be done again, so their rows, and the samples between them, move to
+        superseded-metrics.csv and so on.
+        """
+        self._csv, self._jsonl = run / "metrics.csv", run / "metrics.jsonl"
+        keep_rows_until(self._csv, last_step, lambda line: int(line.split(",")[0]), header=True)
+        for log in (self._jsonl, run / "samples.jsonl"):
+            keep_rows_until(log, last_step, lambda line: int(json.loads(line)["step"]))
+        if not self._csv.exists():
+            write_atomic(self._csv, ",".join(COLUMNS) + "\n")
+        self._writer = None
+        if tensorboard:
+            # Imported here because it takes a second, for those who turned it off.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=last_step + 1)
+
+    def write(self, row: Row) -> None:
+        """Append a row, one write a file, so that a killed process leaves at most one half line."""
+        values = {name: getattr(row, name) for name in COLUMNS}
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(
+            ["" if value is None else value for value in values.values()]
+        )
+        append(self._csv, text.getvalue())
+        append(self._jsonl, json.dumps({k: finite(v) for k, v in values.items()}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                if value is not None and name not in ("step", "progress", "eta_s"):
+                    self._writer.add_scalar(name, value, row.step)
+
+    def close(self) -> None:
+        """Flush what TensorBoard buffers."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN or infinity; they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append(path: Path, text: str) -> None:
+    """Add whole lines to a log file in one write."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def keep_rows_until(
+    path: Path, last_step: int, step_of: Callable[[str], int], header: bool = False
+) -> None:
+    """Move the lines of a log after `last_step`, or cut short, to superseded-<name> beside it."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = lines[:1] if header else []
+    moved: list[str] = []
+    for line in lines[len(kept) :]:
+        try:
+            keep = line.endswith("\n") and step_of(line) <= last_step
+        except (ValueError, KeyError, TypeError):
+            keep = False
+        (kept if keep else moved).append(line)
+    if moved:
+        append(path.with_name(f"superseded-{path.name}"), "".join(moved).rstrip("\n") + "\n")
+        write_atomic(path, "".join(kept))
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv as numbers; empty cells are left out."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
+
+
+def plot_loss(metrics_csv: Path, output: Path, title: str) -> None:
+    """Draw loss, validation loss and learning rate over tokens as a PNG."""
+    rows = read_rows(metrics_csv)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row["tokens_total"] for row in rows], [row["loss"] for row in rows], label="loss")
+    validated = [row for row in rows if "val_loss" in row]
+    if validated:
+        axes.plot(
+            [row["tokens_total"] for row in validated],
+            [row["val_loss"] for row in validated],
+            "o-",
+            label="validation loss",
+        )
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    rate = axes.twinx()
+    rate.plot(
+        [row["tokens_total"] for row in rows],
+        [row["lr"] for row in rows],
+        color="gray",
+        linestyle=":",
+        label="learning rate",
+    )
+    rate.set_ylabel("learning rate")
+    rate.set_ylim(bottom=0)
+    lines = axes.get_lines() + rate.get_lines()
+    axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomic(output, buffer.getvalue())

@@ -1,0 +1,65 @@
+"""AdamW over sharded parameters, with clipping and the refusal of bad updates on the device."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fastllama.config import OptimizerConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov and Hutter 2019) that decays matrices, not norms or embeddings."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and not name.startswith("embedding.")
+        (decayed if is_matrix else kept).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=config.max_lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+    # AdamW would allocate these at its first step; a checkpoint needs somewhere to load into.
+    for parameter in [*decayed, *kept]:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+@torch.no_grad()
+def update(optimizer: torch.optim.AdamW, loss: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Apply one update from the gradients, unless `loss` or their norm is not finite.
+
+    A bad update leaves parameters, moments and AdamW's step count as they were. Clipping and the
+    refusal happen inside the fused kernel, through the two scalars a gradient scaler would hand
+    it, so nothing is read on the host and no extra pass over the gradients is made.
+
+    Returns:
+        The global gradient norm before clipping and whether the update was refused (1 or 0), both
+        float32 scalars on the device.
+    """
+    gradients = [
+        parameter.grad
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    refused = (~(norm.isfinite() & loss.isfinite())).float()
+    # AdamW divides gradients by grad_scale and does nothing where found_inf is 1.
+    optimizer.grad_scale = (norm / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = refused  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, refused

@@ -1,0 +1,125 @@
+"""Processes, devices, and the model sharded over them; one process is the same case."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from fastllama.config import Config
+from fastllama.model import Llama
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Average a small tensor over the processes, in place, without a host wait."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+
+def world_size() -> int:
+    """Processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(kind: str) -> torch.device:
+    """The device of this process for "auto", "cuda" or "cpu".
+
+    Raises:
+        ValueError: CUDA is asked for and missing, or has fewer devices than local processes.
+    """
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "The device cuda was asked for, but PyTorch sees none here; use auto or cpu."
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"Process {local_rank} of this node has no GPU of its own, since there are "
+            f"{torch.cuda.device_count()}; lower --nproc-per-node."
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def distributed(config: Config) -> Iterator[World]:
+    """Join the process group torchrun describes, or a group of one, and leave it at the end."""
+    device = choose_device(config.training.device)
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    on_cuda = device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    device_id = device if on_cuda else None
+    if on_cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    else:
+        # A store inside the process: no port is opened for a run of one.
+        dist.init_process_group(
+            backend,
+            timeout=timeout,
+            device_id=device_id,
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+    try:
+        size = dist.get_world_size()
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+        yield World(rank=dist.get_rank(), size=size, device=device, mesh=mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard_model(model: Llama, config: Config, world: World) -> None:
+    """Shard a meta-device model block by block and allocate this process's part.
+
+    Parameters are float32 shards; they are gathered and computed with in `training.dtype`, and
+    gradients are reduced in float32. `cast_forward_inputs` is off because the rotary tables go
+    through the blocks' inputs and must stay float32.
+    """
+    dtype = getattr(torch, config.training.dtype)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    reshard = config.parallel.reshard_after_forward
+    for block in model.blocks:
+        fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+    model.to_empty(device=world.device)
+
+
+def set_last_micro_batch(model: FSDPModule, is_last: bool, reshard: bool) -> None:
+    """Reduce gradients after the last micro-batch of an update only.
+
+    Until then they accumulate in float32 on this device, and unless `reshard` saves memory the
+    gathered parameters stay too, so an update communicates once however many micro-batches it has.
+    """
+    model.set_requires_gradient_sync(is_last)
+    model.set_is_last_backward(is_last)
+    model.set_reshard_after_backward(is_last or reshard)

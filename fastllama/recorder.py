@@ -1,0 +1,187 @@
+"""Turns the scalars of each update into rows, a progress bar, and the decision to stop."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastllama.checkpoint import Progress as RunProgress
+from fastllama.config import Config
+from fastllama.errors import TrainingFailedError
+from fastllama.estimate import flops_per_token, peak_flops
+from fastllama.logs import MetricsLog
+from fastllama.metrics import Clock, LateScalars, Row
+from fastllama.parallel import World
+from fastllama.run import RunFolder
+from fastllama.schedule import learning_rate
+
+
+class Recorder:
+    """Reads the scalars of an update while the next one runs; only the main process writes.
+
+    Every process counts refused updates and sees the same decision to stop, because the scalars
+    were averaged over all of them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunFolder,
+        progress: RunProgress,
+        world: World,
+        console: Console,
+    ) -> None:
+        """Open the logs of `run` where `progress` left them."""
+        self.stop = False
+        self.clock = Clock()
+        self._config, self._progress, self._world = config, progress, world
+        self._console = console
+        self._log = None
+        if world.is_main:
+            self._log = MetricsLog(run.path, progress.step, config.logging.tensorboard)
+        self._scalars = LateScalars()
+        self._first_step = progress.step
+        self._pending_step: int | None = None
+        self._pending: Row | None = None
+        self._last_tokens, self._last_training, self._last_wait = 0, 0.0, 0.0
+        self._wait_seconds = 0.0
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("updates"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=config.n_updates, completed=progress.step)
+
+    def push(self, values: Tensor, wait_seconds: float) -> None:
+        """Take (loss, grad_norm, refused, stop) of the update just launched, on the device.
+
+        Raises:
+            TrainingFailedError: too many updates in a row were refused.
+        """
+        self.flush()
+        self._scalars.send(values)
+        self._wait_seconds = wait_seconds
+        self._pending_step = self._progress.step
+        if self._world.device.type == "cpu":
+            self._receive()
+
+    @contextmanager
+    def side_job(self) -> Iterator[None]:
+        """Keep what happens inside out of the training time."""
+        self._receive()
+        with self.clock.side_job():
+            yield
+
+    def add_validation(self, loss: float, bits_per_byte: float) -> None:
+        """Attach a validation to the update it follows, within `side_job`."""
+        assert self._pending is not None
+        self._pending.val_loss, self._pending.val_bits_per_byte = loss, bits_per_byte
+
+    def flush(self) -> None:
+        """Write the row of the last update, if it is one to log."""
+        self._receive()
+        row, self._pending = self._pending, None
+        if row is None:
+            return
+        self._bar.update(self._task, completed=row.step)
+        due = row.step % self._config.logging.log_interval == 0 or row.val_loss is not None
+        if not (due or row.step in (1, self._config.n_updates)):
+            return
+        self._last_tokens, self._last_training = row.tokens, self._stamp
+        self._last_wait = self._stamp_wait
+        if self._log is not None:
+            self._log.write(row)
+        self._console.print(row.line(), highlight=False, soft_wrap=True)
+
+    def _receive(self) -> None:
+        if self._pending_step is None:
+            return
+        loss, grad_norm, refused, stop = self._scalars.receive()
+        step, self._pending_step = self._pending_step, None
+        self._stamp, self._stamp_wait = self.clock.training(), self._wait_seconds
+        self.stop = self.stop or stop > 0
+        self._pending = self._row(step, loss, grad_norm)
+        self._count_refused(step, refused > 0)
+        self._pending.skipped_steps = self._progress.skipped_steps
+
+    def _row(self, step: int, loss: float, grad_norm: float) -> Row:
+        per_update = self._config.training.tokens_per_update
+        done = step - self._first_step
+        wall = self.clock.wall()
+        tok_per_s = (done * per_update - self._last_tokens) / (self._stamp - self._last_training)
+        mfu_causal, mfu_palm = self._mfu(tok_per_s)
+        return Row(
+            step=step,
+            tokens=done * per_update,
+            tokens_total=step * per_update,
+            loss=loss,
+            perplexity=math.exp(loss) if loss < 700 else math.inf,
+            lr=learning_rate(step, self._config),
+            grad_norm=grad_norm,
+            tok_per_s=tok_per_s,
+            time_s=wall,
+            data_wait_s=self._stamp_wait - self._last_wait,
+            skipped_steps=0,
+            progress=step / self._config.n_updates,
+            eta_s=(self._config.n_updates - step) * wall / done,
+            mfu_causal=mfu_causal,
+            mfu_palm=mfu_palm,
+        )
+
+    def _mfu(self, tok_per_s: float) -> tuple[float | None, float | None]:
+        if self._world.device.type != "cuda":
+            return None, None
+        peak = peak_flops(torch.cuda.get_device_name(self._world.device))
+        if peak is None:
+            return None, None
+        per_flop = tok_per_s / (peak * self._world.size)
+        model = self._config.model
+        return (
+            flops_per_token(model, causal=True) * per_flop,
+            flops_per_token(model, causal=False) * per_flop,
+        )
+
+    def _count_refused(self, step: int, refused: bool) -> None:
+        progress, limit = self._progress, self._config.training.max_bad_updates
+        if not refused:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped_steps += 1
+        progress.skipped_in_a_row += 1
+        per_update = self._config.sequences_per_update
+        batch = f"positions {(step - 1) * per_update} to {step * per_update - 1} of the data order"
+        self._console.print(
+            f"step {step}: loss or gradient norm is not finite; the update was skipped ({batch})"
+        )
+        if progress.skipped_in_a_row >= limit:
+            raise TrainingFailedError(
+                f"The last {limit} updates all had a non-finite loss or gradient norm, the last of "
+                f"them at {batch}; the weights are those of update {step - limit}. Resume from the "
+                "last checkpoint with a lower optimizer.max_lr, or look at that data."
+            )
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.flush()
+        self._bar.stop()
+        if self._log is not None:
+            self._log.close()

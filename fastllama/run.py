@@ -1,0 +1,121 @@
+"""The folder of a run, and what it says about how it was made."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from fastllama import __version__
+from fastllama.atomic import write_atomic
+from fastllama.config import Config, config_from_dict
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps its files."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_csv(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def loss_plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.is_file()
+
+    def load_config(self) -> Config:
+        """The resolved configuration of the run.
+
+        Raises:
+            ValueError: no run was started here, or its configuration cannot be read.
+        """
+        try:
+            values = tomllib.loads(self.config.read_text())
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.path} is not a run folder: it has no config.toml; see the folder runs."
+            ) from None
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{self.config} cannot be read as TOML: {error}.") from None
+        return config_from_dict(values, source=str(self.config))
+
+    def create(self, config: Config, tokenizer: Path) -> None:
+        """Make the folder, or refresh the configuration of a run that goes on."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not self.tokenizer.exists():
+            shutil.copyfile(tokenizer, self.tokenizer)
+        self._record_session()
+        write_atomic(self.config, resolved_toml(config))
+
+    def _record_session(self) -> None:
+        path = self.path / "environment.json"
+        sessions = json.loads(path.read_text()) if path.exists() else []
+        write_atomic(path, json.dumps([*sessions, environment()], indent=2) + "\n")
+
+
+def resolved_toml(config: Config) -> str:
+    """A configuration with every value in it, as a recipe that needs no other."""
+    return tomli_w.dumps(config.to_dict())
+
+
+def environment() -> dict[str, Any]:
+    """When, where, with what and how this process was started."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [sys.executable, *sys.argv],
+        "fastllama": __version__,
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in ("torch", "numpy", "tokenizers")},
+        "cuda": torch.version.cuda,
+        "devices": devices or [platform.processor() or platform.machine()],
+        "threads": torch.get_num_threads(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "hostname": platform.node(),
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the source this runs from, with -dirty for uncommitted changes, or None."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(
+            [*command, "--abbrev=40", "--exclude=*"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

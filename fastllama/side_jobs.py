@@ -1,0 +1,108 @@
+"""What happens between updates: validation, samples, checkpoints. All processes take part."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastllama.checkpoint import remove_old, save_checkpoint
+from fastllama.config import Config
+from fastllama.data.dataset import Dataset
+from fastllama.evaluate import bits_per_byte, validation_loss
+from fastllama.generate import Sampling, generate_text
+from fastllama.logs import append, plot_loss
+from fastllama.parallel import World
+from fastllama.recorder import Recorder
+from fastllama.run import RunFolder
+from fastllama.state import TrainState
+
+
+def validation_due(step: int, config: Config) -> bool:
+    """Every `eval_interval` updates and after the last."""
+    interval = config.training.eval_interval
+    return interval > 0 and (step % interval == 0 or step == config.n_updates)
+
+
+def sample_due(step: int, config: Config) -> bool:
+    """After `sample_interval` updates, then after waits that grow, and after the last."""
+    wait = float(config.logging.sample_interval)
+    due = wait
+    while 0 < due < step:
+        wait *= config.logging.sample_growth
+        due += round(wait)
+    return due > 0 and step in (due, config.n_updates)
+
+
+def checkpoint_due(step: int, config: Config) -> bool:
+    """When the tokens trained on pass a multiple of `interval_tokens`."""
+    interval, per_update = config.checkpoint.interval_tokens, config.training.tokens_per_update
+    return interval > 0 and step * per_update // interval > (step - 1) * per_update // interval
+
+
+@dataclass
+class SideJobs:
+    """The jobs of one run."""
+
+    state: TrainState
+    config: Config
+    run: RunFolder
+    dataset: Dataset
+    world: World
+    console: Console
+    recorder: Recorder
+    identity: dict[str, Any]
+    saved_step: int | None = None
+
+    def validate(self) -> None:
+        """Measure the held-out loss, if there is held-out text."""
+        if self.dataset.validation is None:
+            return
+        with self.recorder.side_job():
+            loss = validation_loss(
+                self.state.model, self.dataset.validation, self.config, self.world
+            )
+            self.recorder.add_validation(loss, bits_per_byte(loss, self.dataset))
+
+    def sample(self) -> None:
+        """Continue the sample prompt, show it and keep it."""
+        logging, step = self.config.logging, self.state.progress.step
+        if not logging.sample_interval:
+            return
+        sampling = Sampling(max_new_tokens=logging.sample_tokens, seed=self.config.training.seed)
+        model = self.state.model
+        with self.recorder.side_job(), torch.compiler.set_stance("force_eager"):
+            model.eval()
+            text = "".join(
+                generate_text(
+                    model,
+                    self.dataset.tokenizer,
+                    logging.sample_prompt,
+                    sampling,
+                    self.dataset.manifest.end_token_id,
+                )
+            )
+            model.train()
+        if self.world.is_main:
+            record = {"step": step, "prompt": logging.sample_prompt, "text": text}
+            append(self.run.samples, json.dumps(record) + "\n")
+        title = f"sample after {step} updates"
+        self.console.rule(title, style="dim")
+        self.console.print(logging.sample_prompt + text, markup=False, highlight=False)
+        self.console.rule(style="dim")
+
+    def save(self) -> None:
+        """Write a checkpoint and the plot, unless this update is saved already."""
+        if self.saved_step == self.state.progress.step:
+            return
+        self.recorder.flush()
+        with self.recorder.side_job():
+            path = save_checkpoint(
+                self.run.checkpoints, self.state.tensors(), self.state.progress, self.identity
+            )
+            if self.world.is_main:
+                remove_old(self.run.checkpoints, self.config.checkpoint.keep_last)
+                plot_loss(self.run.metrics_csv, self.run.loss_plot, title=self.run.path.name)
+        self.saved_step = self.state.progress.step
+        self.console.print(f"saved {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,264 @@
+"""Training: what one update does, and the loop around it."""
+
+import dataclasses
+import signal
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from fastllama.checkpoint import Progress, load_tensors, newest_checkpoint, read_progress
+from fastllama.config import Config, validate
+from fastllama.data.dataset import Dataset, open_dataset
+from fastllama.data.loader import BatchLoader
+from fastllama.estimate import n_parameters
+from fastllama.model import Llama
+from fastllama.optimizer import build_optimizer, update
+from fastllama.parallel import (
+    World,
+    choose_device,
+    distributed,
+    set_last_micro_batch,
+    shard_model,
+    world_size,
+)
+from fastllama.recorder import Recorder
+from fastllama.run import RunFolder
+from fastllama.schedule import learning_rate
+from fastllama.side_jobs import SideJobs, checkpoint_due, sample_due, validation_due
+from fastllama.state import TrainState
+from fastllama_kernels import REFERENCE
+
+
+@dataclass
+class StopSignal:
+    """Whether this process was asked to stop."""
+
+    requested: bool = False
+
+
+def train_step(
+    state: TrainState, loader: BatchLoader, stop: StopSignal, config: Config, world: World
+) -> Tensor:
+    """Do one optimizer update over the next `tokens_per_update` tokens.
+
+    Nothing here waits for the device.
+
+    Returns:
+        float32 (4,) on the device, the same on every process: loss before the update, gradient
+        norm, 1 if the update was refused, more than 0 if any process was asked to stop.
+    """
+    step = state.progress.step + 1
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    if config.model.dropout:
+        # A function of the update, so that nothing random has to be saved to resume.
+        torch.manual_seed(zlib.crc32(f"{config.training.seed} {step} {world.rank}".encode()))
+    n_micro_batches = config.accumulation_steps(world.size)
+    loss = torch.zeros((), device=world.device)
+    for micro_batch in range(n_micro_batches):
+        is_last = micro_batch == n_micro_batches - 1
+        set_last_micro_batch(
+            cast(FSDPModule, state.model), is_last, config.parallel.reshard_after_forward
+        )
+        micro_loss = state.model(*loader.next()) / n_micro_batches
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    stopping = torch.full((), float(stop.requested), device=world.device)
+    loss, stopping = world.mean(torch.stack((loss, stopping)))
+    norm, refused = update(state.optimizer, loss, config.optimizer.grad_clip)
+    state.progress.step = step
+    state.progress.position += config.sequences_per_update
+    return torch.stack((loss, norm, refused, stopping))
+
+
+def train(config: Config, run: RunFolder, console: Console, *, resume: bool = False) -> bool:
+    """Train `config` in the folder `run`, from its newest checkpoint if it has one.
+
+    With `resume` the options may differ from those the run was started with, except where that
+    would change what its progress means.
+
+    Returns:
+        Whether all updates are done; False after SIGINT or SIGTERM.
+
+    Raises:
+        ValueError: the configuration, the data, the device or the run folder do not fit together;
+            nothing has been written then.
+        TrainingFailedError: update after update gave a loss that is not finite.
+    """
+    validate(config, world_size())
+    dataset = open_dataset(config)
+    choose_device(config.training.device)
+    if run.exists and not resume:
+        refuse_other_options(run, config)
+    checkpoint, progress = find_start(run, run_identity(config, dataset), console)
+    if progress.step >= config.n_updates:
+        console.print(f"{run.path} has done all of its {config.n_updates} updates.")
+        return True
+    with distributed(config) as world:
+        if world.is_main:
+            run.create(config, dataset.folder / "tokenizer.json")
+            announce(config, dataset, world, run, progress, console)
+        dist.barrier()
+        state = build_state(config, world, progress, checkpoint)
+        recorder = Recorder(config, run, progress, world, console)
+        jobs = SideJobs(
+            state, config, run, dataset, world, console, recorder, run_identity(config, dataset)
+        )
+        with stop_signals(console) as stop, open_loader(state, config, dataset, world) as loader:
+            return run_updates(state, loader, stop, config, world, recorder, jobs)
+
+
+def run_updates(
+    state: TrainState,
+    loader: BatchLoader,
+    stop: StopSignal,
+    config: Config,
+    world: World,
+    recorder: Recorder,
+    jobs: SideJobs,
+) -> bool:
+    """The loop; returns whether all updates are done."""
+    progress = state.progress
+    with recorder:
+        if progress.step == 0:
+            jobs.sample()
+        while progress.step < config.n_updates and not recorder.stop:
+            values = train_step(state, loader, stop, config, world)
+            recorder.push(values, loader.wait_seconds)
+            if validation_due(progress.step, config):
+                jobs.validate()
+            if sample_due(progress.step, config):
+                jobs.sample()
+            if checkpoint_due(progress.step, config):
+                jobs.save()
+        jobs.save()
+    return progress.step == config.n_updates
+
+
+def build_state(
+    config: Config, world: World, progress: Progress, checkpoint: Path | None
+) -> TrainState:
+    """The model, sharded and on the device, and its optimizer; fresh or as saved."""
+    with torch.device("meta"):
+        model = Llama(config.model, REFERENCE)
+    if config.training.compile:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    shard_model(model, config, world)
+    model.init_weights(config.training.seed)
+    state = TrainState(model, build_optimizer(model, config.optimizer), progress)
+    if checkpoint is not None:
+        load_tensors(checkpoint, state.tensors())
+    return state
+
+
+def open_loader(state: TrainState, config: Config, dataset: Dataset, world: World) -> BatchLoader:
+    """Micro-batches of this process from where the run stands."""
+    return BatchLoader(
+        dataset.train,
+        seq_len=config.model.max_seq_len,
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        device=world.device,
+        position=state.progress.position,
+        rank=world.rank,
+        world_size=world.size,
+        depth=config.data.prefetch,
+    )
+
+
+def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What may not change in a run: its model, its data, and the order of its data."""
+    model = {f"model.{name}": value for name, value in dataclasses.asdict(config.model).items()}
+    del model["model.dropout"]
+    return {
+        **model,
+        "training.seed": config.training.seed,
+        "data.fingerprint": dataset.manifest.fingerprint(),
+        "data.end_token_id": dataset.manifest.end_token_id,
+    }
+
+
+def refuse_other_options(run: RunFolder, config: Config) -> None:
+    """Raise ValueError if `run` was started with other options than `config`."""
+    before, now = run.load_config().to_dict(), config.to_dict()
+    for group, options in now.items():
+        for name in sorted(options.keys() | before[group].keys()):
+            old, new = before[group].get(name), options.get(name)
+            if old != new:
+                raise ValueError(
+                    f"{run.path} holds a run with {group}.{name} = {old}, not {new}; give a new "
+                    f"one another --run-dir, or go on with --resume {run.path}."
+                )
+
+
+def find_start(
+    run: RunFolder, identity: dict[str, Any], console: Console
+) -> tuple[Path | None, Progress]:
+    """The newest whole checkpoint of the run, if any, and the progress to go on from."""
+    checkpoint, damage = newest_checkpoint(run.checkpoints)
+    for wrong in damage:
+        console.print(f"Passing over a damaged checkpoint: {wrong}.", highlight=False)
+    if checkpoint is None:
+        return None, Progress()
+    return checkpoint, read_progress(checkpoint, identity)
+
+
+@contextmanager
+def stop_signals(console: Console) -> Iterator[StopSignal]:
+    """Turn the first SIGINT or SIGTERM into a request; the second acts as it would have."""
+    stop = StopSignal()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+        signal.signal(number, previous[signal.Signals(number)])
+        console.print(
+            f"{signal.Signals(number).name}: finishing the update, then saving; "
+            "once more stops at once."
+        )
+
+    previous = {
+        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def announce(
+    config: Config,
+    dataset: Dataset,
+    world: World,
+    run: RunFolder,
+    progress: Progress,
+    console: Console,
+) -> None:
+    """Print what is about to be trained, derived values included."""
+    model, training = config.model, config.training
+    on_cuda = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if on_cuda else "CPU"
+    start = f"resuming after update {progress.step}" if progress.step else "starting"
+    lines = (
+        f"run     {run.path}: {start} of {config.n_updates:,}",
+        f"model   {n_parameters(model):,} parameters, {model.n_layers} layers of width "
+        f"{model.n_embd}, feed-forward {model.ffn_hidden}, {REFERENCE.name} operators",
+        f"data    {dataset.folder}: {dataset.train.n_tokens:,} tokens, "
+        f"{training.training_tokens / dataset.train.n_tokens:.2f} epochs wanted",
+        f"update  {training.tokens_per_update:,} tokens = {world.size} x "
+        f"{config.accumulation_steps(world.size)} micro-batches of {training.batch_size} x "
+        f"{model.max_seq_len}",
+        f"device  {world.size} x {device}, {training.dtype}",
+    )
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)

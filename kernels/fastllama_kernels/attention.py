@@ -1,0 +1,58 @@
+"""Attention: out = softmax(q k^T / sqrt(K) + mask) v, per head, with grouped key/value heads.
+
+Shapes: q (B, T, H, K); k, v (B, S, G, K), G dividing H; out (B, T, H, K). The causal mask is
+aligned to the end: query t sees keys 0 to S - T + t. With `cu_seqlens` the B sequences are packed
+documents and a query sees only its own: cu_seqlens (B, D + 1) int32 holds where each document
+begins, padded with T.
+Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Ainslie et al. 2023 for the groups.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def attention_reference(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    *,
+    causal: bool = True,
+    cu_seqlens_BD: Tensor | None = None,
+) -> Tensor:
+    """Attend from `q` (B, T, H, K) over `k`, `v` (B, S, G, K); returns (B, T, H, K)."""
+    n_queries, n_keys = q_BTHK.shape[1], k_BSGK.shape[1]
+    group = q_BTHK.shape[2] // k_BSGK.shape[2]
+    if group > 1:
+        k_BSGK, v_BSGK = (x.repeat_interleave(group, dim=2) for x in (k_BSGK, v_BSGK))
+    mask = None
+    if cu_seqlens_BD is not None or (causal and n_queries not in (1, n_keys)):
+        mask = _mask(n_queries, n_keys, causal, cu_seqlens_BD, q_BTHK.device)
+    out_BHTK = F.scaled_dot_product_attention(
+        q_BTHK.transpose(1, 2),
+        k_BSGK.transpose(1, 2),
+        v_BSGK.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal and mask is None and n_queries > 1,
+    )
+    return out_BHTK.transpose(1, 2)
+
+
+def _mask(
+    n_queries: int,
+    n_keys: int,
+    causal: bool,
+    cu_seqlens_BD: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """True where a query may look, (T, S) or (B, 1, T, S)."""
+    mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    if causal:
+        mask = mask.tril(diagonal=n_keys - n_queries)
+    if cu_seqlens_BD is None:
+        return mask
+    positions = torch.arange(n_keys, dtype=cu_seqlens_BD.dtype, device=device)
+    positions = positions.expand(len(cu_seqlens_BD), n_keys).contiguous()
+    document_BS = torch.searchsorted(cu_seqlens_BD.contiguous(), positions, right=True)
+    document_BT = document_BS[:, n_keys - n_queries :]
+    return mask & (document_BT[:, None, :, None] == document_BS[:, None, None, :])

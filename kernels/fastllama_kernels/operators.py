@@ -1,0 +1,46 @@
+"""The set of operators a model is built on: one value, chosen once, handed to the model.
+
+An ablation is `dataclasses.replace(operators, rope=rope_reference)`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastllama_kernels.attention import attention_reference
+from fastllama_kernels.cross_entropy import cross_entropy_reference
+from fastllama_kernels.linear_cross_entropy import linear_cross_entropy_reference
+from fastllama_kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
+from fastllama_kernels.rope import rope_reference
+from fastllama_kernels.swiglu import swiglu_reference
+
+
+@dataclass(frozen=True)
+class Operators:
+    """One implementation of every operator of the training step.
+
+    Each has the signature and the meaning of the `<op>_reference` in the file of its name.
+    """
+
+    name: str
+    rms_norm: Callable[..., Tensor]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    rope: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    attention: Callable[..., Tensor]
+    swiglu: Callable[..., Tensor]
+    cross_entropy: Callable[..., tuple[Tensor, Tensor]]
+    linear_cross_entropy: Callable[..., Tensor]
+
+
+REFERENCE = Operators(
+    name="reference",
+    rms_norm=rms_norm_reference,
+    add_rms_norm=add_rms_norm_reference,
+    rope=rope_reference,
+    attention=attention_reference,
+    swiglu=swiglu_reference,
+    cross_entropy=cross_entropy_reference,
+    linear_cross_entropy=linear_cross_entropy_reference,
+)
+"""Plain PyTorch on any device and in any float type: the definition the others are held to."""

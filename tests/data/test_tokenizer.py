@@ -1,0 +1,142 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+
+from fastllama.data.tokenizer import (
+    SPECIAL_TOKENS,
+    end_token_id,
+    fingerprint,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+    verify_round_trip,
+    vocabulary_size,
+)
+
+CORPUS = [
+    "the cat sat on the mat",
+    "the dog sat on the log",
+    "naïve café 日本語\r\n\tend <EOS>",
+] * 5
+TOKENIZER = train_tokenizer(CORPUS, vocab_size=300)
+
+unicode_text = st.text(st.characters(exclude_categories=["Cs"]))
+text_with_special_tokens = st.lists(st.sampled_from(SPECIAL_TOKENS) | unicode_text).map("".join)
+
+
+def foreign_tokenizer(*names: str) -> Tokenizer:
+    return Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, names[0]))
+
+
+@settings(deadline=None)
+@given(text_with_special_tokens)
+def test_any_text_survives_and_cannot_inject_control_tokens(text: str) -> None:
+    ids = TOKENIZER.encode(text, add_special_tokens=False).ids
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == text
+    assert all(len(SPECIAL_TOKENS) <= token_id < vocabulary_size(TOKENIZER) for token_id in ids)
+    verify_round_trip(TOKENIZER, [text])
+
+
+def test_training_merges_and_numbers_special_tokens_first() -> None:
+    assert [TOKENIZER.token_to_id(name) for name in SPECIAL_TOKENS] == [0, 1, 2, 3]
+    assert TOKENIZER.get_vocab_size() == 300
+    assert len(TOKENIZER.encode("the cat").ids) < len("the cat") // 2
+
+
+def test_small_corpus_gives_smaller_vocabulary() -> None:
+    assert train_tokenizer(["ab ab"], vocab_size=8192).get_vocab_size() < 270
+
+
+def test_vocabulary_without_room_for_all_bytes_is_refused() -> None:
+    assert train_tokenizer(CORPUS, vocab_size=260).get_vocab_size() == 260
+    with pytest.raises(ValueError, match=r"259 is too small.*260"):
+        train_tokenizer(CORPUS, vocab_size=259)
+
+
+def test_saved_tokenizer_encodes_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    save_tokenizer(TOKENIZER, path)
+    loaded = load_tokenizer(path)
+    text = "the café <EOS>"
+    assert loaded.encode(text).ids == TOKENIZER.encode(text).ids
+    assert fingerprint(loaded) == fingerprint(TOKENIZER)
+
+
+def test_truncation_and_padding_of_a_file_are_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    cutting = Tokenizer.from_str(TOKENIZER.to_str())
+    cutting.enable_truncation(2)
+    cutting.enable_padding(length=100)
+    assert fingerprint(cutting) == fingerprint(TOKENIZER)
+    save_tokenizer(cutting, path)
+    text = "the cat sat on the mat"
+    assert load_tokenizer(path).encode(text).ids == TOKENIZER.encode(text).ids
+
+
+def test_fingerprint_ignores_formatting_but_not_content(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(TOKENIZER.to_str())
+    path.write_text(json.dumps(dict(reversed(content.items())), indent=7))
+    assert fingerprint(load_tokenizer(path)) == fingerprint(TOKENIZER)
+    content["model"]["merges"].pop()
+    path.write_text(json.dumps(content))
+    assert fingerprint(load_tokenizer(path)) != fingerprint(TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"nonsense", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"{}", "is not a tokenizer"),
+        (b"[]", "is not a tokenizer"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(path)
+
+
+def test_a_folder_is_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a folder"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>"])
+def test_usual_end_tokens_are_found(name: str) -> None:
+    assert end_token_id(foreign_tokenizer("a", "b", name)) == 2
+
+
+def test_end_token_by_name_and_by_order() -> None:
+    tokenizer = foreign_tokenizer("</s>", "<EOS>", "stop")
+    assert end_token_id(tokenizer) == 1
+    assert end_token_id(tokenizer, "stop") == 2
+    with pytest.raises(ValueError, match=r"'halt'.*--end-token"):
+        end_token_id(tokenizer, "halt")
+    with pytest.raises(ValueError, match="--end-token"):
+        end_token_id(foreign_tokenizer("a"))
+
+
+def test_vocabulary_size_covers_gaps_between_ids() -> None:
+    assert vocabulary_size(Tokenizer(WordLevel({"a": 0, "b": 9}, "a"))) == 10
+
+
+def test_lossy_tokenizer_fails_the_round_trip() -> None:
+    with pytest.raises(ValueError, match="does not give back the text 'x y'"):
+        verify_round_trip(foreign_tokenizer("unknown", "a"), ["a", "x y"])
+
+
+def test_round_trip_leaves_out_what_a_template_adds() -> None:
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    tokenizer.post_processor = TemplateProcessing("<SOS> $A", special_tokens=[("<SOS>", 0)])
+    verify_round_trip(tokenizer, ["the cat"])
