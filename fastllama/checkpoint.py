@@ -126,7 +126,7 @@ def _complete(folder: Path) -> list[Path]:
 def find_damage(path: Path) -> str | None:
     """Read a whole checkpoint against its manifest; say what is wrong, or None."""
     try:
-        expected = json.loads((path / "manifest.json").read_text())["files"]
+        expected = dict(json.loads((path / "manifest.json").read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{path / 'manifest.json'} is missing or unreadable"
     for name, entry in expected.items():

@@ -189,15 +189,15 @@ def parse(
 
 
 def unbox(text: str) -> str:
-    """The first paragraph inside a box drawn around an error message."""
+    """The first paragraph inside a titled box, drawn with lines or, without UTF-8, with dashes."""
     words: list[str] = []
-    for line in text.splitlines():
-        content = line.strip("│╭╮╰╯ ")
-        if words and set(content) <= {"─"}:
+    for line in text.splitlines()[1:]:
+        content = line.strip("│|╰╯+ ")
+        if not set(content) <= set("─-"):
+            words += content.split()
+        elif words:
             break
-        if line.startswith("│"):
-            words.append(content)
-    return " ".join(" ".join(words).split()) or text.strip()
+    return " ".join(words).rstrip(".")
 
 
 def tokenizer_train(options: TokenizerTrainOptions) -> None:

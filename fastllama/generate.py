@@ -126,8 +126,8 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
     Raises:
         ValueError: no run or checkpoint is there, or the checkpoint is damaged.
     """
-    is_checkpoint = (path / "progress.json").is_file()
-    run = RunFolder(path.resolve().parent.parent if is_checkpoint else path)
+    is_checkpoint = path.resolve().parent.name == "checkpoints"
+    run = RunFolder(path.resolve().parents[1] if is_checkpoint else path)
     config = run.load_config()
     checkpoint: Path | None
     if is_checkpoint:

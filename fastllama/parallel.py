@@ -114,6 +114,16 @@ def shard_model(model: Llama, config: Config, world: World) -> None:
     model.to_empty(device=world.device)
 
 
+def reshard(model: Llama) -> None:
+    """Give up gathered parameters after forwards that no backward follows.
+
+    Until then the model's parameters are not the shards the optimizer and checkpoints work on.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def set_last_micro_batch(model: FSDPModule, is_last: bool, reshard: bool) -> None:
     """Reduce gradients after the last micro-batch of an update only.
 

@@ -13,7 +13,7 @@ from fastllama.data.dataset import Dataset
 from fastllama.evaluate import bits_per_byte, validation_loss
 from fastllama.generate import Sampling, generate_text
 from fastllama.logs import append, plot_loss
-from fastllama.parallel import World
+from fastllama.parallel import World, reshard
 from fastllama.recorder import Recorder
 from fastllama.run import RunFolder
 from fastllama.state import TrainState
@@ -63,6 +63,7 @@ class SideJobs:
             loss = validation_loss(
                 self.state.model, self.dataset.validation, self.config, self.world
             )
+            reshard(self.state.model)
             self.recorder.add_validation(loss, bits_per_byte(loss, self.dataset))
 
     def sample(self) -> None:
@@ -84,6 +85,7 @@ class SideJobs:
                 )
             )
             model.train()
+            reshard(model)
         if self.world.is_main:
             record = {"step": step, "prompt": logging.sample_prompt, "text": text}
             append(self.run.samples, json.dumps(record) + "\n")

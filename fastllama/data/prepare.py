@@ -7,7 +7,6 @@ result is the same, byte for byte, however often it was interrupted.
 """
 
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from tokenizers import Tokenizer
 
-from fastllama.atomic import fsync_folder, write_atomic
+from fastllama.atomic import write_atomic
 from fastllama.data.documents import (
     START,
     Document,
@@ -35,7 +34,8 @@ from fastllama.data.documents import (
     find_files,
     read_documents,
 )
-from fastllama.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Shard, Split, sha256_of
+from fastllama.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Shard, Split
+from fastllama.data.shards import SplitProgress, SplitWriter
 from fastllama.data.tokenizer import (
     end_token_id,
     fingerprint,
@@ -51,7 +51,6 @@ BATCH_CHARACTERS = 4_000_000
 BATCH_RECORDS = 4096
 COMMIT_SECONDS = 5.0
 REPORTED_RECORDS = 10
-HEADER_BYTES = 128
 
 T = TypeVar("T")
 
@@ -83,20 +82,6 @@ class Job:
     def dtype(self) -> np.dtype:
         """The narrowest type that holds every token id."""
         return np.dtype("uint16" if vocabulary_size(self.tokenizer) <= 2**16 else "uint32")
-
-
-@dataclass
-class SplitProgress:
-    """How far one split is; `open_tokens` are in the shard after the complete `shards`."""
-
-    documents: int = 0
-    text_bytes: int = 0
-    shards: list[Shard] = field(default_factory=list)
-    open_tokens: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards) + self.open_tokens
 
 
 @dataclass
@@ -132,69 +117,6 @@ class Progress:
     @property
     def tokens(self) -> int:
         return sum(split.tokens for split in self.splits.values())
-
-
-class SplitWriter:
-    """Appends token ids to the shards of one split.
-
-    The header of a shard stays zero until the shard is complete, so that nothing takes an
-    incomplete one for an array.
-    """
-
-    def __init__(
-        self, folder: Path, name: str, job: Job, progress: SplitProgress, dtype: np.dtype
-    ) -> None:
-        self.folder = folder
-        self.name = name
-        self.shard_tokens = job.shard_tokens
-        self.dtype = dtype
-        self.progress = progress
-        if progress.open_tokens:
-            self._cut_back()
-
-    @property
-    def open_path(self) -> Path:
-        return self.folder / f"{self.name}-{len(self.progress.shards):05d}.npy"
-
-    def append(self, tokens: np.ndarray) -> None:
-        """Append a 1-D array of `dtype`, completing each shard that becomes full."""
-        while tokens.size:
-            if not self.progress.open_tokens:
-                self.open_path.write_bytes(bytes(HEADER_BYTES))
-                fsync_folder(self.folder)
-            now = tokens[: self.shard_tokens - self.progress.open_tokens]
-            with open(self.open_path, "ab") as file:
-                file.write(now.data)
-            self.progress.open_tokens += now.size
-            if self.progress.open_tokens == self.shard_tokens:
-                self.complete_shard()
-            tokens = tokens[now.size :]
-
-    def sync(self) -> None:
-        """Make everything appended so far durable."""
-        if self.progress.open_tokens:
-            with open(self.open_path, "rb") as file:
-                os.fsync(file.fileno())
-
-    def complete_shard(self) -> None:
-        """Give the open shard, which has at least one token, its header."""
-        path = self.open_path
-        tokens = self.progress.open_tokens
-        with open(path, "r+b") as file:
-            file.write(_npy_header(self.dtype, tokens))
-            file.flush()
-            os.fsync(file.fileno())
-        self.progress.shards.append(Shard(path.name, tokens, sha256_of(path)))
-        self.progress.open_tokens = 0
-
-    def _cut_back(self) -> None:
-        size = HEADER_BYTES + self.progress.open_tokens * self.dtype.itemsize
-        if not self.open_path.exists() or self.open_path.stat().st_size < size:
-            raise ValueError(
-                f"{self.open_path} lacks tokens that were already written: "
-                f"delete {self.folder} and prepare the data again"
-            )
-        os.truncate(self.open_path, size)
 
 
 def prepare(
@@ -263,7 +185,7 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
     progress = Progress.load(output)
     dtype = job.dtype
     writers = {
-        name: SplitWriter(output, name, job, split, dtype)
+        name: SplitWriter(output, name, job.shard_tokens, split, dtype)
         for name, split in progress.splits.items()
     }
     started = time.monotonic()
@@ -439,16 +361,6 @@ def _complete(
     manifest.save(output)
     (output / PROGRESS_FILE).unlink(missing_ok=True)
     return manifest
-
-
-def _npy_header(dtype: np.dtype, tokens: int) -> bytes:
-    """The header of a 1-D array; NumPy pads it so that its size is the same for any length."""
-    header = io.BytesIO()
-    description = {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
-    np.lib.format.write_array_header_1_0(header, description)
-    if header.tell() != HEADER_BYTES:
-        raise RuntimeError(f"NumPy wrote a header of {header.tell()} bytes, not {HEADER_BYTES}")
-    return header.getvalue()
 
 
 def _progress_bar(console: Console) -> ProgressBar:

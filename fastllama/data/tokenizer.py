@@ -45,6 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write `tokenizer` as a `tokenizer.json`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, tokenizer.to_str(pretty=True))
 
 

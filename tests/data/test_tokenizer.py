@@ -60,7 +60,7 @@ def test_vocabulary_without_room_for_all_bytes_is_refused() -> None:
 
 
 def test_saved_tokenizer_encodes_the_same(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
+    path = tmp_path / "new" / "tokenizer.json"
     save_tokenizer(TOKENIZER, path)
     loaded = load_tokenizer(path)
     text = "the café <EOS>"

@@ -1,0 +1,52 @@
+# `make train` and `make test` need Python 3.11 or newer, make and git; the rest they install.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORPUS := data/python-stdlib
+# A GPU trains a larger model in about the time two CPU cores need for the small one.
+RECIPE ?= configs/quickstart$(if $(shell nvidia-smi -L 2>/dev/null),-gpu).toml
+
+.PHONY: train test lint bench clean
+.DELETE_ON_ERROR:
+
+train: $(CORPUS)/manifest.json
+	$(BIN)/fastllama train $(RECIPE)
+
+test: $(VENV)/installed-dev
+	$(BIN)/pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(CORPUS)/manifest.json
+	$(BIN)/python benchmarks/compare_plain_loop.py
+
+clean:
+	rm -rf $(VENV) data runs
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "fastllama needs Python 3.11 or newer; name one with: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(CORPUS).jsonl: | $(VENV)/installed
+	$(BIN)/python -m fastllama.data.python_corpus --output $@
+
+$(CORPUS)-tokenizer.json: | $(CORPUS).jsonl
+	$(BIN)/fastllama tokenizer train --input $(CORPUS).jsonl --output $@
+
+$(CORPUS)/manifest.json: | $(CORPUS)-tokenizer.json
+	$(BIN)/fastllama prepare --input $(CORPUS).jsonl --tokenizer $(CORPUS)-tokenizer.json \
+		--output $(CORPUS) --validation-fraction 0.01

@@ -1,0 +1,117 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastllama.config import Config, DataConfig, ModelConfig
+from fastllama.data.dataset import open_dataset
+from fastllama.data.tokenizer import save_tokenizer, train_tokenizer
+from tests.data.folder import VOCAB_SIZE, make_folder
+
+
+def config_for(folder: Path) -> Config:
+    return Config(
+        model=ModelConfig(vocab_size=VOCAB_SIZE, max_seq_len=8), data=DataConfig(path=str(folder))
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    make_folder(folder, {"train": [range(20), range(20, 50)], "validation": [range(50, 70)]})
+    return folder
+
+
+def test_opens_what_was_prepared(folder: Path) -> None:
+    dataset = open_dataset(config_for(folder))
+    assert dataset.train.n_tokens == 50
+    assert dataset.validation is not None
+    assert dataset.validation.read(0, 3).tolist() == [50, 51, 52, 53]
+    assert dataset.validation_bytes_per_token == 4
+    assert dataset.tokenizer.get_vocab_size() == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("splits", [{"train": [range(50)]}, None], ids=["none", "too short"])
+def test_validation_may_be_missing(tmp_path: Path, splits: dict[str, list[range]] | None) -> None:
+    # Eight inputs need nine tokens.
+    make_folder(tmp_path, splits or {"train": [range(50)], "validation": [range(8)]})
+    assert open_dataset(config_for(tmp_path)).validation is None
+
+
+def test_sequences_as_long_as_the_data(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"train": [range(9)]})
+    assert open_dataset(config_for(tmp_path)).train.n_sequences(8) == 1
+    make_folder(tmp_path, {"train": [range(8)]})
+    with pytest.raises(ValueError, match="max_seq_len = 8 is longer than the data, 8 tokens in"):
+        open_dataset(config_for(tmp_path))
+
+
+def test_the_tokenizer_may_be_named(folder: Path, tmp_path: Path) -> None:
+    config = config_for(folder)
+    same = tmp_path / "same.json"
+    # Another formatting of the same tokenizer is no other tokenizer.
+    same.write_text(json.dumps(json.loads((folder / "tokenizer.json").read_text())))
+    open_dataset(replace(config, data=replace(config.data, tokenizer=str(same))))
+
+    other = tmp_path / "other.json"
+    save_tokenizer(train_tokenizer(["other other other"], 270), other)
+    with pytest.raises(ValueError, match=r"was not prepared with the tokenizer .*other\.json"):
+        open_dataset(replace(config, data=replace(config.data, tokenizer=str(other))))
+
+
+def test_refuses_a_folder_whose_tokenizer_was_changed(folder: Path) -> None:
+    save_tokenizer(train_tokenizer(["other other other"], 270), folder / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"not prepared with the tokenizer .*data/tokenizer\.json"):
+        open_dataset(config_for(folder))
+
+
+def test_refuses_a_model_with_too_few_embeddings(folder: Path) -> None:
+    config = config_for(folder)
+    config = replace(config, model=replace(config.model, vocab_size=VOCAB_SIZE - 1))
+    with pytest.raises(ValueError, match="vocab_size = 259 is smaller than the tokenizer's 260"):
+        open_dataset(config)
+
+
+def test_refuses_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data.path is empty"):
+        open_dataset(Config())
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        open_dataset(config_for(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("manifest.json", r"has no manifest\.json"),
+        ("tokenizer.json", r"tokenizer\.json does not exist"),
+        ("train-00001.npy", r"train-00001\.npy is damaged: found no such file"),
+        ("validation-00000.npy", r"validation-00000\.npy is damaged: found no such file"),
+    ],
+)
+def test_refuses_a_folder_without_a_file(folder: Path, file: str, message: str) -> None:
+    (folder / file).unlink()
+    with pytest.raises(ValueError, match=message):
+        open_dataset(config_for(folder))
+
+
+@pytest.mark.parametrize("kept", [0, 40, -1])
+def test_refuses_a_shard_cut_short(folder: Path, kept: int) -> None:
+    shard = folder / "train-00001.npy"
+    shard.write_bytes(shard.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"train-00001\.npy is damaged"):
+        open_dataset(config_for(folder))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        (np.zeros(30, np.uint32), r"uint32 of shape \(30,\)"),
+        (np.zeros(29, np.uint16), r"uint16 of shape \(29,\)"),
+    ],
+)
+def test_refuses_a_shard_of_another_kind(folder: Path, tokens: np.ndarray, found: str) -> None:
+    np.save(folder / "train-00001.npy", tokens)
+    with pytest.raises(ValueError, match=rf"found {found}, expected 30 uint16 tokens"):
+        open_dataset(config_for(folder))

@@ -1,0 +1,138 @@
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from fastllama.data.loader import BatchLoader
+from fastllama.data.order import sequence_indices
+from fastllama.data.stream import TokenStream
+from tests.data.folder import make_stream
+
+T = 3
+N_SEQUENCES = 10
+SEED = 5
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> TokenStream:
+    """Token i is i, so that the first input of a sequence tells which one it is."""
+    return make_stream(tmp_path, range(17), range(17, N_SEQUENCES * T + 1))
+
+
+def open_loader(stream: TokenStream, **options: Any) -> BatchLoader:
+    return BatchLoader(
+        stream, **{"seq_len": T, "batch_size": 2, "seed": SEED, "device": CPU, **options}
+    )
+
+
+def read(loader: BatchLoader, n_batches: int) -> list[list[int]]:
+    """Which sequences each of the next batches holds."""
+    return [(loader.next()[0][:, 0] // T).tolist() for _ in range(n_batches)]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size"), [(1, 1), (12, 1), (2, 3), (3, 2), (1, 4), (6, 2)]
+)
+def test_an_update_does_not_depend_on_how_it_is_cut(
+    stream: TokenStream, batch_size: int, world_size: int
+) -> None:
+    n_updates, per_update, start = 3, 12, 7
+    rounds = n_updates * per_update // (batch_size * world_size)
+    columns = []
+    for rank in range(world_size):
+        with open_loader(
+            stream, batch_size=batch_size, rank=rank, world_size=world_size, position=start
+        ) as loader:
+            columns.append(read(loader, rounds))
+    order = [
+        index for batches in zip(*columns, strict=True) for batch in batches for index in batch
+    ]
+    # Over the end of three epochs of 10.
+    positions = np.arange(start, start + n_updates * per_update)
+    assert order == sequence_indices(positions, N_SEQUENCES, SEED).tolist()
+
+
+def test_targets_are_the_next_tokens(stream: TokenStream) -> None:
+    with open_loader(stream) as loader:
+        for _ in range(8):
+            inputs, targets = loader.next()
+            assert (inputs.dtype, inputs.shape) == (torch.int64, (2, T))
+            assert torch.equal(targets, inputs + 1)
+            assert torch.equal(inputs, inputs[:, :1] + torch.arange(T))
+
+
+def test_starting_later_is_skipping(stream: TokenStream) -> None:
+    with open_loader(stream) as whole, open_loader(stream, position=2 * 6) as late:
+        assert read(whole, 10)[6:] == read(late, 4)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_batch_in_use_is_not_overwritten(stream: TokenStream, depth: int) -> None:
+    with open_loader(stream, depth=depth) as loader:
+        for _ in range(6):
+            inputs, targets = loader.next()
+            copies = inputs.clone(), targets.clone()
+            # Long enough for the reader to fill every place it holds free.
+            time.sleep(0.02)
+            assert torch.equal(inputs, copies[0])
+            assert torch.equal(targets, copies[1])
+
+
+class SlowStream(TokenStream):
+    def read(self, index: int, seq_len: int) -> NDArray[np.integer]:
+        time.sleep(0.02)
+        return super().read(index, seq_len)
+
+
+class BrokenStream(TokenStream):
+    """The disk goes away after the first four reads."""
+
+    reads = 0
+
+    def read(self, index: int, seq_len: int) -> NDArray[np.integer]:
+        self.reads += 1
+        if self.reads > 4:
+            raise OSError("the disk is gone")
+        return super().read(index, seq_len)
+
+
+def test_errors_of_the_reader_are_raised_where_the_data_is_wanted(stream: TokenStream) -> None:
+    stream.__class__ = BrokenStream
+    with open_loader(stream) as loader:
+        # What was read before is still good.
+        read(loader, 2)
+        with pytest.raises(OSError, match="the disk is gone"):
+            loader.next()
+
+
+def test_waiting_is_counted(stream: TokenStream) -> None:
+    stream.__class__ = SlowStream
+    with open_loader(stream, depth=1) as loader:
+        assert loader.wait_seconds == 0
+        read(loader, 3)
+    # Three batches of two sequences, hardly any of them ready when asked for.
+    assert 0.08 < loader.wait_seconds < 5
+
+
+def test_reading_ahead_saves_the_wait(stream: TokenStream) -> None:
+    stream.__class__ = SlowStream
+    with open_loader(stream, depth=4) as loader:
+        time.sleep(0.5)
+        read(loader, 4)
+    # The eight reads took 0.16 s.
+    assert loader.wait_seconds < 0.08
+
+
+@pytest.mark.parametrize("n_batches", [0, 3])
+def test_closing_ends_the_thread(stream: TokenStream, n_batches: int) -> None:
+    before = threading.active_count()
+    with open_loader(stream) as loader:
+        read(loader, n_batches)
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before

@@ -1,0 +1,259 @@
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastllama.config import (
+    Config,
+    ModelConfig,
+    config_from_dict,
+    known_keys,
+    load_recipe,
+    validate,
+)
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+# An update of the quickstart is two micro-batches, for the two CPU cores it is meant for.
+WORLD_SIZES = {"quickstart": (1, 2)}
+
+# Adding, renaming or removing an option changes what old runs and recipes mean, so it has to be
+# done here too.
+OPTIONS = """
+    model.vocab_size model.n_embd model.n_layers model.n_heads model.n_kv_heads model.multiple_of
+    model.ffn_multiplier model.eps model.theta model.dropout model.max_seq_len
+    model.tied_embeddings model.rope_scaling_factor model.rope_low_freq_factor
+    model.rope_high_freq_factor model.rope_original_max_seq_len
+    data.path data.tokenizer data.prefetch
+    optimizer.max_lr optimizer.min_lr optimizer.schedule optimizer.warmup_iterations
+    optimizer.decay_fraction optimizer.beta1 optimizer.beta2 optimizer.adam_eps
+    optimizer.weight_decay optimizer.grad_clip
+    training.batch_size training.tokens_per_update training.training_tokens training.eval_interval
+    training.eval_tokens training.seed training.dtype training.device training.compile
+    training.max_bad_updates
+    parallel.reshard_after_forward parallel.timeout_minutes
+    checkpoint.interval_tokens checkpoint.keep_last
+    logging.log_interval logging.sample_interval logging.sample_growth logging.sample_prompt
+    logging.sample_tokens logging.tensorboard
+""".split()
+
+
+def with_options(**options: Any) -> Config:
+    """The defaults with `group__field=value` changed."""
+    values: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        group, _, key = name.partition("__")
+        values.setdefault(group, {})[key] = value
+    return config_from_dict(values, source="test")
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_the_options_are_these() -> None:
+    assert known_keys() == OPTIONS
+
+
+def test_the_defaults_work() -> None:
+    validate(Config())
+    assert config_from_dict({}, source="test") == Config()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_work(recipe: Path) -> None:
+    for world_size in WORLD_SIZES.get(recipe.stem, (1, 8)):
+        validate(load_recipe(recipe), world_size)
+
+
+def test_a_recipe_overrides_what_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write(
+        tmp_path / "base" / "first.toml", "[model]\nn_embd = 64\nn_layers = 2\n[data]\npath = 'd'"
+    )
+    write(tmp_path / "base" / "second.toml", "extends = 'first.toml'\n[model]\nn_layers = 3")
+    third = write(
+        tmp_path / "third.toml", "extends = 'base/second.toml'\n[model]\nn_heads = 4\ntheta = 500"
+    )
+    model = ModelConfig(n_embd=64, n_layers=3, n_heads=4, theta=500)
+    data = dataclasses.replace(Config().data, path="d")
+    assert load_recipe(third) == Config(model=model, data=data)
+
+
+def test_extends_may_not_go_in_circles(tmp_path: Path) -> None:
+    write(tmp_path / "a.toml", "extends = 'b.toml'")
+    write(tmp_path / "b.toml", "extends = 'a.toml'")
+    with pytest.raises(ValueError, match=r"a\.toml extends itself"):
+        load_recipe(tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends = 3", r"recipe\.toml: extends must be the path of one recipe, not 3"),
+        ("extends = 'gone.toml'", r"no recipe .*gone\.toml"),
+        ("[model", r"recipe\.toml cannot be read as TOML"),
+        (
+            "[model]\nn_layer = 2",
+            r"recipe\.toml: unknown option model\.n_layer; did you mean model\.n_layers\?",
+        ),
+        ("[model]\nmax_lr = 2", r"unknown option model\.max_lr; did you mean optimizer\.max_lr\?"),
+        ("max_lr = 2", r"unknown option max_lr; did you mean optimizer\.max_lr\?"),
+        ("[xyzzy]", r"unknown option xyzzy\.$"),
+        ("[modle]\nn_layers = 2", r"unknown option modle"),
+    ],
+)
+def test_refuses_a_recipe(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path / "recipe.toml", text))
+
+
+def test_names_a_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no recipe .*gone\.toml"):
+        load_recipe(tmp_path / "gone.toml")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("model__n_layers", 2.0, r"test: model\.n_layers must be an integer, not 2\.0"),
+        ("model__n_layers", True, r"model\.n_layers must be an integer, not True"),
+        ("model__n_kv_heads", "2", r"must be an integer or left out, not '2'"),
+        ("model__theta", "big", r"must be a number, not 'big'"),
+        ("model__theta", False, r"must be a number, not False"),
+        ("model__tied_embeddings", 1, r"must be true or false, not 1"),
+        ("data__path", 3, r"must be a string, not 3"),
+        ("training__dtype", "float16", r"must be one of bfloat16, float32, not 'float16'"),
+    ],
+)
+def test_refuses_a_value_of_another_type(option: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_options(**{option: value})
+
+
+def test_a_number_may_be_written_as_an_integer() -> None:
+    assert with_options(optimizer__grad_clip=1).optimizer.grad_clip == 1
+
+
+AT_LEAST_ONE = """
+    model__vocab_size model__n_embd model__n_layers model__n_heads model__n_kv_heads
+    model__multiple_of model__max_seq_len model__rope_original_max_seq_len
+    model__rope_scaling_factor data__prefetch training__batch_size training__tokens_per_update
+    training__training_tokens training__max_bad_updates checkpoint__keep_last
+    logging__log_interval logging__sample_growth logging__sample_tokens
+""".split()
+POSITIVE = """
+    model__ffn_multiplier model__eps model__theta optimizer__max_lr optimizer__adam_eps
+    optimizer__grad_clip parallel__timeout_minutes
+""".split()
+NOT_NEGATIVE = """
+    optimizer__min_lr optimizer__weight_decay optimizer__warmup_iterations training__eval_interval
+    training__eval_tokens training__seed checkpoint__interval_tokens logging__sample_interval
+""".split()
+FRACTIONS = "model__dropout optimizer__beta1 optimizer__beta2 optimizer__decay_fraction".split()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wording"),
+    [
+        *((name, 0, "at least 1") for name in AT_LEAST_ONE),
+        *((name, 0, "greater than 0") for name in POSITIVE),
+        *((name, -1, "0 or more") for name in NOT_NEGATIVE),
+        *((name, value, "at least 0 and less than 1") for name in FRACTIONS for value in (-0.1, 1)),
+    ],
+)
+def test_refuses_a_value_out_of_range(option: str, value: float, wording: str) -> None:
+    name = option.replace("__", r"\.")
+    with pytest.raises(ValueError, match=rf"{name} must be {wording}, not {value}\."):
+        validate(with_options(**{option: value}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_numbers_that_are_not_finite(value: float) -> None:
+    hints = {
+        f"{group}__{option.name}": typing.get_type_hints(kind)[option.name]
+        for group, kind in typing.get_type_hints(Config).items()
+        for option in dataclasses.fields(kind)
+    }
+    accepted = []
+    for option in (name for name, hint in hints.items() if hint is float):
+        try:
+            # The scaling is on, since without it its two factors have no meaning.
+            validate(with_options(**{"model__rope_scaling_factor": 8.0, option: value}))
+            accepted.append(option)
+        except ValueError as error:
+            assert option.replace("__", ".") in str(error)
+    assert accepted == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model__n_heads": 7}, r"n_heads = 7 does not divide model\.n_embd = 768"),
+        ({"model__n_heads": 256}, r"model\.n_embd / model\.n_heads = 3 is odd"),
+        ({"model__n_kv_heads": 5}, r"n_kv_heads = 5 does not divide model\.n_heads = 12"),
+        (
+            {"model__rope_scaling_factor": 8.0, "model__rope_low_freq_factor": 4.0},
+            r"rope_low_freq_factor = 4\.0 must be less than model\.rope_high_freq_factor = 4\.0",
+        ),
+        ({"optimizer__min_lr": 1.0}, r"min_lr = 1\.0 is greater than optimizer\.max_lr = 0\.0003"),
+        ({"training__training_tokens": 2**19}, r"warmup_iterations = 100 leaves nothing of the 1 "),
+        (
+            {"training__batch_size": 3},
+            r"= 524288 is not a multiple of .* = 3 x 1024 x 1 = 3072; .*: 525312\.",
+        ),
+    ],
+)
+def test_refuses_values_that_contradict(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate(with_options(**options))
+
+
+def test_an_update_must_divide_among_the_devices() -> None:
+    config = with_options(training__tokens_per_update=2**14)
+    validate(config, world_size=4)
+    with pytest.raises(ValueError, match=r"4 x 1024 x 8 = 32768; .*: 32768\."):
+        validate(config, world_size=8)
+
+
+@pytest.mark.parametrize(
+    ("n_embd", "multiple_of", "multiplier", "ffn_hidden"),
+    [
+        (768, 256, 1.0, 2048),
+        (2048, 256, 1.0, 5632),  # 8/3 of it is 5461.3
+        (4096, 1024, 1.3, 14336),
+        (48, 64, 1.0, 128),  # 8/3 of it is 128, a multiple already
+    ],
+)
+def test_feed_forward_width(
+    n_embd: int, multiple_of: int, multiplier: float, ffn_hidden: int
+) -> None:
+    model = ModelConfig(n_embd=n_embd, multiple_of=multiple_of, ffn_multiplier=multiplier)
+    assert model.ffn_hidden == ffn_hidden
+
+
+def test_what_follows_from_the_options() -> None:
+    config = with_options(
+        model__n_embd=64,
+        model__n_heads=4,
+        model__max_seq_len=16,
+        training__batch_size=2,
+        training__tokens_per_update=256,
+        training__training_tokens=1025,
+    )
+    assert config.model.head_dim == 16
+    assert config.model.kv_heads == 4
+    assert with_options(model__n_kv_heads=2).model.kv_heads == 2
+    assert config.sequences_per_update == 16
+    assert [config.accumulation_steps(world_size) for world_size in (1, 2, 8)] == [8, 4, 1]
+    # The last update covers the one token that is left over.
+    assert config.n_updates == 5
+
+
+def test_survives_a_dictionary() -> None:
+    config = with_options(model__n_kv_heads=4, optimizer__schedule="wsd", data__path="somewhere")
+    for wanted in (Config(), config):
+        assert config_from_dict(wanted.to_dict(), source="test") == wanted
+    assert "n_kv_heads" not in Config().to_dict()["model"]

@@ -1,0 +1,184 @@
+import csv
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastllama.logs import MetricsLog, plot_loss, read_rows
+from fastllama.metrics import COLUMNS, Clock, LateScalars, Row, duration, human
+
+HEADER = (
+    "step,tokens,tokens_total,loss,perplexity,lr,grad_norm,tok_per_s,time_s,data_wait_s,"
+    "skipped_steps"
+)
+
+
+def row(step: int, loss: float = 2.0, val_loss: float | None = None) -> Row:
+    return Row(
+        step=step,
+        tokens=1024 * step,
+        tokens_total=10**7 + 1024 * step,
+        loss=loss,
+        perplexity=math.exp(loss),
+        lr=3e-4,
+        grad_norm=0.5,
+        tok_per_s=12345.6,
+        time_s=3723.0,
+        data_wait_s=0.25,
+        skipped_steps=0,
+        progress=0.125,
+        eta_s=59.7,
+        val_loss=val_loss,
+        val_bits_per_byte=None if val_loss is None else val_loss / 4,
+    )
+
+
+def write_rows(run: Path, *rows: Row, last_step: int = 0) -> None:
+    log = MetricsLog(run, last_step, tensorboard=False)
+    for each in rows:
+        log.write(each)
+    log.close()
+
+
+def steps(path: Path) -> list[int]:
+    return [int(each["step"]) for each in read_rows(path)]
+
+
+def test_console_line() -> None:
+    line = row(7).line()
+    assert line == (
+        "step 7   12.5%  loss 2.0000  ppl 7.4  lr 3.00e-04  gnorm 0.50  tok 7,168 of 10.0M  "
+        "12,346 tok/s  1:02:03  eta 1:00  wait 0.25s"
+    )
+
+
+def test_console_line_tells_what_is_rare() -> None:
+    rare = row(7, val_loss=3.0)
+    rare.skipped_steps, rare.mfu_causal, rare.mfu_palm = 2, 0.4, 0.45
+    assert rare.line().startswith(row(7).line())
+    assert rare.line().endswith(
+        "mfu 40.0% causal 45.0% palm  skipped 2  val 3.0000 (0.750 bits/byte)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (9_216, "9,216"),
+        (102_400, "102.4k"),
+        (1_000_000, "1.0M"),
+        (1_300_000_000, "1.3B"),
+        (15 * 10**12, "15.0T"),
+    ],
+)
+def test_human(count: int, text: str) -> None:
+    assert human(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.7, "1:00"), (123, "2:03"), (3599.6, "1:00:00"), (90061, "25:01:01")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_clock_leaves_side_jobs_out_even_when_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock = Clock()
+    now = 110.0
+    with clock.side_job():
+        now = 115.0
+    with pytest.raises(OSError, match="disk"), clock.side_job():
+        now = 116.0
+        raise OSError("disk")
+    now = 120.0
+    assert (clock.wall(), clock.training()) == (20.0, 14.0)
+
+
+def test_late_scalars_are_the_last_sent() -> None:
+    late = LateScalars()
+    late.send(torch.tensor([1.0, 2.0]))
+    late.send(torch.tensor([3.0, 4.5]))
+    assert late.receive() == [3.0, 4.5]
+
+
+def test_the_first_columns_are_promised_to_other_tools(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    header = (tmp_path / "metrics.csv").read_text()
+    assert header.startswith(HEADER)
+    assert header == ",".join(COLUMNS) + "\n"
+
+
+def test_rows_are_appended_to_both_files(tmp_path: Path) -> None:
+    write_rows(tmp_path, row(1))
+    write_rows(tmp_path, row(2, val_loss=3.0), last_step=1)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["step"], first["val_loss"]) == ("1", "")
+    assert (second["step"], second["val_loss"]) == ("2", "3.0")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [list(line) for line in lines] == [COLUMNS, COLUMNS]
+    assert [line["val_loss"] for line in lines] == [None, 3.0]
+    assert read_rows(tmp_path / "metrics.csv")[0]["perplexity"] == math.exp(2.0)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_what_json_lacks_is_null(tmp_path: Path, loss: float) -> None:
+    bad = row(1)
+    bad.loss = loss
+    write_rows(tmp_path, bad)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+    assert read_rows(tmp_path / "metrics.csv")[0]["loss"] == pytest.approx(loss, nan_ok=True)
+
+
+def test_resuming_moves_the_rows_to_be_done_again(tmp_path: Path) -> None:
+    write_rows(tmp_path, *(row(step) for step in range(1, 6)))
+    (tmp_path / "samples.jsonl").write_text('{"step": 0}\n{"step": 4}\n')
+    write_rows(tmp_path, row(4), last_step=3)
+    assert steps(tmp_path / "metrics.csv") == [1, 2, 3, 4]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    moved = (tmp_path / "superseded-metrics.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in moved] == ["4", "5"]
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 0}\n'
+    assert (tmp_path / "superseded-samples.jsonl").read_text() == '{"step": 4}\n'
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "metrics.jsonl"])
+def test_a_half_written_line_is_moved_aside(tmp_path: Path, name: str) -> None:
+    write_rows(tmp_path, row(1), row(2))
+    path = tmp_path / name
+    whole = path.read_text()
+    half = whole.splitlines()[-1][:15]
+    with open(path, "a") as file:
+        # Cut in its loss: what is left still reads as a row, of an update that is done.
+        file.write(half)
+    write_rows(tmp_path, last_step=2)
+    assert path.read_text() == whole
+    assert (tmp_path / f"superseded-{name}").read_text() == half + "\n"
+
+
+def test_nothing_is_superseded_without_need(tmp_path: Path) -> None:
+    write_rows(tmp_path, row(1), row(2))
+    write_rows(tmp_path, last_step=2)
+    assert list(tmp_path.glob("superseded-*")) == []
+
+
+def test_tensorboard_is_an_option(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, last_step=0, tensorboard=True)
+    log.write(row(1))
+    log.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"tok_per_s" in events.read_bytes()
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 3])
+def test_plot_is_a_png(tmp_path: Path, n_rows: int) -> None:
+    write_rows(tmp_path, *(row(step, val_loss=2.5) for step in range(1, n_rows + 1)))
+    plot_loss(tmp_path / "metrics.csv", tmp_path / "loss.png", title="run")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")

@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama_kernels.attention import attention_reference
+from tests.compare import DTYPES, assert_operator_as_exact_as, randn
+
+B, K = 2, 8
+# Two ways of packing 9 tokens; the second row has fewer documents, so it is padded with 9.
+CU_SEQLENS = torch.tensor([[0, 2, 3, 9], [0, 5, 9, 9]], dtype=torch.int32)
+
+
+def query_by_query(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The softmax over the keys each query may see, gathered one query at a time."""
+    n_queries, n_heads, n_keys = q.shape[1], q.shape[2], k.shape[1]
+    group = n_heads // k.shape[2]
+    out = torch.empty_like(q)
+    for b in range(len(q)):
+        for t in range(n_queries):
+            position = n_keys - n_queries + t
+            seen = range(position + 1 if causal else n_keys)
+            if cu_seqlens is not None:
+                bounds = cu_seqlens[b].tolist()
+                begin = max(x for x in bounds if x <= position)
+                end = min(x for x in bounds if x > position)
+                seen = range(begin, min(end, seen.stop))
+            for h in range(n_heads):
+                keys, values = (x[b, seen.start : seen.stop, h // group] for x in (k, v))
+                weights = torch.softmax(keys @ q[b, t, h] / math.sqrt(K), dim=0)
+                out[b, t, h] = weights @ values
+    return out
+
+
+def qkv(n_queries: int, n_keys: int, heads: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    shapes = [(n_queries, heads[0]), (n_keys, heads[1]), (n_keys, heads[1])]
+    return [randn(B, *shape, K, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(6, 6), (1, 6), (3, 6)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_is_a_softmax_over_the_visible_keys(
+    dtype: torch.dtype, n_queries: int, n_keys: int, heads: tuple[int, int], causal: bool
+) -> None:
+    def slow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return query_by_query(q, k, v, causal=causal)
+
+    assert_operator_as_exact_as(
+        lambda q, k, v: attention_reference(q, k, v, causal=causal),
+        slow,
+        slow,
+        qkv(n_queries, n_keys, heads, dtype),
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n_queries", [9, 4, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_documents(dtype: torch.dtype, n_queries: int, causal: bool) -> None:
+    def slow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return query_by_query(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS)
+
+    assert_operator_as_exact_as(
+        lambda q, k, v: attention_reference(q, k, v, causal=causal, cu_seqlens_BD=CU_SEQLENS),
+        slow,
+        slow,
+        qkv(n_queries, 9, (4, 2), dtype),
+    )
+
+
+def test_a_lone_token_sees_itself() -> None:
+    q, k, v = qkv(1, 1, (2, 2), torch.float32)
+    assert torch.equal(attention_reference(q, k, v), v)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_token_sees_no_other_document(causal: bool) -> None:
+    q, k, v = qkv(9, 9, (4, 2), torch.float32)
+    before = attention_reference(q, k, v, causal=causal, cu_seqlens_BD=CU_SEQLENS)
+    k[:, 2], v[:, 2] = 100.0, 100.0
+    changed = attention_reference(q, k, v, causal=causal, cu_seqlens_BD=CU_SEQLENS) != before
+    positions = changed.any(dim=(2, 3))
+    # Token 2 is a document of its own in the first sequence; in the second it is in 0 to 4.
+    assert positions[0].nonzero().flatten().tolist() == [2]
+    assert positions[1].nonzero().flatten().tolist() == list(range(2 if causal else 0, 5))
+
+
+def test_a_token_sees_no_later_one() -> None:
+    q, k, v = qkv(6, 6, (2, 2), torch.float32)
+    before = attention_reference(q, k, v)
+    k[:, 4], v[:, 4] = 100.0, 100.0
+    changed = (attention_reference(q, k, v) != before).any(dim=(0, 2, 3))
+    assert changed.tolist() == [False] * 4 + [True] * 2
+
+
+def test_gradients_are_the_slopes() -> None:
+    leaves = [x.requires_grad_() for x in qkv(9, 9, (2, 1), torch.float64)]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: attention_reference(q, k, v, cu_seqlens_BD=CU_SEQLENS), leaves
+    )
