@@ -1,3 +1,4 @@
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -84,26 +85,17 @@ def test_a_batch_in_use_is_not_overwritten(stream: TokenStream, depth: int) -> N
             assert torch.equal(targets, copies[1])
 
 
-class SlowStream(TokenStream):
-    def read(self, index: int, seq_len: int) -> NDArray[np.integer]:
-        time.sleep(0.02)
-        return super().read(index, seq_len)
+def test_errors_of_the_reader_are_raised_where_the_data_is_wanted(
+    stream: TokenStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, read_sequence = itertools.count(), stream.read
 
-
-class BrokenStream(TokenStream):
-    """The disk goes away after the first four reads."""
-
-    reads = 0
-
-    def read(self, index: int, seq_len: int) -> NDArray[np.integer]:
-        self.reads += 1
-        if self.reads > 4:
+    def break_down(index: int, seq_len: int) -> NDArray[np.integer]:
+        if next(reads) >= 4:
             raise OSError("the disk is gone")
-        return super().read(index, seq_len)
+        return read_sequence(index, seq_len)
 
-
-def test_errors_of_the_reader_are_raised_where_the_data_is_wanted(stream: TokenStream) -> None:
-    stream.__class__ = BrokenStream
+    monkeypatch.setattr(stream, "read", break_down)
     with open_loader(stream) as loader:
         # What was read before is still good.
         read(loader, 2)
@@ -111,18 +103,28 @@ def test_errors_of_the_reader_are_raised_where_the_data_is_wanted(stream: TokenS
             loader.next()
 
 
-def test_waiting_is_counted(stream: TokenStream) -> None:
-    stream.__class__ = SlowStream
-    with open_loader(stream, depth=1) as loader:
+@pytest.fixture
+def slow_stream(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> TokenStream:
+    read = stream.read
+
+    def slow(index: int, seq_len: int) -> NDArray[np.integer]:
+        time.sleep(0.02)
+        return read(index, seq_len)
+
+    monkeypatch.setattr(stream, "read", slow)
+    return stream
+
+
+def test_waiting_is_counted(slow_stream: TokenStream) -> None:
+    with open_loader(slow_stream, depth=1) as loader:
         assert loader.wait_seconds == 0
         read(loader, 3)
     # Three batches of two sequences, hardly any of them ready when asked for.
     assert 0.08 < loader.wait_seconds < 5
 
 
-def test_reading_ahead_saves_the_wait(stream: TokenStream) -> None:
-    stream.__class__ = SlowStream
-    with open_loader(stream, depth=4) as loader:
+def test_reading_ahead_saves_the_wait(slow_stream: TokenStream) -> None:
+    with open_loader(slow_stream, depth=4) as loader:
         time.sleep(0.5)
         read(loader, 4)
     # The eight reads took 0.16 s.

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ def test_sequences_cross_shards(
     tmp_path: Path, cuts: tuple[int, ...], seq_len: int, dtype: str
 ) -> None:
     bounds = [0, *cuts, len(TOKENS)]
-    shards = [TOKENS[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    shards = [TOKENS[a:b] for a, b in itertools.pairwise(bounds)]
     stream = make_stream(tmp_path, *shards, dtype=dtype)
     assert stream.n_tokens == len(TOKENS)
     for index in range(stream.n_sequences(seq_len)):

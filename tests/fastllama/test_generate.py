@@ -1,5 +1,4 @@
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -49,6 +48,12 @@ def test_draws_all_of_the_top_k_and_no_other(k: int) -> None:
     assert set(draws(Sampling(top_k=k, temperature=1.0), 500, flat)) == set(likeliest)
 
 
+def test_top_k_keeps_no_more_when_they_are_tied() -> None:
+    # Not rare: bfloat16 logits have 8 bits each.
+    tied = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    assert len(set(draws(Sampling(top_k=2), logits=tied))) == 2
+
+
 def test_top_p_keeps_the_fewest_that_reach_it() -> None:
     logits = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()
     kept = {0.39: {1}, 0.41: {1, 2}, 0.69: {1, 2}, 0.71: {1, 2, 3}, 1.0: {0, 1, 2, 3}}
@@ -83,7 +88,7 @@ def test_the_seed_decides_the_text(model: Llama) -> None:
 
 def test_continues_as_the_model_without_a_cache_would(model: Llama) -> None:
     tokens = [5, 6, 7]
-    generated = list(generate_tokens(model, tokens, Sampling(8, temperature=0), end_token=END))
+    generated = list(generate_tokens(model, tokens, Sampling(8, temperature=0), end_token=-1))
     for token in generated:
         assert token == model(torch.tensor([tokens]))[0, -1].argmax()
         tokens = [*tokens, token]
@@ -105,23 +110,23 @@ def test_stops_at_the_end_of_the_context(model: Llama) -> None:
         next(generate_tokens(model, [5] * 16, sampling, end_token=-1))
 
 
-@pytest.mark.parametrize("text", ["naïve 日本 🦙!", "", "cut \ufffd short\ufffd"])
-@pytest.mark.parametrize("cut", [0, 1, 2])
-def test_pieces_are_whole_characters(
-    monkeypatch: pytest.MonkeyPatch, model: Llama, text: str, cut: int
-) -> None:
+def pieces_of(ids: list[int], model: Llama, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is shown when the model draws these tokens."""
+    monkeypatch.setattr("fastllama.generate.generate_tokens", lambda *_: iter(ids))
+    return [piece for piece in generate_text(model, TOKENIZER, "", Sampling(), END) if piece]
+
+
+def test_pieces_are_whole_characters(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "naïve 日本 🦙!"
+    assert pieces_of(TOKENIZER.encode(text).ids, model, monkeypatch) == list(text)
+
+
+@pytest.mark.parametrize("text", ["日本 🦙", "a broken \ufffd of its own\ufffd"])
+def test_nothing_is_lost_at_a_cut(model: Llama, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     ids = TOKENIZER.encode(text).ids
-    ids = ids[: len(ids) - cut]
-
-    def script(*_: Any) -> Iterator[int]:
-        return iter(ids)
-
-    monkeypatch.setattr("fastllama.generate.generate_tokens", script)
-    pieces = list(generate_text(model, TOKENIZER, "", Sampling(), END))
-    assert "".join(pieces) == TOKENIZER.decode(ids, skip_special_tokens=False)
-    # Only the last may end inside a character; a text may also have held U+FFFD itself.
-    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces[:-1])
-    assert max(map(len, pieces[:-1]), default=0) <= (2 if "\ufffd" in text else 1) + len("short")
+    for end in range(len(ids) + 1):
+        shown = "".join(pieces_of(ids[:end], model, monkeypatch))
+        assert shown == TOKENIZER.decode(ids[:end], skip_special_tokens=False)
 
 
 def test_an_empty_prompt_begins_with_an_end_token(model: Llama) -> None:
@@ -144,7 +149,7 @@ def test_an_empty_prompt_begins_with_an_end_token(model: Llama) -> None:
         ("top_p", float("nan"), "--top-p must be greater than 0 and at most 1, not nan"),
     ],
 )
-def test_refuses_what_no_text_can_be_drawn_with(name: str, value: float, message: str) -> None:
+def test_refuses_what_no_text_can_be_drawn_with(name: str, value: Any, message: str) -> None:
     Sampling().validate()
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(Sampling(), **{name: value}).validate()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastllama.config import ModelConfig, OptimizerConfig, load_recipe
 from fastllama.model import KVCache, Llama
@@ -50,10 +50,15 @@ def random_tokens(config: ModelConfig, *shape: int) -> Tensor:
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
 
+def gradients_by_name(model: nn.Module, output: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(output, parameters, upstream), strict=True))
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_agrees_with_the_reference_model(config: ModelConfig) -> None:
     model, reference = build(config), ReferenceLlama(config).double()
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     with torch.no_grad():
         for seed, (name, parameter) in enumerate(parameters.items()):
             # All ones would hide a norm taken for another.
@@ -68,14 +73,15 @@ def test_agrees_with_the_reference_model(config: ModelConfig) -> None:
     torch.testing.assert_close(loss, reference.loss(tokens, targets), rtol=0, atol=1e-10)
 
     upstream = randn(*logits.shape, seed=0)
-    logits.backward(upstream)
-    wanted.backward(upstream)
-    own = dict(reference.named_parameters())
-    packed_names = reference.packed_names()
-    assert packed_names.keys() == parameters.keys()
-    for packed, apart in packed_names.items():
-        gradient = torch.cat([own[name].grad for name in apart])
-        torch.testing.assert_close(parameters[packed].grad, gradient, rtol=1e-10, atol=1e-10)
+    gradients = gradients_by_name(model, logits, upstream)
+    apart = gradients_by_name(reference, wanted, upstream)
+    packed = {
+        name: torch.cat([apart[part] for part in parts])
+        for name, parts in reference.packed_names().items()
+    }
+    assert gradients.keys() == packed.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, packed[name], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -44,7 +44,7 @@ def test_falls_to_the_minimum_at_the_last_update(schedule: Schedule) -> None:
 def test_shapes_of_the_decay() -> None:
     # A quarter, half and three quarters of the way from update 10 to update 90.
     at = [30, 50, 70]
-    shares = {
+    shares: dict[Schedule, list[float]] = {
         "cosine": [(1 + math.cos(math.pi * x)) / 2 for x in (0.25, 0.5, 0.75)],
         "linear": [0.75, 0.5, 0.25],
         "constant": [1.0, 1.0, 1.0],

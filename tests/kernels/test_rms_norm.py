@@ -44,7 +44,9 @@ def test_with_residual_returns_the_sum_too(dtype: torch.dtype) -> None:
 def test_gradients_are_the_slopes() -> None:
     inputs = [randn(2, 6, seed=0), randn(2, 6, seed=1), randn(6, seed=2)]
     leaves = [x.requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(lambda *args: add_rms_norm_reference(*args, 1e-2), leaves)
+    assert torch.autograd.gradcheck(
+        lambda x, residual, weight: add_rms_norm_reference(x, residual, weight, 1e-2), leaves
+    )
 
 
 def test_zeros_stay_zero() -> None:
