@@ -1,4 +1,4 @@
-"""The quickstart model as a plain PyTorch script of 60 lines: what the trainer is timed against."""
+"""The quickstart model as a plain PyTorch script: what the trainer is timed against."""
 
 import sys
 import time
@@ -25,8 +25,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         heads = self.qkv(self.n1(x)).view(*x.shape[:2], 3, H, D // H).permute(2, 0, 3, 1, 4)
-        q, k, v = rope(heads[0], cos, sin), rope(heads[1], cos, sin), heads[2]
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        q, k = rope(heads[0], cos, sin), rope(heads[1], cos, sin)
+        a = F.scaled_dot_product_attention(q, k, heads[2], is_causal=True).transpose(1, 2)
         x = x + self.out(a.flatten(2))
         gate, up = self.w13(self.n2(x)).chunk(2, dim=-1)
         return x + self.w2(F.silu(gate) * up)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from fastllama.atomic import fsync_folder, write_atomic
 
@@ -73,7 +74,14 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
+    try:
+        dcp.save(
+            tensors, storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        )
+    except CheckpointException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = next(iter(error.failures.values()))[0]
+        raise OSError(f"The checkpoint {final} could not be written: {reason}") from None
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, _describe(aside, f"shard-{dist.get_rank() + 1:05d}-*"))
     if is_main:

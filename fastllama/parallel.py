@@ -1,10 +1,11 @@
 """Processes, devices, and the model sharded over them; one process is the same case."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fastllama.config import Config
 from fastllama.model import Llama
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,19 @@ class World:
     def is_main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
+
+    def from_main(self, compute: Callable[[], Result]) -> Result:
+        """What the main process computes, on every process; a ValueError it raises as well."""
+        outcome: list[Any] = [None]
+        if self.is_main:
+            try:
+                outcome = [compute()]
+            except ValueError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], ValueError):
+            raise outcome[0]
+        return cast(Result, outcome[0])
 
     def mean(self, value: Tensor) -> Tensor:
         """Average a small tensor over the processes, in place, without a host wait."""

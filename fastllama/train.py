@@ -1,6 +1,8 @@
 """Training: what one update does, and the loop around it."""
 
 import dataclasses
+import os
+import shutil
 import signal
 import zlib
 from collections.abc import Iterator
@@ -98,22 +100,23 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
     validate(config, world_size())
     dataset = open_dataset(config)
     choose_device(config.training.device)
+    if config.training.compile:
+        refuse_missing_compiler()
     if run.exists and not resume:
         refuse_other_options(run, config)
-    checkpoint, progress = find_start(run, run_identity(config, dataset), console)
-    if progress.step >= config.n_updates:
-        console.print(f"{run.path} has done all of its {config.n_updates} updates.")
-        return True
+    identity = run_identity(config, dataset)
     with distributed(config) as world:
+        checkpoint, progress = world.from_main(lambda: find_start(run, identity, console))
+        if progress.step >= config.n_updates:
+            console.print(f"{run.path} has done all of its {config.n_updates} updates.")
+            return True
         if world.is_main:
             run.create(config, dataset.folder / "tokenizer.json")
             announce(config, dataset, world, run, progress, console)
         dist.barrier()
         state = build_state(config, world, progress, checkpoint)
         recorder = Recorder(config, run, progress, world, console)
-        jobs = SideJobs(
-            state, config, run, dataset, world, console, recorder, run_identity(config, dataset)
-        )
+        jobs = SideJobs(state, config, run, dataset, world, console, recorder, identity)
         with stop_signals(console) as stop, open_loader(state, config, dataset, world) as loader:
             return run_updates(state, loader, stop, config, world, recorder, jobs)
 
@@ -187,6 +190,16 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
         "data.fingerprint": dataset.manifest.fingerprint(),
         "data.end_token_id": dataset.manifest.end_token_id,
     }
+
+
+def refuse_missing_compiler() -> None:
+    """Raise ValueError if torch.compile would not find the compiler it builds with."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"torch.compile needs a C++ compiler, and there is no {compiler}; install one, name it "
+            "in the environment variable CXX, or train with --training.compile false."
+        )
 
 
 def refuse_other_options(run: RunFolder, config: Config) -> None:

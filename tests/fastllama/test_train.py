@@ -163,6 +163,35 @@ def test_bad_updates_in_a_row_end_the_run(workspace: Workspace, tmp_path: Path) 
     assert (run / "checkpoints" / "latest").resolve().name == "step-00000005"
 
 
+def test_full_disk_keeps_the_last_checkpoint(workspace: Workspace, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # From update 7 on no file may exceed 20 kB: enough for the logs, not for the weights.
+    limit = "import resource; step == 7 and resource.setrlimit(resource.RLIMIT_FSIZE, (20000, -1))"
+    done = train_with(limit, 0, workspace.recipe, "--run-dir", run)
+    assert done.returncode == 1
+    (message,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
+    assert "step-00000010 could not be written" in message
+    assert "File too large" in message
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"latest", "step-00000005"}
+    assert train_with("", 5, "--resume", run).returncode == 0
+    assert list(losses(run)) == list(range(1, 11))
+
+
+def test_compile_without_a_compiler_is_refused(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit) as stop:
+        train(workspace.recipe, "--run-dir", tmp_path / "run", "--training.compile", "true")
+    assert stop.value.code == 2
+    assert "no-such-compiler" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_options_do_not_take_over_a_run(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
