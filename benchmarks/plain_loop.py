@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-D, L, H, FF, V, T, BATCH, MICRO = 256, 6, 4, 768, 8192, 256, int(sys.argv[2]), 8
+D, L, H, FF, V, T, BATCH, MICRO = 256, 6, 4, 768, 8192, 256, int(sys.argv[2]), 4
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -308,10 +308,16 @@ def _unknown_key(key: str, group: str | None = None) -> str:
 
 def nearest_key(name: str) -> str:
     """`; did you mean …?` for a misspelt or misplaced option, or nothing when none is near."""
-    field_name = name.rpartition(".")[2]
-    same_field = [key for key in known_keys() if key.rpartition(".")[2] == field_name]
-    near = same_field or difflib.get_close_matches(name, known_keys(), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    groups = typing.get_type_hints(Config)
+    if "." not in name:
+        near = difflib.get_close_matches(name, groups, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
+    group, _, field_name = name.rpartition(".")
+    # Those of the group that was named come first, so that they win among equals.
+    keys = sorted(known_keys(), key=lambda key: not key.startswith(f"{group}."))
+    fields = [key.rpartition(".")[2] for key in keys]
+    near = difflib.get_close_matches(field_name, fields, n=1)
+    return f"; did you mean {keys[fields.index(near[0])]}?" if near else ""
 
 
 def validate(config: Config, world_size: int = 1) -> None:
@@ -349,6 +355,8 @@ _POSITIVE = (
     "model.ffn_multiplier",
     "model.eps",
     "model.theta",
+    "model.rope_low_freq_factor",
+    "model.rope_high_freq_factor",
     "optimizer.max_lr",
     "optimizer.adam_eps",
     "optimizer.grad_clip",

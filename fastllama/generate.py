@@ -51,14 +51,14 @@ def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
     """Draw a token id, a 0-d int64 tensor on the device of `logits` (V,)."""
     if sampling.temperature == 0:
         return logits_V.argmax()
-    logits_V = logits_V.float() / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < len(logits_V):
-        smallest = logits_V.topk(sampling.top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < smallest, float("-inf"))
-    probabilities, ids = logits_V.softmax(dim=-1).sort(descending=True)
-    # A token stays if those before it do not reach top_p yet, so the first always does.
-    outside = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p
-    probabilities = probabilities.masked_fill(outside, 0.0)
+    sorted_logits, ids = logits_V.float().sort(descending=True, stable=True)
+    sorted_logits = sorted_logits[: sampling.top_k]
+    # Relative to the largest, so that no temperature overflows.
+    probabilities = ((sorted_logits - sorted_logits[0]) / sampling.temperature).softmax(dim=-1)
+    if sampling.top_p < 1:
+        # A token stays if those before it do not reach top_p yet, so the first always does.
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
     return ids[torch.multinomial(probabilities, 1, generator=generator)[0]]
 
 

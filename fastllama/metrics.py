@@ -77,10 +77,12 @@ COLUMNS = [field.name for field in fields(Row)]
 
 def human(count: int) -> str:
     """A count of tokens in a few characters: 9,216 or 102.4k or 1.3B."""
-    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= 10 * size or (count >= size and letter != "k"):
+    if count < 10_000:
+        return f"{count:,}"
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if round(count / size, 1) >= 1:
             return f"{count / size:.1f}{letter}"
-    return f"{count:,}"
+    return f"{count / 1000:.1f}k"
 
 
 def duration(seconds: float) -> str:

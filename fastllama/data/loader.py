@@ -78,6 +78,7 @@ class BatchLoader:
         slot = self._ready.get()
         self.wait_seconds += time.perf_counter() - start
         if isinstance(slot, Exception):
+            self._ready.put(slot)  # for a caller that asks again
             raise slot
         if slot.copied is not None:
             torch.cuda.current_stream(self._device).wait_event(slot.copied)

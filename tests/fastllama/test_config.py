@@ -15,7 +15,7 @@ from fastllama.config import (
 )
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
-# An update of the quickstart is two micro-batches, for the two CPU cores it is meant for.
+# An update of the quickstart is two micro-batches: it is for two processes at most.
 WORLD_SIZES = {"quickstart": (1, 2)}
 
 # Adding, renaming or removing an option changes what old runs and recipes mean, so it has to be
