@@ -130,16 +130,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    code = 0
     try:
         run_command(args)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except (ValueError, OSError, TrainingFailedError) as error:
         if debug:
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {textwrap.shorten(str(error), width=1000)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, (ValueError, *MISTAKEN_PATHS)) else 1)
+        code = 2 if isinstance(error, (ValueError, *MISTAKEN_PATHS)) else 1
+    # Outside of the except block, whose error would keep the process group and its threads alive
+    # into the interpreter's last moments, where they abort it.
+    if code:
+        sys.exit(code)
 
 
 MISTAKEN_PATHS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)

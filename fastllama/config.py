@@ -308,11 +308,9 @@ def _unknown_key(key: str, group: str | None = None) -> str:
 
 def nearest_key(name: str) -> str:
     """`; did you mean …?` for a misspelt or misplaced option, or nothing when none is near."""
-    groups = typing.get_type_hints(Config)
-    if "." not in name:
-        near = difflib.get_close_matches(name, groups, n=1)
-        return f"; did you mean {near[0]}?" if near else ""
     group, _, field_name = name.rpartition(".")
+    if not group and (near := difflib.get_close_matches(name, typing.get_type_hints(Config), n=1)):
+        return f"; did you mean {near[0]}?"
     # Those of the group that was named come first, so that they win among equals.
     keys = sorted(known_keys(), key=lambda key: not key.startswith(f"{group}."))
     fields = [key.rpartition(".")[2] for key in keys]
