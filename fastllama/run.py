@@ -93,16 +93,18 @@ def resolved_toml(config: Config) -> str:
 
 def environment() -> dict[str, Any]:
     """When, where, with what and how this process was started."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [sys.executable, *sys.argv],
         "fastllama": __version__,
         "git": git_revision(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("torch", "numpy", "tokenizers")},
+        "packages": {name: version(name) for name in ("torch", "triton", "numpy", "tokenizers")},
         "cuda": torch.version.cuda,
-        "devices": devices or [platform.processor() or platform.machine()],
+        "gpus": gpus,
+        "cpu": cpu,
         "threads": torch.get_num_threads(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "hostname": platform.node(),

@@ -73,6 +73,7 @@ class SideJobs:
             return
         sampling = Sampling(max_new_tokens=logging.sample_tokens, seed=self.config.training.seed)
         model = self.state.model
+        self.recorder.flush()
         with self.recorder.side_job(), torch.compiler.set_stance("force_eager"):
             model.eval()
             text = "".join(

@@ -253,6 +253,9 @@ def test_ranks_train_the_same_model(workspace: Workspace, tmp_path: Path) -> Non
         # Gradients of two halves are summed in another order: float32 rounding, amplified by 10
         # updates at a learning rate of 1e-2.
         assert float(two[step]) == pytest.approx(float(loss), rel=1e-5)
+    for row, other in zip(rows(single), rows(double), strict=True):
+        if row["val_loss"]:
+            assert float(other["val_loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-5)
     # Written by two processes, read by one.
     train("--resume", double, "--training.training-tokens", 12 * 256)
     assert list(losses(double)) == list(range(1, 13))
