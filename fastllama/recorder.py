@@ -49,6 +49,8 @@ class Recorder:
         self._first_step = progress.step
         self._pending_step: int | None = None
         self._pending: Row | None = None
+        # When the pending update was known to be done, and what stood at the last logged one.
+        self._stamp, self._stamp_wait = 0.0, 0.0
         self._last_tokens, self._last_training, self._last_wait = 0, 0.0, 0.0
         self._wait_seconds = 0.0
         self._bar = Progress(

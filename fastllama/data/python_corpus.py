@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fastllama.atomic import write_atomic
 
-EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
+# The encodings are tables of character codes: a model of them writes hexadecimal, not Python.
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings"}
 
 
 def read_sources(folder: Path) -> Iterator[tuple[str, str]]:
