@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORPUS := data/python-stdlib
-# A GPU trains a larger model in about the time two CPU cores need for the small one.
+# A larger model where there is a GPU.
 RECIPE ?= configs/quickstart$(if $(shell nvidia-smi -L 2>/dev/null),-gpu).toml
 
 .PHONY: train test lint bench clean

@@ -71,7 +71,8 @@ def save_checkpoint(
     aside = folder / f".{final.name}.partial"
     is_main = dist.get_rank() == 0
     if is_main:
-        shutil.rmtree(aside, ignore_errors=True)
+        for leftover in (*folder.glob(".step-*.partial"), *folder.glob(".step-*.removed")):
+            shutil.rmtree(leftover)
         aside.mkdir(parents=True)
     dist.barrier()
     try:
@@ -80,8 +81,9 @@ def save_checkpoint(
         )
     except CheckpointException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        reason = next(iter(error.failures.values()))[0]
-        raise OSError(f"The checkpoint {final} could not be written: {reason}") from None
+        raise OSError(
+            f"The checkpoint {final} could not be written: {first_failure(error)}"
+        ) from None
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, _describe(aside, f"shard-{dist.get_rank() + 1:05d}-*"))
     if is_main:
@@ -117,9 +119,14 @@ def _point_latest(folder: Path, name: str) -> None:
     os.replace(aside, folder / "latest")
 
 
-def remove_old(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` complete checkpoints, oldest first."""
-    for path in reversed(_complete(folder)[keep_last:]):
+def remove_old(newest: Path, keep_last: int) -> None:
+    """Remove all but `newest`, just saved, and the `keep_last` - 1 before it, oldest first.
+
+    One after it can only be damaged, or the run would have gone on from there: it goes as well.
+    """
+    complete = _complete(newest.parent)
+    kept = [path for path in complete if path.name <= newest.name][:keep_last]
+    for path in reversed([path for path in complete if path not in kept]):
         # Renamed first, so that a half-removed folder never looks complete.
         doomed = path.with_name(f".{path.name}.removed")
         os.replace(path, doomed)
@@ -173,12 +180,24 @@ def read_progress(path: Path, identity: dict[str, Any]) -> Progress:
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors`, whole or sharded in any way, with the values saved under their names."""
+    """Fill `tensors`, whole or sharded in any way, with the values saved under their names.
+
+    Raises:
+        ValueError: the checkpoint lacks one of them, or it cannot be read.
+    """
     with warnings.catch_warnings():
         # One process without a group is the normal case of generation.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(
-            tensors,
-            storage_reader=HuggingFaceStorageReader(str(path)),
-            no_dist=not dist.is_initialized(),
-        )
+        try:
+            dcp.load(
+                tensors,
+                storage_reader=HuggingFaceStorageReader(str(path)),
+                no_dist=not dist.is_initialized(),
+            )
+        except CheckpointException as error:
+            raise ValueError(f"{path} cannot be loaded: {first_failure(error)}") from None
+
+
+def first_failure(error: CheckpointException) -> BaseException:
+    """What went wrong on the first process where something did."""
+    return next(iter(error.failures.values()))[0]

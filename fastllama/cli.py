@@ -28,6 +28,8 @@ Train LLaMA models from scratch.
       learn a byte-level BPE vocabulary from text
   fastllama prepare --input PATH… --tokenizer tokenizer.json --output data/NAME
       encode documents into token shards
+  fastllama data check data/NAME
+      read every shard against its checksum
   fastllama train CONFIG.toml [--run-dir runs/NAME] [--group.field VALUE …]
       train, or go on with a run that was interrupted
   fastllama train --resume runs/NAME [--group.field VALUE …]
@@ -84,6 +86,14 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
+class DataCheckOptions:
+    """Read every shard of a data folder: checksums, sizes, types, token ids."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder written by fastllama prepare."""
+
+
+@dataclass(frozen=True)
 class TrainOptions:
     """Train the model of a recipe, or go on with a run.
 
@@ -129,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failed, 2 a mistake in what was asked for."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"]
+    args = [part for arg in args if arg != "--debug" for part in split_option(arg)]
     code = 0
     try:
         run_command(args)
@@ -138,13 +148,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, TrainingFailedError) as error:
         if debug:
             raise
-        if os.environ.get("RANK", "0") == "0":
+        # A mistake is the same everywhere, so one process a node tells it; a failure may not be.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ValueError):
             print(f"error: {textwrap.shorten(str(error), width=1000)}", file=sys.stderr)
         code = 2 if isinstance(error, (ValueError, *MISTAKEN_PATHS)) else 1
     # Outside of the except block, whose error would keep the process group and its threads alive
     # into the interpreter's last moments, where they abort it.
     if code:
         sys.exit(code)
+
+
+def split_option(arg: str) -> list[str]:
+    """`--name=value` as two arguments; a value that looks like an option stays attached."""
+    name, equals, value = arg.partition("=")
+    return [name, value] if arg.startswith("--") and equals and value[:1] != "-" else [arg]
 
 
 MISTAKEN_PATHS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -162,6 +179,8 @@ def run_command(args: list[str]) -> None:
         print(f"fastllama {__version__}")
     elif args[:2] == ["tokenizer", "train"]:
         tokenizer_train(parse(TokenizerTrainOptions, args[2:], "fastllama tokenizer train"))
+    elif args[:2] == ["data", "check"]:
+        data_check(parse(DataCheckOptions, args[2:], "fastllama data check"))
     elif args[0] in COMMANDS:
         COMMANDS[args[0]](args[1:])
     else:
@@ -259,6 +278,16 @@ def prepare(args: list[str]) -> None:
     print(f"next: fastllama train CONFIG.toml --data.path {options.output}")
 
 
+def data_check(options: DataCheckOptions) -> None:
+    """`fastllama data check`."""
+    from fastllama.data.manifest import Manifest
+
+    manifest = Manifest.load(options.folder)
+    manifest.check_contents(options.folder)
+    tokens = sum(split.tokens for split in manifest.splits.values())
+    print(f"{options.folder}: {tokens:,} tokens, as they were written")
+
+
 def train(args: list[str]) -> None:
     """`fastllama train`."""
     options, run_path = parse_train(args)
@@ -276,7 +305,12 @@ def train(args: list[str]) -> None:
         options.config, RunFolder(run_path), console, resume=options.resume is not None
     )
     if not finished:
-        console.print(f"Stopped and saved. Go on with: fastllama train --resume {run_path}")
+        console.print(
+            f"Stopped and saved. Go on with: fastllama train --resume {run_path}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
         return
     lines = (
         f"run     {run_path}",

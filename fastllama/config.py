@@ -415,7 +415,7 @@ def _validate_model(model: ModelConfig) -> None:
 
 def _validate_optimizer(config: Config) -> None:
     optimizer = config.optimizer
-    if optimizer.min_lr > optimizer.max_lr:
+    if optimizer.schedule != "constant" and optimizer.min_lr > optimizer.max_lr:
         raise ValueError(
             f"optimizer.min_lr = {optimizer.min_lr} is greater than optimizer.max_lr = "
             f"{optimizer.max_lr}; swap them or lower min_lr."

@@ -6,6 +6,8 @@ only the half below the diagonal. Both count the output projection, not the embe
 no recomputation.
 """
 
+import re
+
 from fastllama.config import ModelConfig
 
 # Dense bf16 FLOP/s without sparsity, from the makers' data sheets, by a part of the name
@@ -51,4 +53,8 @@ def flops_per_token(model: ModelConfig, *, causal: bool) -> float:
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device by its name, or None where it is not known."""
-    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_name), None)
+    for name, peak in PEAK_BF16_FLOPS.items():
+        # Whole words: a GB200 is no B200, an RTX 4090 Laptop or 4090 D no RTX 4090.
+        if re.search(rf"\b{name}\b(?! (Ti|SUPER|D|Laptop))", device_name):
+            return peak
+    return None

@@ -1,7 +1,7 @@
 """Text from a model: one token at a time over a key/value cache."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +64,15 @@ def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
 
 @torch.no_grad()
 def generate_tokens(
-    model: Llama, prompt: list[int], sampling: Sampling, end_token: int
+    model: Llama,
+    prompt: list[int],
+    sampling: Sampling,
+    end_token: int,
+    agree: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> Iterator[int]:
     """Continue `prompt`, at least one token id, until the end token, the limit or the context.
+
+    `agree` makes the token drawn by one process that of all which run a sharded model together.
 
     Raises:
         ValueError: the prompt fills the whole context.
@@ -83,7 +89,7 @@ def generate_tokens(
     tokens = prompt
     for _ in range(min(sampling.max_new_tokens, room)):
         logits_BTV = model(torch.tensor([tokens], device=device), cache=cache)
-        token = int(sample_token(logits_BTV[0, -1], sampling, generator))
+        token = int(agree(sample_token(logits_BTV[0, -1], sampling, generator)))
         if token == end_token:
             return
         yield token
@@ -91,7 +97,12 @@ def generate_tokens(
 
 
 def generate_text(
-    model: Llama, tokenizer: Tokenizer, prompt: str, sampling: Sampling, end_token: int
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    end_token: int,
+    agree: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> Iterator[str]:
     """Pieces of text that follow `prompt`, as soon as they are whole characters.
 
@@ -100,7 +111,7 @@ def generate_text(
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     new: list[int] = []
     shown = ""
-    for token in generate_tokens(model, ids or [end_token], sampling, end_token):
+    for token in generate_tokens(model, ids or [end_token], sampling, end_token, agree):
         new.append(token)
         text = tokenizer.decode(new, skip_special_tokens=False)
         # A token may end inside a character; the decoder then gives U+FFFD until the rest comes.
@@ -126,8 +137,10 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
     Raises:
         ValueError: no run or checkpoint is there, or the checkpoint is damaged.
     """
-    is_checkpoint = path.resolve().parent.name == "checkpoints"
-    run = RunFolder(path.resolve().parents[1] if is_checkpoint else path)
+    run = RunFolder(path)
+    is_checkpoint = not run.exists and RunFolder(path.resolve().parents[1]).exists
+    if is_checkpoint:
+        run = RunFolder(path.resolve().parents[1])
     config = run.load_config()
     checkpoint: Path | None
     if is_checkpoint:
@@ -142,13 +155,14 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
         raise ValueError(f"{path} has no complete checkpoint yet; train on, or wait for the first.")
     with torch.device("meta"):
         model = Llama(config.model, REFERENCE)
-    model.to_empty(device=device)
-    model.init_rope()
-    load_tensors(checkpoint, model_tensors(model))
     if device.type == "cuda":
         # Parameters only: the rotary tables stay float32.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, config.training.dtype))
+    model.to_empty(device=device)
+    model.tie_weights()
+    model.init_rope()
+    load_tensors(checkpoint, model_tensors(model))
     identity = json.loads((checkpoint / "progress.json").read_text())["identity"]
     end_token = identity["data.end_token_id"]
     return LoadedRun(model.eval(), load_tokenizer(run.tokenizer), end_token)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ class MetricsLog:
         """
         self._csv, self._jsonl = run / "metrics.csv", run / "metrics.jsonl"
         keep_rows_until(self._csv, last_step, lambda line: int(line.split(",")[0]), header=True)
-        for log in (self._jsonl, run / "samples.jsonl"):
-            keep_rows_until(log, last_step, lambda line: int(json.loads(line)["step"]))
+        # A run that starts again at 0 samples before its first update again.
+        for log, last in ((self._jsonl, last_step), (run / "samples.jsonl", last_step or -1)):
+            keep_rows_until(log, last, lambda line: int(json.loads(line)["step"]))
         if not self._csv.exists():
             write_atomic(self._csv, ",".join(COLUMNS) + "\n")
         self._writer = None
@@ -50,6 +52,13 @@ class MetricsLog:
             for name, value in values.items():
                 if value is not None and name not in ("step", "progress", "eta_s"):
                     self._writer.add_scalar(name, value, row.step)
+
+    def sync(self) -> None:
+        """Make the rows durable, so that no checkpoint outlives the rows before it."""
+        for path in (self._csv, self._jsonl):
+            if path.exists():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
 
     def close(self) -> None:
         """Flush what TensorBoard buffers."""

@@ -137,8 +137,7 @@ class Llama(nn.Module):
         )
         self.norm = RMSNorm(config, operators)
         self.output = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tied_embeddings:
-            self.output.weight = self.embedding.weight
+        self.tie_weights()
         table = torch.empty(config.max_seq_len, config.head_dim // 2, dtype=torch.float32)
         self.register_buffer("cos_SK", table, persistent=False)
         self.register_buffer("sin_SK", torch.empty_like(table), persistent=False)
@@ -166,6 +165,14 @@ class Llama(nn.Module):
         if targets_BT is None:
             return F.linear(x_BTD, self.output.weight)
         return self.operators.linear_cross_entropy(x_BTD, self.output.weight, targets_BT)
+
+    def tie_weights(self) -> None:
+        """Make the output projection the embedding, where the configuration says so.
+
+        Needed again after `to_empty`, which gives each of the two names memory of its own.
+        """
+        if self.config.tied_embeddings:
+            self.output.weight = self.embedding.weight
 
     def init_rope(self) -> None:
         """Fill the rotary tables (max_seq_len, K/2), computed in float64, kept in float32."""

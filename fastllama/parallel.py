@@ -1,5 +1,6 @@
 """Processes, devices, and the model sharded over them; one process is the same case."""
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,12 @@ class World:
             raise outcome[0]
         return cast(Result, outcome[0])
 
+    def agree(self, value: Tensor) -> Tensor:
+        """The main process's value of a tensor, on every process."""
+        if self.size > 1:
+            dist.broadcast(value, src=0)
+        return value
+
     def mean(self, value: Tensor) -> Tensor:
         """Average a small tensor over the processes, in place, without a host wait."""
         if self.size > 1:
@@ -73,13 +80,13 @@ def choose_device(kind: str) -> torch.device:
         raise ValueError(
             "The device cuda was asked for, but PyTorch sees none here; use auto or cpu."
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus:
         raise ValueError(
-            f"Process {local_rank} of this node has no GPU of its own, since there are "
-            f"{torch.cuda.device_count()}; lower --nproc-per-node."
+            f"{processes} processes were started on a node with {gpus} GPUs, and each needs one; "
+            "lower --nproc-per-node."
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextmanager
@@ -88,6 +95,8 @@ def distributed(config: Config) -> Iterator[World]:
     device = choose_device(config.training.device)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     on_cuda = device.type == "cuda"
+    if not on_cuda:
+        keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     device_id = device if on_cuda else None
     if on_cuda:
@@ -112,6 +121,19 @@ def distributed(config: Config) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep freed buffers instead of handing them back to the kernel.
+
+    Every update frees and allocates the same large buffers; mapped anew each time, their pages
+    are faulted in and zeroed again. Other C libraries have no such switch and are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max, never = -1, -4, 2**31 - 1
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, never)
+
+
 def shard_model(model: Llama, config: Config, world: World) -> None:
     """Shard a meta-device model block by block and allocate this process's part.
 
@@ -126,7 +148,8 @@ def shard_model(model: Llama, config: Config, world: World) -> None:
     reshard = config.parallel.reshard_after_forward
     for block in model.blocks:
         fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # The root's own weights, embedding and output, are the first that the backward needs again.
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=world.device)
 
 

@@ -105,6 +105,12 @@ class Recorder:
             self._log.write(row)
         self._console.print(row.line(), highlight=False, soft_wrap=True)
 
+    def sync(self) -> None:
+        """Write the row of the last update and make all rows durable."""
+        self.flush()
+        if self._log is not None:
+            self._log.sync()
+
     def _receive(self) -> None:
         if self._pending_step is None:
             return

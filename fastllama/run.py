@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -75,8 +74,7 @@ class RunFolder:
     def create(self, config: Config, tokenizer: Path) -> None:
         """Make the folder, or refresh the configuration of a run that goes on."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not self.tokenizer.exists():
-            shutil.copyfile(tokenizer, self.tokenizer)
+        write_atomic(self.tokenizer, tokenizer.read_bytes())
         self._record_session()
         write_atomic(self.config, resolved_toml(config))
 

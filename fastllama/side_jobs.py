@@ -83,6 +83,7 @@ class SideJobs:
                     logging.sample_prompt,
                     sampling,
                     self.dataset.manifest.end_token_id,
+                    self.world.agree,
                 )
             )
             model.train()
@@ -99,13 +100,13 @@ class SideJobs:
         """Write a checkpoint and the plot, unless this update is saved already."""
         if self.saved_step == self.state.progress.step:
             return
-        self.recorder.flush()
+        self.recorder.sync()
         with self.recorder.side_job():
             path = save_checkpoint(
                 self.run.checkpoints, self.state.tensors(), self.state.progress, self.identity
             )
             if self.world.is_main:
-                remove_old(self.run.checkpoints, self.config.checkpoint.keep_last)
+                remove_old(path, self.config.checkpoint.keep_last)
                 plot_loss(self.run.metrics_csv, self.run.loss_plot, title=self.run.path.name)
         self.saved_step = self.state.progress.step
-        self.console.print(f"saved {path}", highlight=False, soft_wrap=True)
+        self.console.print(f"saved {path}", highlight=False, soft_wrap=True, markup=False)

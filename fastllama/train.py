@@ -6,22 +6,23 @@ import shutil
 import signal
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from fastllama.atomic import locked
 from fastllama.checkpoint import Progress, load_tensors, newest_checkpoint, read_progress
 from fastllama.config import Config, validate
 from fastllama.data.dataset import Dataset, open_dataset
 from fastllama.data.loader import BatchLoader
+from fastllama.errors import TrainingFailedError
 from fastllama.estimate import n_parameters
 from fastllama.model import Llama
 from fastllama.optimizer import build_optimizer, update
@@ -99,26 +100,37 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
     """
     validate(config, world_size())
     dataset = open_dataset(config)
-    choose_device(config.training.device)
-    if config.training.compile:
+    device = choose_device(config.training.device)
+    if config.training.compile and device.type == "cpu":
         refuse_missing_compiler()
     if run.exists and not resume:
         refuse_other_options(run, config)
     identity = run_identity(config, dataset)
-    with distributed(config) as world:
+    with ExitStack() as held, distributed(config) as world:
         checkpoint, progress = world.from_main(lambda: find_start(run, identity, console))
         if progress.step >= config.n_updates:
-            console.print(f"{run.path} has done all of its {config.n_updates} updates.")
+            done = f"{run.path} has done all of its {config.n_updates} updates."
+            console.print(done, highlight=False, soft_wrap=True, markup=False)
             return True
-        if world.is_main:
+
+        def claim() -> None:
+            run.path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(run.path))
             run.create(config, dataset.folder / "tokenizer.json")
             announce(config, dataset, world, run, progress, console)
-        dist.barrier()
+
+        world.from_main(claim)
         state = build_state(config, world, progress, checkpoint)
         recorder = Recorder(config, run, progress, world, console)
         jobs = SideJobs(state, config, run, dataset, world, console, recorder, identity)
-        with stop_signals(console) as stop, open_loader(state, config, dataset, world) as loader:
-            return run_updates(state, loader, stop, config, world, recorder, jobs)
+        with stop_signals() as stop, open_loader(state, config, dataset, world) as loader:
+            try:
+                return run_updates(state, loader, stop, config, world, recorder, jobs)
+            except torch.OutOfMemoryError as error:
+                raise TrainingFailedError(
+                    f"Out of memory in update {progress.step + 1} ({error}); lower "
+                    "training.batch_size or set parallel.reshard_after_forward."
+                ) from None
 
 
 def run_updates(
@@ -187,13 +199,14 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
     return {
         **model,
         "training.seed": config.training.seed,
+        "training.tokens_per_update": config.training.tokens_per_update,
         "data.fingerprint": dataset.manifest.fingerprint(),
         "data.end_token_id": dataset.manifest.end_token_id,
     }
 
 
 def refuse_missing_compiler() -> None:
-    """Raise ValueError if torch.compile would not find the compiler it builds with."""
+    """Raise ValueError if torch.compile would not find the compiler it builds with on a CPU."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ValueError(
@@ -221,24 +234,24 @@ def find_start(
     """The newest whole checkpoint of the run, if any, and the progress to go on from."""
     checkpoint, damage = newest_checkpoint(run.checkpoints)
     for wrong in damage:
-        console.print(f"Passing over a damaged checkpoint: {wrong}.", highlight=False)
+        message = f"Passing over a damaged checkpoint: {wrong}."
+        console.print(message, highlight=False, soft_wrap=True, markup=False)
     if checkpoint is None:
         return None, Progress()
     return checkpoint, read_progress(checkpoint, identity)
 
 
 @contextmanager
-def stop_signals(console: Console) -> Iterator[StopSignal]:
+def stop_signals() -> Iterator[StopSignal]:
     """Turn the first SIGINT or SIGTERM into a request; the second acts as it would have."""
     stop = StopSignal()
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.requested = True
         signal.signal(number, previous[signal.Signals(number)])
-        console.print(
-            f"{signal.Signals(number).name}: finishing the update, then saving; "
-            "once more stops at once."
-        )
+        # Not print: the signal may have come in the middle of one.
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: finishing the update, then saving; again to stop now\n".encode())
 
     previous = {
         number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)

@@ -58,6 +58,12 @@ def open_dataset(config: Config) -> Dataset:
             f"model.max_seq_len = {config.model.max_seq_len} is longer than the data, "
             f"{train.n_tokens} tokens in {folder}; prepare more text or shorten the sequences."
         )
+    prompt = config.logging.sample_prompt
+    if len(tokenizer.encode(prompt).ids) >= config.model.max_seq_len:
+        raise ValueError(
+            f"logging.sample_prompt fills the {config.model.max_seq_len} tokens of a sequence and "
+            "leaves nothing to write; shorten it."
+        )
     validation = None
     if "validation" in manifest.splits:
         stream = TokenStream(folder, manifest, "validation")

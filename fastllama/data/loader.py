@@ -3,8 +3,9 @@
 A background thread fills a ring of pinned host buffers and, on CUDA, copies each to its device
 buffer on a stream of its own. Events order the three: a copy waits until the batch before it in
 the same slot has been used, the training stream waits for the copy, and a host buffer is refilled
-only after its copy has ended. The training thread never waits for a transfer, only for data that
-is not there yet, and that time is counted.
+only after its copy has ended. The training thread waits when the ring is empty: because the reader
+is slow, and that time is counted, or because the device is still busy with the micro-batches it was
+handed, and then nothing is lost.
 """
 
 import queue
@@ -73,10 +74,11 @@ class BatchLoader:
         Raises:
             OSError: the shards could no longer be read.
         """
-        self._release()
+        used = self._release()
         start = time.perf_counter()
         slot = self._ready.get()
-        self.wait_seconds += time.perf_counter() - start
+        if used is None or used.query():
+            self.wait_seconds += time.perf_counter() - start
         if isinstance(slot, Exception):
             self._ready.put(slot)  # for a caller that asks again
             raise slot
@@ -85,17 +87,24 @@ class BatchLoader:
         self._current = slot
         return slot.device[0], slot.device[1]
 
-    def _release(self) -> None:
+    def _release(self) -> torch.cuda.Event | None:
+        """Give the last batch's slot back; on CUDA, return the event of its last use."""
         if self._current is None:
-            return
-        if self._current.used is not None:
-            self._current.used.record(torch.cuda.current_stream(self._device))
+            return None
+        used = self._current.used
+        if used is not None:
+            used.record(torch.cuda.current_stream(self._device))
         self._free.put(self._current)
         self._current = None
+        return used
 
     def _read_ahead(self) -> None:
         try:
-            side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+            side = None
+            if self._device.type == "cuda":
+                # A new thread starts on GPU 0 and would make a context there.
+                torch.cuda.set_device(self._device)
+                side = torch.cuda.Stream(self._device)
             first = self._first
             while (slot := self._free.get()) is not None:
                 if slot.copied is not None:

@@ -6,14 +6,12 @@ What a shard holds beyond the recorded progress is cut off before the work goes 
 result is the same, byte for byte, however often it was interrupted.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -25,7 +23,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from tokenizers import Tokenizer
 
-from fastllama.atomic import write_atomic
+from fastllama.atomic import locked, write_atomic
 from fastllama.data.documents import (
     START,
     Document,
@@ -163,7 +161,7 @@ def prepare(
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
+    with locked(output):
         try:
             return _prepare_folder(output, job, strict, console)
         except BaseException:
@@ -376,19 +374,3 @@ def _progress_bar(console: Console) -> ProgressBar:
         disable=not console.is_terminal,
         transient=True,
     )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second process from writing into `folder`; the lock ends with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is preparing {folder}: wait until it ends, or stop it"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)

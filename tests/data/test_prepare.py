@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 import fastllama.data.prepare as module
+from fastllama.atomic import locked
 from fastllama.data.documents import Document, find_files, read_documents
 from fastllama.data.manifest import Manifest
 from fastllama.data.prepare import prepare
@@ -345,8 +346,8 @@ def test_two_processes_cannot_write_one_folder(source: Path, tmp_path: Path) -> 
     output = tmp_path / "data"
     output.mkdir()
     with (
-        module._locked(output),
-        pytest.raises(ValueError, match="another process is preparing"),
+        locked(output),
+        pytest.raises(ValueError, match="another process is writing into"),
     ):
         run(source, output)
     assert content(output) == {}

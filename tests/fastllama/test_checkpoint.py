@@ -63,9 +63,35 @@ def test_missing_or_unfinished_checkpoints_do_not_count(run: Path) -> None:
 
 def test_remove_old_keeps_the_newest(run: Path) -> None:
     checkpoints = run / "checkpoints"
-    remove_old(checkpoints, keep_last=1)
+    remove_old(checkpoints / "step-00000010", keep_last=1)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000010"]
     assert find_damage(checkpoints / "latest") is None
+
+
+def test_a_damaged_newer_checkpoint_does_not_outlive_a_good_one(run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    (checkpoints / "step-00000010" / "manifest.json").unlink()
+    remove_old(checkpoints / "step-00000005", keep_last=1)
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000005"]
+
+
+def test_leftovers_of_a_killed_process_go_with_the_next_checkpoint(run: Path) -> None:
+    for name in (".step-00000007.partial", ".step-00000001.removed"):
+        (run / "checkpoints" / name).mkdir()
+    main(["train", "--resume", str(run), "--training.training-tokens", str(11 * 256)])
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["latest", "step-00000005", "step-00000010", "step-00000011"]
+
+
+def test_tied_embeddings_are_saved_once_and_generate(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "checkpoints" / "tied"
+    options = ["--model.tied-embeddings", "true"]
+    main(["train", str(workspace.recipe), "--run-dir", str(run), *options])
+    capsys.readouterr()
+    main(["generate", str(run), "--prompt", "def", "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.startswith("def")
 
 
 def test_unreadable_manifest_is_damage(run: Path) -> None:

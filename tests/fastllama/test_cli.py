@@ -82,6 +82,7 @@ OPTIONS = {
     "no data": ("--data.path nowhere", "nowhere does not exist"),
     "no path": ("--data.path=", "data.path is empty"),
     "choice": ("--optimizer.schedule sine", "sine"),
+    "sample prompt": ("--logging.sample-prompt " + "x" * 900, "logging.sample_prompt fills the 32"),
     "missing value": ("--model.n-layers", "n-layers"),
 }
 
@@ -179,12 +180,25 @@ def test_wrong_commands(
     assert "Give a recipe" in refusal(capsys, "train")
     assert "There is no recipe gone.toml" in refusal(capsys, "train", "gone.toml")
     assert "is not a run folder" in refusal(capsys, "train", "--resume", tmp_path / "gone")
-    assert "not both" in refusal(capsys, "train", workspace.recipe, "--resume", "runs/x")
+    for resume in (["--resume", "runs/x"], ["--resume=runs/x"]):
+        assert "not both" in refusal(capsys, "train", workspace.recipe, *resume)
     assert "--input" in refusal(capsys, "prepare", "--output", "x")
     assert "Unknown option --inptu" in refusal(
         capsys, "tokenizer", "train", "--input", workspace.corpus, "--inptu", "x"
     )
     assert "is not a run folder" in refusal(capsys, "generate", tmp_path)
+
+
+def test_data_check_reads_the_tokens(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(workspace.data, data)
+    shard = data / "validation-00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert "validation-00000.npy is damaged" in refusal(capsys, "data", "check", data)
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -213,7 +227,9 @@ def test_own_data_to_text(
     prepare = ["prepare", "--input", corpus, "--tokenizer", str(tokenizer), "--output", str(data)]
     main(prepare)
     assert "in 80 documents" in capsys.readouterr().out
-    main(["train", str(workspace.recipe), "--data.path", str(data), "--run-dir", str(run)])
+    main(["data", "check", str(data)])
+    assert "as they were written" in capsys.readouterr().out
+    main(["train", str(workspace.recipe), f"--data.path={data}", "--run-dir", str(run)])
     assert f"next    fastllama generate {run}" in capsys.readouterr().out
     texts = []
     for where in (run, run, run / "checkpoints" / "step-00000005"):

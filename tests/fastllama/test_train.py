@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fastllama.atomic import locked
 from fastllama.cli import main
 from tests.fastllama.conftest import Workspace
 
@@ -227,11 +228,27 @@ def test_resume_refuses_another_model_and_other_data(
     run = tmp_path / "run"
     train(workspace.recipe, "--run-dir", run)
     more = ["--training.training-tokens", "5120"]
-    for option, value in (("--model.theta", "500000"), ("--training.seed", "7")):
+    changes = {
+        "--model.theta": "500000",
+        "--training.seed": "7",
+        "--training.tokens-per-update": "512",
+    }
+    for option, value in changes.items():
         with pytest.raises(SystemExit) as stop:
             train("--resume", run, option, value, *more)
         assert stop.value.code == 2
-        assert f"with {option[2:]} = " in capsys.readouterr().err
+        assert f"with {option[2:].replace('-', '_')} = " in capsys.readouterr().err
+
+
+def test_two_processes_do_not_share_a_run(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with locked(run), pytest.raises(SystemExit) as stop:
+        train(workspace.recipe, "--run-dir", run)
+    assert stop.value.code == 2
+    assert "another process is writing into" in capsys.readouterr().err
 
 
 def test_ranks_train_the_same_model(workspace: Workspace, tmp_path: Path) -> None:
