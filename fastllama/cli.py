@@ -207,8 +207,9 @@ def parse(
         raise UsageError(f"{unbox(complaint.getvalue())}; see {prog} --help.") from None
     if unknown:
         name = unknown[0].split("=")[0]
-        near = nearest_key(name.lstrip("-").replace("-", "_")) if "." in name else ""
-        raise UsageError(f"Unknown option {name}{near or f'; see {prog} --help'}.")
+        if "." in name:
+            raise UsageError(f"Unknown option {name}{nearest_key(name[2:].replace('-', '_'))}")
+        raise UsageError(f"Unknown option {name}; see {prog} --help.")
     return cast(Options, options)  # tyro types it as what default may be, None included
 
 

@@ -303,11 +303,11 @@ def known_keys() -> list[str]:
 
 def _unknown_key(key: str, group: str | None = None) -> str:
     name = key if group is None else f"{group}.{key}"
-    return f"unknown option {name}{nearest_key(name)}."
+    return f"unknown option {name}{nearest_key(name)}"
 
 
 def nearest_key(name: str) -> str:
-    """`; did you mean …?` for a misspelt or misplaced option, or nothing when none is near."""
+    """`; did you mean …?` for a misspelt or misplaced option, or a full stop when none is near."""
     group, _, field_name = name.rpartition(".")
     if not group and (near := difflib.get_close_matches(name, typing.get_type_hints(Config), n=1)):
         return f"; did you mean {near[0]}?"
@@ -315,7 +315,7 @@ def nearest_key(name: str) -> str:
     keys = sorted(known_keys(), key=lambda key: not key.startswith(f"{group}."))
     fields = [key.rpartition(".")[2] for key in keys]
     near = difflib.get_close_matches(field_name, fields, n=1)
-    return f"; did you mean {keys[fields.index(near[0])]}?" if near else ""
+    return f"; did you mean {keys[fields.index(near[0])]}?" if near else "."
 
 
 def validate(config: Config, world_size: int = 1) -> None:

@@ -70,7 +70,7 @@ OPTIONS = {
         "--training.training-tokens 655360",
         "is longer than the data",
     ),
-    "misspelt": ("--model.n-layer 4", "did you mean model.n_layers?"),
+    "misspelt": ("--model.n-layer 4", "--model.n-layer; did you mean model.n_layers?\n"),
     "misplaced": ("--training.n-layers 4", "did you mean model.n_layers?"),
     "type": (
         "--model.n-layers four",
