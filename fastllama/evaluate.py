@@ -10,7 +10,7 @@ from fastllama.data.dataset import Dataset
 from fastllama.data.stream import TokenStream
 from fastllama.parallel import World
 
-IGNORED = -100
+IGNORED = -100  # the ignore_index that the operators default to
 
 
 @torch.no_grad()

@@ -302,6 +302,6 @@ def test_bfloat16_compute_keeps_float32_parameters(workspace: Workspace, tmp_pat
         kinds = {tensors.get_slice(name).get_dtype() for name in names}
     assert kinds == {"F32"}
     assert {"model.embedding.weight", "optimizer.exp_avg.blocks.1.mlp.down.weight"} <= names
-    # Weights of 22 parameters, and of each the two moments and the step count of AdamW.
+    # 15 weights, and of each the two moments and the step count of AdamW.
     assert len(names) == 4 * 15
     assert float(rows(run)[-1]["loss"]) < 5.3
