@@ -48,15 +48,23 @@ class RMSNorm(nn.Module):
         self.eps = config.eps
         self.operators = operators
 
-    def forward(self, x_BTD: Tensor, residual_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return (normalised, residual stream); None starts the stream with `x`."""
-        if residual_BTD is None:
-            return self.operators.rms_norm(x_BTD, self.weight, self.eps), x_BTD
-        return self.operators.add_rms_norm(x_BTD, residual_BTD, self.weight, self.eps)
+    def forward(
+        self, x_BTD: Tensor, residual_BTD: Tensor | None, projection: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (normalised sum, sum); the first projected where a `projection` is given.
+
+        None for the residual starts the stream with `x`. Norm and projection are one operator,
+        so that what is between them need not be saved.
+        """
+        if projection is None:
+            return self.operators.add_rms_norm(x_BTD, residual_BTD, self.weight, self.eps)
+        return self.operators.add_rms_norm_linear(
+            x_BTD, residual_BTD, self.weight, self.eps, projection
+        )
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions, from one packed projection."""
+    """Causal grouped-query attention with rotary positions, on one packed projection."""
 
     def __init__(self, config: ModelConfig, operators: Operators, layer: int) -> None:
         super().__init__()
@@ -69,10 +77,10 @@ class Attention(nn.Module):
         self.layer = layer
 
     def forward(
-        self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, cache: KVCache | None
+        self, qkv_BTE: Tensor, cos_TK: Tensor, sin_TK: Tensor, cache: KVCache | None
     ) -> Tensor:
         q_BTHK, k_BSGK, v_BSGK = self.operators.rope(
-            self.qkv(x_BTD), cos_TK, sin_TK, self.n_heads, self.n_kv_heads
+            qkv_BTE, cos_TK, sin_TK, self.n_heads, self.n_kv_heads
         )
         if cache is not None:
             k_BSGK, v_BSGK = cache.extend(self.layer, k_BSGK, v_BSGK)
@@ -81,7 +89,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward from one packed projection, gate first."""
+    """SwiGLU feed-forward on one packed projection, gate first."""
 
     def __init__(self, config: ModelConfig, operators: Operators) -> None:
         super().__init__()
@@ -90,12 +98,12 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.operators = operators
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.dropout(self.down(self.operators.swiglu(self.gate_up(x_BTD))))
+    def forward(self, gate_up_BTF: Tensor) -> Tensor:
+        return self.dropout(self.operators.swiglu_linear(gate_up_BTF, self.down.weight))
 
 
 class Block(nn.Module):
-    """One decoder layer: two residual lines."""
+    """One decoder layer: norm, project, attend; norm, project, gate."""
 
     def __init__(self, config: ModelConfig, operators: Operators, layer: int) -> None:
         super().__init__()
@@ -113,11 +121,10 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Take the branch still to be added and the stream; return the same, a layer on."""
-        h_BTD, residual_BTD = self.attention_norm(x_BTD, residual_BTD)
-        h_BTD, residual_BTD = self.mlp_norm(
-            self.attention(h_BTD, cos_TK, sin_TK, cache), residual_BTD
-        )
-        return self.mlp(h_BTD), residual_BTD
+        qkv_BTE, residual_BTD = self.attention_norm(x_BTD, residual_BTD, self.attention.qkv.weight)
+        x_BTD = self.attention(qkv_BTE, cos_TK, sin_TK, cache)
+        gate_up_BTF, residual_BTD = self.mlp_norm(x_BTD, residual_BTD, self.mlp.gate_up.weight)
+        return self.mlp(gate_up_BTF), residual_BTD
 
 
 class Llama(nn.Module):

@@ -7,6 +7,11 @@ from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where kernels are tested; on the CPU in Triton's interpreter."""
+
 Operator = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
@@ -54,6 +59,8 @@ def outputs_and_gradients(operator: Operator, inputs: Sequence[Tensor]) -> list[
     return [x.detach() for x in outputs] + list(torch.autograd.grad(outputs, leaves, upstream))
 
 
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def randn(
+    *shape: int, seed: int, dtype: torch.dtype = torch.float64, device: str = DEVICE
+) -> Tensor:
     """Standard normal values that depend on the seed alone."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)

@@ -1,5 +1,8 @@
-"""The operators of a LLaMA training step: `REFERENCE` in plain PyTorch, one file an operator."""
+"""The operators of a LLaMA training step, one file an operator.
 
-from fastllama_kernels.operators import REFERENCE, Operators
+`REFERENCE` is plain PyTorch, `TRITON` the kernels.
+"""
 
-__all__ = ["REFERENCE", "Operators"]
+from fastllama_kernels.operators import REFERENCE, TRITON, Operators
+
+__all__ = ["REFERENCE", "TRITON", "Operators"]

@@ -1,22 +1,249 @@
-"""Linear cross-entropy: the cross-entropy of hidden @ weight^T, mean over the tokens.
+"""Linear cross-entropy: the cross-entropy of hidden @ weight^T, without ever holding all logits.
 
-Shapes: hidden (..., D), weight (V, D), targets (...) integers; loss a float32 scalar (float64 for
-float64 inputs). Rows whose target is ignore_index count for nothing; the mean over no rows is 0.
-The reference holds all (N, V) logits at once, in the accumulation type.
+The tokens go in chunks through one buffer: the product that makes the logits, the softmax that
+turns them into their gradient where they are, and the two products that carry it on to hidden and
+weight. So the gradients are there when the forward ends; the backward scales them by the gradient
+from above and 1 / (tokens that count), which stay on the device. The weight's gradient is summed
+over chunks in float32: summed in bfloat16 it stalls once it is 256 times what a chunk adds.
+
+Shapes: hidden (..., D), weight (V, D), targets (...) integers; loss a float32 scalar (the
+reference: float64 for float64). The options are those of cross_entropy. Rows whose target is
+ignore_index count for nothing; the mean over no rows is 0. The reference holds all (N, V) logits
+in the accumulation type. Left out: the losses of single tokens, a bias, and vocabularies split
+over devices.
+Saved: the gradients, (N, D) in the type of hidden and (V, D) float32.
+FLOPs: 6 N V D, all in the forward. Bytes beside the products: 2 N V b for the softmax, then in the
+backward 2 N D b + V D (4 + b). Peak memory: a chunk's logits and the gradients.
+Source: the chunks of Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
 """
 
+from typing import Any, Literal
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fastllama_kernels._dtype import accumulation_dtype
+from fastllama_kernels._dtype import accumulation_dtype, autocast_like_linear, check_kernel_dtypes
+from fastllama_kernels._library import register
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight_VD: Tensor, targets: Tensor, *, ignore_index: int = -100
+    hidden: Tensor,
+    weight_VD: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    """Return the mean loss of projecting `hidden` (..., D) on `weight` (V, D) for `targets`."""
+    """Return the loss of projecting `hidden` (..., D) on `weight` (V, D) for `targets` (...)."""
     logits_NV = F.linear(hidden.flatten(0, -2), weight_VD)
     logits_NV = logits_NV.to(accumulation_dtype(logits_NV))
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    targets_N = targets.flatten().long()
+    valid = targets_N != ignore_index
+    total = F.cross_entropy(
+        logits_NV,
+        targets_N,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+    if z_loss:
+        total = total + z_loss * torch.logsumexp(logits_NV, -1).square().where(valid, 0.0).sum()
+    return total / valid.sum().clamp(min=1) if reduction == "mean" else total
+
+
+def chunk_length(n_tokens: int, vocab_size: int, bytes_per_logit: int) -> int:
+    """Tokens of a chunk: 4,096, or 2,048 where the logits of 4,096 are more than a gibibyte.
+
+    A function of the shape and not of the memory that happens to be free, so that the sum over
+    chunks is the same in every run.
+    """
+    fits = 4_096 * vocab_size * bytes_per_logit <= 2**30
+    return max(1, min(n_tokens, 4_096 if fits else 2_048))
+
+
+def _fwd_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses = hidden.new_empty(hidden.shape[:1], dtype=torch.float32)
+    dhidden = hidden.new_empty(hidden.shape if need_dhidden else (0,))
+    dweight = weight.new_empty(weight.shape if need_dweight else (0,), dtype=torch.float32)
+    return losses, dhidden, dweight
+
+
+@register(
+    "linear_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
+    "float label_smoothing, float z_loss, float softcap, bool need_dhidden, bool need_dweight)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fwd_fake,
+)
+def linear_cross_entropy_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses (N,) float32 and the gradients of their sum, empty where not needed.
+
+    They are (N, D) in the type of `hidden` (N, D) and (V, D) float32. One operator, so that
+    torch.compile does not unroll the loop over chunks.
+    """
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    losses, dhidden, dweight = _fwd_fake(
+        hidden, weight, targets, *options, need_dhidden, need_dweight
+    )
+    if not len(hidden):
+        return losses, dhidden, dweight.zero_()
+    n_tokens, vocab_size = len(hidden), len(weight)
+    length = chunk_length(n_tokens, vocab_size, hidden.element_size())
+    buffer = hidden.new_empty(length, vocab_size)
+    for start in range(0, n_tokens, length):
+        chunk = slice(start, start + length)
+        logits = buffer[: len(hidden[chunk])]
+        torch.mm(hidden[chunk], weight.T, out=logits)
+        if not (need_dhidden or need_dweight):
+            losses[chunk], _ = torch.ops.fastllama.cross_entropy_fwd(
+                logits, targets[chunk], *options
+            )
+            continue
+        losses[chunk], _ = torch.ops.fastllama.cross_entropy_gradient_fwd_(
+            logits, targets[chunk], None, *options
+        )
+        if need_dhidden:
+            torch.mm(logits, weight, out=dhidden[chunk])
+        if need_dweight:
+            _accumulate(dweight, logits.T, hidden[chunk], first=start == 0)
+    return losses, dhidden, dweight
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """Add a @ b, summed in float32, to `total` float32; or put it there."""
+    beta = 0 if first else 1
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, a.float(), b.float(), beta=beta, out=total)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """A loss whose gradients are computed with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        n_valid: Tensor,
+        need_dhidden: bool,
+        need_dweight: bool,
+        *options: float,
+    ) -> Tensor:
+        losses, dhidden, dweight = linear_cross_entropy_fwd(
+            hidden, weight, targets, *options, need_dhidden, need_dweight
+        )
+        ctx.save_for_backward(dhidden, dweight, n_valid)
+        ctx.weight_dtype = weight.dtype
+        return losses.sum() / n_valid
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden, dweight, n_valid = ctx.saved_tensors
+        scale = dloss / n_valid
+        needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
+        return (
+            _scaled(dhidden, scale, dhidden.dtype) if needs_dhidden else None,
+            _scaled(dweight, scale, ctx.weight_dtype) if needs_dweight else None,
+            *(None for _ in ctx.needs_input_grad[2:]),
+        )
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * scale, computed in float32, rounded once, in one pass."""
+    # A tensor of no dimension would be rounded to the type of x before the product.
+    return torch.mul(x, scale.reshape(1), out=torch.empty_like(x, dtype=dtype))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight_VD: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """Return the loss, float32, of projecting `hidden` (..., D) on `weight` (V, D).
+
+    Args:
+        hidden: (..., D).
+        weight_VD: (V, D), of the same type.
+        targets: (...) integers, each in the vocabulary or `ignore_index`.
+        ignore_index: target of the rows that do not count.
+        label_smoothing: share of the loss that is spread over the vocabulary.
+        z_loss: weight of lse squared.
+        softcap: bound of the logits' magnitude; None for no bound.
+        reduction: mean or sum of the losses.
+
+    Raises:
+        ValueError: shapes or types that do not fit, or tensors off the GPU.
+    """
+    hidden, weight_VD = autocast_like_linear(hidden), autocast_like_linear(weight_VD)
+    _check(hidden, weight_VD, targets, softcap)
     targets_N = targets.flatten()
-    total = F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction="sum")
-    return total / (targets_N != ignore_index).sum().clamp(min=1)
+    n_valid = (targets_N != ignore_index).sum().clamp(min=1)
+    grad = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(
+        hidden.flatten(0, -2),
+        weight_VD,
+        targets_N,
+        n_valid if reduction == "mean" else torch.ones_like(n_valid),
+        grad and hidden.requires_grad,
+        grad and weight_VD.requires_grad,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap or 0.0,
+    )
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> None:
+    check_kernel_dtypes(hidden=hidden)
+    if weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}; they are multiplied as they are."
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, and needs (V, {hidden.shape[-1]})."
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)}, and need {tuple(hidden.shape[:-1])}."
+        )
+    if targets.device != hidden.device:
+        raise ValueError(f"targets are on {targets.device} and hidden on {hidden.device}.")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap is {softcap}; it has to be above 0, or None for no bound.")

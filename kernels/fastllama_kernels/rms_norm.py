@@ -1,15 +1,32 @@
 """RMSNorm: y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps), over the last dimension.
 
-With a residual stream: residual_out = x + residual, y = rms_norm(residual_out), y in the type of x.
-Shapes: x, residual, y (..., D), any float type; weight (D,). Sums and products are in float32
-(float64 for float64 inputs), with one rounding to the type of x at the end.
-Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
+With a residual stream: stream = x + residual, y = rms_norm(stream), y in the type of x. Followed
+by a projection: out = y @ projection^T, and y is computed again in the backward, not saved.
+
+    d stream = rstd * (w dy - n mean(n w dy)) + d stream_out,  n = x * rstd;  d weight = sum(dy n)
+
+Shapes: x, residual, y (..., D), float32, bfloat16 or float16, of any strides (copied if not
+contiguous); weight (D,); projection (E, D). Sums and products are in float32 (the reference:
+float64 for float64), with one rounding at the end. Hugging Face rounds once more, before the
+weight; that variant and Gemma's weight + 1 are left out.
+Saved: the stream (N, D), rstd (N,) float32, the weights.
+Bytes, for N rows and b bytes an element: forward 2 N D b, with a residual 4 N D b; backward
+3 N D b, + N D b where the stream has a gradient, + N D b to compute y again.
+Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467. The weight gradient is summed
+by each program over its own rows, then over programs in a fixed order: no atomics.
 """
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from fastllama_kernels._dtype import accumulation_dtype
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fastllama_kernels._dtype import accumulation_dtype, autocast_like_linear, check_kernel_dtypes
+from fastllama_kernels._library import n_multiprocessors, register
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,8 +37,415 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Add `x` to the `residual` stream, both (..., D); return (normalised sum, sum)."""
-    residual = residual + x
+    """Add `x` to the `residual` stream, both (..., D); return (normalised sum, sum).
+
+    None starts the stream with `x`.
+    """
+    residual = x if residual is None else residual + x
     return rms_norm_reference(residual, weight, eps).to(x.dtype), residual
+
+
+def add_rms_norm_linear_reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, projection: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Project what `add_rms_norm` normalises; return (projected (..., E), sum)."""
+    y, residual = add_rms_norm_reference(x, residual, weight, eps)
+    return F.linear(y, projection), residual
+
+
+@triton.jit
+def _rms_norm_fwd_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    stream_ptr,
+    rstd_ptr,
+    N: tl.constexpr,
+    eps: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * N
+    y_ptr += row * N
+    residual_ptr += row * N
+    stream_ptr += row * N
+    columns = tl.arange(0, BLOCK)
+    if N <= BLOCK:
+        mask = columns < N
+        s = tl.load(x_ptr + columns, mask, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            s += tl.load(residual_ptr + columns, mask, other=0.0).to(tl.float32)
+            rounded = s.to(stream_ptr.dtype.element_ty)
+            tl.store(stream_ptr + columns, rounded, mask)
+            # Normalise what the backward will find.
+            s = rounded.to(tl.float32)
+        weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(s * s) / N + eps)
+        tl.store(y_ptr + columns, (s * rstd * weight).to(y_ptr.dtype.element_ty), mask)
+    else:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, N, BLOCK):
+            mask = start + columns < N
+            s = tl.load(x_ptr + start + columns, mask, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                s += tl.load(residual_ptr + start + columns, mask, other=0.0).to(tl.float32)
+                rounded = s.to(stream_ptr.dtype.element_ty)
+                tl.store(stream_ptr + start + columns, rounded, mask)
+                s = rounded.to(tl.float32)
+            squares += s * s
+        rstd = tl.rsqrt(tl.sum(squares) / N + eps)
+        for start in range(0, N, BLOCK):
+            mask = start + columns < N
+            # Each thread reads what it has stored itself; no other writes there.
+            if HAS_RESIDUAL:
+                s = tl.load(stream_ptr + start + columns, mask, other=0.0).to(tl.float32)
+            else:
+                s = tl.load(x_ptr + start + columns, mask, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + start + columns, mask, other=0.0).to(tl.float32)
+            y = (s * rstd * weight).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + start + columns, y, mask)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _rms_norm_bwd_kernel(
+    dy_ptr,
+    dstream_ptr,
+    stream_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    y_ptr,
+    dweight_ptr,
+    n_rows,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_DSTREAM: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    # int64, so that the row counted from it is too, and row * N does not overflow.
+    program = tl.program_id(0).to(tl.int64)
+    n_programs = tl.num_programs(0)
+    dweight_ptr += program * N
+    columns = tl.arange(0, BLOCK)
+    if N <= BLOCK:
+        mask = columns < N
+        weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
+        dweight = tl.zeros((BLOCK,), tl.float32)
+        # The attribute of the loop is what has the next rows loaded ahead; the launch option
+        # of the same name pipelines loops around `tl.dot` only.
+        for row in tl.range(program, n_rows, n_programs, num_stages=NUM_STAGES):
+            offsets = row * N + columns
+            s = tl.load(stream_ptr + offsets, mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + offsets, mask, other=0.0).to(tl.float32)
+            rstd = tl.load(rstd_ptr + row)
+            n = s * rstd
+            dweight += dy * n
+            wdy = dy * weight
+            dx = rstd * (wdy - n * (tl.sum(n * wdy) / N))
+            if HAS_DSTREAM:
+                dx += tl.load(dstream_ptr + offsets, mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
+            if RECOMPUTE:
+                tl.store(y_ptr + offsets, (n * weight).to(y_ptr.dtype.element_ty), mask)
+        tl.store(dweight_ptr + columns, dweight, mask)
+    else:
+        for row in range(program, n_rows, n_programs):
+            offset = row * N
+            rstd = tl.load(rstd_ptr + row)
+            products = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, N, BLOCK):
+                mask = start + columns < N
+                offsets = offset + start + columns
+                s = tl.load(stream_ptr + offsets, mask, other=0.0).to(tl.float32)
+                dy = tl.load(dy_ptr + offsets, mask, other=0.0).to(tl.float32)
+                weight = tl.load(weight_ptr + start + columns, mask, other=0.0).to(tl.float32)
+                products += s * rstd * (dy * weight)
+            mean = tl.sum(products) / N
+            for start in range(0, N, BLOCK):
+                mask = start + columns < N
+                offsets = offset + start + columns
+                s = tl.load(stream_ptr + offsets, mask, other=0.0).to(tl.float32)
+                dy = tl.load(dy_ptr + offsets, mask, other=0.0).to(tl.float32)
+                weight = tl.load(weight_ptr + start + columns, mask, other=0.0).to(tl.float32)
+                n = s * rstd
+                dx = rstd * (dy * weight - n * mean)
+                if HAS_DSTREAM:
+                    dx += tl.load(dstream_ptr + offsets, mask, other=0.0).to(tl.float32)
+                tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
+                if RECOMPUTE:
+                    tl.store(y_ptr + offsets, (n * weight).to(y_ptr.dtype.element_ty), mask)
+                # The sum over the rows of this program, which starts at zero.
+                dweight = tl.load(dweight_ptr + start + columns, mask, other=0.0)
+                tl.store(dweight_ptr + start + columns, dweight + dy * n, mask)
+
+
+def forward_config(width: int) -> dict[str, int]:
+    """Block and warps of the forward: a row in registers up to 32,768 elements."""
+    block = min(triton.next_power_of_2(width), 32_768)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 32)}
+
+
+def backward_config(width: int) -> dict[str, int]:
+    """Block, warps and pipeline stages of the backward: a row in registers up to 8,192 elements."""
+    block = min(triton.next_power_of_2(width), 8_192)
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16), "NUM_STAGES": 3}
+
+
+def programs_per_multiprocessor(width: int) -> int:
+    """Programs of the persistent backward that one multiprocessor holds at a time."""
+    return max(1, min(16, 8192 // triton.next_power_of_2(width)))
+
+
+def _fwd_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@register("rms_norm_fwd(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _fwd_fake)
+def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return y, like `x` (..., D), and rstd (...) float32."""
+    y, rstd = _fwd_fake(x, weight, eps)
+    x = x.contiguous()
+    # The unused pointers have to be of something.
+    _launch_fwd(x, x, weight, y, y, rstd, eps, has_residual=False)
+    return y, rstd
+
+
+def _add_fwd_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    stream = _like(x, torch.promote_types(x.dtype, residual.dtype))
+    return _like(x), stream, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@register(
+    "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    _add_fwd_fake,
+)
+def add_rms_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y like `x` (..., D), the stream in the wider of the two types, rstd (...) float32."""
+    y, stream, rstd = _add_fwd_fake(x, residual, weight, eps)
+    residual = residual.contiguous()
+    _launch_fwd(x.contiguous(), residual, weight, y, stream, rstd, eps, has_residual=True)
+    return y, stream, rstd
+
+
+def _launch_fwd(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    stream: Tensor,
+    rstd: Tensor,
+    eps: float,
+    *,
+    has_residual: bool,
+) -> None:
+    if x.numel():
+        _rms_norm_fwd_kernel[(rstd.numel(),)](
+            x,
+            residual,
+            weight.contiguous(),
+            y,
+            stream,
+            rstd,
+            N=x.shape[-1],
+            eps=eps,
+            HAS_RESIDUAL=has_residual,
+            **forward_config(x.shape[-1]),
+        )
+
+
+def _bwd_fake(
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _like(stream), torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+@register(
+    "rms_norm_bwd(Tensor dy, Tensor? dstream, Tensor stream, Tensor weight, Tensor rstd)"
+    " -> (Tensor, Tensor)",
+    _bwd_fake,
+)
+def rms_norm_bwd(
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the stream (..., D) and of the weight (D,), in their types."""
+    dx = _like(stream)
+    return dx, _launch_bwd(dy, dstream, stream, weight, rstd, dx, y=None)
+
+
+def _recompute_bwd_fake(
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (*_bwd_fake(dy, dstream, stream, weight, rstd), _like(dy))
+
+
+@register(
+    "rms_norm_recompute_bwd(Tensor dy, Tensor? dstream, Tensor stream, Tensor weight, Tensor rstd)"
+    " -> (Tensor, Tensor, Tensor)",
+    _recompute_bwd_fake,
+)
+def rms_norm_recompute_bwd(
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `rms_norm_bwd` does, and y (..., D) in the type of `dy`."""
+    dx, y = _like(stream), _like(dy)
+    return dx, _launch_bwd(dy, dstream, stream, weight, rstd, dx, y), y
+
+
+def _launch_bwd(
+    dy: Tensor,
+    dstream: Tensor | None,
+    stream: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    dx: Tensor,
+    y: Tensor | None,
+) -> Tensor:
+    """Fill `dx` and `y`; return the gradient of the weight."""
+    width, n_rows = stream.shape[-1], rstd.numel()
+    config = backward_config(width)
+    most_programs = n_multiprocessors(stream.device) * programs_per_multiprocessor(width)
+    shape = (min(n_rows, most_programs), width)
+    dweight = stream.new_zeros(shape, dtype=torch.float32)
+    if stream.numel():
+        _rms_norm_bwd_kernel[shape[:1]](
+            dy.contiguous(),
+            dy if dstream is None else dstream.contiguous(),
+            stream.contiguous(),
+            weight.contiguous(),
+            rstd.contiguous(),
+            dx,
+            dx if y is None else y,
+            dweight,
+            n_rows,
+            N=width,
+            HAS_DSTREAM=dstream is not None,
+            RECOMPUTE=y is not None,
+            **config,
+        )
+    return dweight.sum(dim=0).to(weight.dtype)
+
+
+def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With or without a residual stream, with or without a projection after it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        projection: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if residual is None:
+            stream = x
+            y, rstd = rms_norm_fwd(x, weight, eps)
+        else:
+            y, stream, rstd = add_rms_norm_fwd(x, residual, weight, eps)
+        ctx.save_for_backward(stream, weight, rstd, projection)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
+        out = y if projection is None else F.linear(y, projection)
+        return out if residual is None else (out, stream)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dout: Tensor | None, dstream: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        stream, weight, rstd, projection = ctx.saved_tensors
+        x_dtype, residual_dtype = ctx.dtypes
+        dx, dweight, dprojection = dstream, None, None
+        if dout is not None and projection is None:
+            dx, dweight = rms_norm_bwd(dout, dstream, stream, weight, rstd)
+        elif dout is not None:
+            dy = dout @ projection
+            dx, dweight, y = rms_norm_recompute_bwd(dy, dstream, stream, weight, rstd)
+            if ctx.needs_input_grad[4]:
+                dprojection = dout.flatten(0, -2).T @ y.flatten(0, -2)
+        if dx is None:
+            return None, None, None, None, None
+        dresidual = None if residual_dtype is None else dx.to(residual_dtype)
+        return dx.to(x_dtype), dresidual, dweight, None, dprojection
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise the last dimension of `x` (..., D) and scale it by `weight` (D,).
+
+    Raises:
+        ValueError: shapes or types that do not fit, or tensors off the GPU.
+    """
+    _check(x, None, weight)
+    y: Tensor = _RMSNorm.apply(x, None, weight, eps, None)
+    return y
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add `x` to the `residual` stream, both (..., D); return (normalised sum, sum).
+
+    None starts the stream with `x`.
+
+    Raises:
+        ValueError: shapes or types that do not fit, or tensors off the GPU.
+    """
+    _check(x, residual, weight)
+    return _apply(x, residual, weight, eps, None)
+
+
+def add_rms_norm_linear(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, projection: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Project what `add_rms_norm` normalises; return (projected (..., E), sum).
+
+    Of the tensors as wide as the stream, the sum alone is saved.
+
+    Raises:
+        ValueError: shapes or types that do not fit, or tensors off the GPU.
+    """
+    _check(x, residual, weight)
+    if projection.shape[1:] != weight.shape:
+        raise ValueError(
+            f"projection has shape {tuple(projection.shape)}, and needs (E, {x.shape[-1]})."
+        )
+    return _apply(x, residual, weight, eps, autocast_like_linear(projection))
+
+
+def _apply(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, projection: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if residual is None:
+        return _RMSNorm.apply(x, None, weight, eps, projection), x
+    out, stream = _RMSNorm.apply(x, residual, weight, eps, projection)
+    return out, stream
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+    check_kernel_dtypes(x=x, weight=weight)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, and rows of x, which has shape "
+            f"{tuple(x.shape)}, need ({x.shape[-1]},)."
+        )
+    if residual is not None:
+        check_kernel_dtypes(residual=residual)
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}: one sum."
+            )

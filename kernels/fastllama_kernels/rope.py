@@ -4,15 +4,26 @@
     y_{i+K/2} = x_{i + K/2} * cos + x_i * sin
 
 Shapes: qkv (B, T, (H + 2G) * K), the packed projection: H query heads, then G key heads, then G
-value heads of width K; cos, sin (S, K/2) float32, one row a position. Values pass unchanged.
-Products are in float32 (float64 for float64 inputs), rounded once.
+value heads of width K, any even K; cos, sin (S, K/2) float32, one row a position. Values pass
+unchanged. Products are in float32 (the reference: float64 for float64), rounded once. Left out:
+turning only a part of a head, and neighbouring pairs (x_2i, x_{2i+1}).
+`rope` writes into qkv, whose contents are then the rotated ones; q, k and v are views of it. The
+backward turns the gradients back and packs them into one buffer, which saves a concatenation.
+Saved: the tables and the positions.
+Bytes, for N rows and b bytes an element: forward 2 N (H + G) K b; backward 2 N (H + 2G) K b.
 Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, with the half-split pairs of GPT-NeoX.
 """
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from fastllama_kernels._dtype import accumulation_dtype
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastllama_kernels._dtype import accumulation_dtype, check_kernel_dtypes
+from fastllama_kernels._library import register
 
 
 def rope_reference(
@@ -47,3 +58,307 @@ def rope_reference(
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     q_BTHK, k_BTGK = rotated.to(qkv_BTE.dtype).split((n_heads, n_kv_heads), dim=2)
     return q_BTHK, k_BTGK, v_BTGK
+
+
+@triton.jit
+def _load_angles(
+    cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr
+):
+    """cos and sin of the positions of `rows`, (rows, 1, HALF_BLOCK) to go with heads."""
+    pairs = tl.arange(0, HALF_BLOCK)
+    if positions_ptr is None:
+        positions = rows % T
+    else:
+        positions = tl.load(positions_ptr + rows, row_mask, other=0).to(tl.int64)
+    offsets = positions[:, None] * HALF + pairs[None, :]
+    mask = row_mask[:, None] & (pairs < HALF)[None, :]
+    cos = tl.load(cos_ptr + offsets, mask, other=0.0)[:, None, :]
+    sin = tl.load(sin_ptr + offsets, mask, other=0.0)[:, None, :]
+    return cos, sin
+
+
+@triton.jit
+def _rope_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    n_rows,
+    T,
+    N_ROTATED: tl.constexpr,
+    N_ALL: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    pairs = tl.arange(0, HALF_BLOCK)
+    row_mask = rows < n_rows
+    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, HALF, HALF_BLOCK)
+    mask = (
+        row_mask[:, None, None] & (heads < N_ROTATED)[None, :, None] & (pairs < HALF)[None, None, :]
+    )
+    offsets = (rows[:, None, None] * N_ALL + heads[None, :, None]) * (2 * HALF)
+    offsets += pairs[None, None, :]
+    first = tl.load(qkv_ptr + offsets, mask, other=0.0).to(tl.float32)
+    second = tl.load(qkv_ptr + offsets + HALF, mask, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    tl.store(qkv_ptr + offsets, (first * cos - second * sin).to(dtype), mask)
+    tl.store(qkv_ptr + offsets + HALF, (second * cos + first * sin).to(dtype), mask)
+
+
+@triton.jit
+def _load_head_pairs(
+    x_ptr, stride_b, stride_t, stride_h, rows, heads, n_heads, pairs, mask, T, HALF: tl.constexpr
+):
+    """Both halves of heads 0 <= `heads` < n_heads, float32, 0 elsewhere."""
+    mask = mask & ((heads >= 0) & (heads < n_heads))[None, :, None]
+    offsets = (rows // T * stride_b + rows % T * stride_t)[:, None, None]
+    offsets = offsets + heads.to(tl.int64)[None, :, None] * stride_h + pairs[None, None, :]
+    first = tl.load(x_ptr + offsets, mask, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + offsets + HALF, mask, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _rope_bwd_kernel(
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    dqkv_ptr,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    n_rows,
+    T,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    pairs = tl.arange(0, HALF_BLOCK)
+    row_mask = rows < n_rows
+    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, HALF, HALF_BLOCK)
+    mask = row_mask[:, None, None] & (pairs < HALF)[None, None, :]
+    # A head is in one of the three; the other two loads are masked off and cost no traffic.
+    q_first, q_second = _load_head_pairs(
+        dq_ptr, q_stride_b, q_stride_t, q_stride_h, rows, heads, H, pairs, mask, T, HALF
+    )
+    k_first, k_second = _load_head_pairs(
+        dk_ptr, k_stride_b, k_stride_t, k_stride_h, rows, heads - H, G, pairs, mask, T, HALF
+    )
+    v_first, v_second = _load_head_pairs(
+        dv_ptr, v_stride_b, v_stride_t, v_stride_h, rows, heads - H - G, G, pairs, mask, T, HALF
+    )
+    first, second = q_first + k_first, q_second + k_second
+    # The inverse of a rotation is its transpose: the sign of the sine changes.
+    dfirst = first * cos + second * sin + v_first
+    dsecond = second * cos - first * sin + v_second
+    mask = mask & (heads < H + 2 * G)[None, :, None]
+    offsets = (rows[:, None, None] * (H + 2 * G) + heads[None, :, None]) * (2 * HALF)
+    offsets += pairs[None, None, :]
+    dtype: tl.constexpr = dqkv_ptr.dtype.element_ty
+    tl.store(dqkv_ptr + offsets, dfirst.to(dtype), mask)
+    tl.store(dqkv_ptr + offsets + HALF, dsecond.to(dtype), mask)
+
+
+def launch_config(half: int) -> dict[str, int]:
+    """Tile of rows x heads x pairs: 2,048 pairs, so 8 of each half a thread, and warps."""
+    half_block = triton.next_power_of_2(half)
+    block_heads = 8
+    block_rows = max(1, 2_048 // (block_heads * half_block))
+    return {
+        "HALF_BLOCK": half_block,
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_HEADS": block_heads,
+        "num_warps": 8,
+    }
+
+
+def _rope_fake(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_heads: int, n_kv_heads: int
+) -> None:
+    pass
+
+
+@register(
+    "rope_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, int n_heads, int n_kv_heads)"
+    " -> ()",
+    _rope_fake,
+)
+def rope_(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_heads: int, n_kv_heads: int
+) -> None:
+    """Turn the query and key heads of a contiguous `qkv` (B, T, (H + 2G) * K) where they are."""
+    half = cos.shape[-1]
+    config = launch_config(half)
+    n_rows, n_rotated = qkv.shape[0] * qkv.shape[1], n_heads + n_kv_heads
+    grid = (
+        triton.cdiv(n_rows, config["BLOCK_ROWS"]),
+        triton.cdiv(n_rotated, config["BLOCK_HEADS"]),
+    )
+    if n_rows:
+        _rope_kernel[grid](
+            qkv,
+            cos.contiguous(),
+            sin.contiguous(),
+            None if positions is None else positions.contiguous(),
+            n_rows,
+            qkv.shape[1],
+            N_ROTATED=n_rotated,
+            N_ALL=n_rotated + n_kv_heads,
+            HALF=half,
+            **config,
+        )
+
+
+def _rope_bwd_fake(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None
+) -> Tensor:
+    n_heads = dq.shape[2] + dk.shape[2] + dv.shape[2]
+    return dq.new_empty(*dq.shape[:2], n_heads * dq.shape[3])
+
+
+@register(
+    "rope_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, Tensor? positions)"
+    " -> Tensor",
+    _rope_bwd_fake,
+)
+def rope_bwd(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None
+) -> Tensor:
+    """Turn `dq` (B, T, H, K) and `dk` (B, T, G, K) back; pack them with `dv` (B, T, G, K)."""
+    # Attention may lay its gradients out by head or by time; only the width has to be dense.
+    dq, dk, dv = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv))
+    n_heads, n_kv_heads, half = dq.shape[2], dk.shape[2], cos.shape[-1]
+    dqkv = _rope_bwd_fake(dq, dk, dv, cos, sin, positions)
+    config = launch_config(half)
+    n_rows = dq.shape[0] * dq.shape[1]
+    grid = (
+        triton.cdiv(n_rows, config["BLOCK_ROWS"]),
+        triton.cdiv(n_heads + 2 * n_kv_heads, config["BLOCK_HEADS"]),
+    )
+    if n_rows:
+        _rope_bwd_kernel[grid](
+            dq,
+            dk,
+            dv,
+            cos.contiguous(),
+            sin.contiguous(),
+            None if positions is None else positions.contiguous(),
+            dqkv,
+            *dq.stride()[:3],
+            *dk.stride()[:3],
+            *dv.stride()[:3],
+            n_rows,
+            dq.shape[1],
+            H=n_heads,
+            G=n_kv_heads,
+            HALF=half,
+            **config,
+        )
+    return dqkv
+
+
+class _Rope(torch.autograd.Function):
+    """Splits what is already turned; its gradient is that of turning and splitting."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv_BTE: Tensor,
+        cos_SK: Tensor,
+        sin_SK: Tensor,
+        positions_BT: Tensor | None,
+        n_heads: int,
+        n_kv_heads: int,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos_SK, sin_SK, positions_BT)
+        heads = qkv_BTE.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
+        return heads.split((n_heads, n_kv_heads, n_kv_heads), dim=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        return rope_bwd(dq, dk, dv, *ctx.saved_tensors), None, None, None, None, None
+
+
+def rope(
+    qkv_BTE: Tensor,
+    cos_SK: Tensor,
+    sin_SK: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    positions_BT: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn queries and keys of a packed projection where they are; return views of it.
+
+    Args:
+        qkv_BTE: (B, T, (H + 2G) * K), written to unless it has to be copied to be contiguous.
+        cos_SK: (S, K/2) cosines, float32.
+        sin_SK: (S, K/2) sines, float32.
+        n_heads: H.
+        n_kv_heads: G.
+        positions_BT: rows of the tables to use, (B, T) integers, each less than S, which is not
+            checked; None means 0 to T-1. Decoding at an offset may as well pass the tables'
+            rows from there on.
+
+    Returns:
+        q (B, T, H, K), k (B, T, G, K), v (B, T, G, K).
+
+    Raises:
+        ValueError: shapes or types that do not fit, or tensors off the GPU.
+    """
+    _check(qkv_BTE, cos_SK, sin_SK, n_heads, n_kv_heads, positions_BT)
+    qkv_BTE = qkv_BTE.contiguous()
+    # Outside the autograd Function: torch.compile may lose a mutation inside one. What made qkv,
+    # a matrix product, does not need it in its backward; autograd would notice if it did.
+    with torch.no_grad():
+        rope_(qkv_BTE, cos_SK, sin_SK, positions_BT, n_heads, n_kv_heads)
+    return _Rope.apply(qkv_BTE, cos_SK, sin_SK, positions_BT, n_heads, n_kv_heads)
+
+
+def _check(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    positions: Tensor | None,
+) -> None:
+    check_kernel_dtypes(qkv=qkv)
+    width = (n_heads + 2 * n_kv_heads) * 2 * cos.shape[-1]
+    if qkv.ndim != 3 or qkv.shape[-1] != width:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}; {n_heads} + 2 x {n_kv_heads} heads and tables of "
+            f"{cos.shape[-1]} pairs need (B, T, {width})."
+        )
+    if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.shape != sin.shape:
+        raise ValueError(
+            f"cos is {cos.dtype} {tuple(cos.shape)} and sin {sin.dtype} {tuple(sin.shape)}; both "
+            "have to be float32 (S, K/2): a position needs more digits than bfloat16 has."
+        )
+    if positions is None and len(cos) < qkv.shape[1]:
+        raise ValueError(
+            f"The tables have {len(cos)} positions, and the sequences {qkv.shape[1]}; make longer "
+            "tables, or give positions."
+        )
+    if positions is not None and positions.shape != qkv.shape[:2]:
+        raise ValueError(
+            f"positions has shape {tuple(positions.shape)}, and needs {tuple(qkv.shape[:2])}."
+        )

@@ -1,17 +1,192 @@
-"""SwiGLU: out = silu(gate) * up, silu(x) = x / (1 + exp(-x)).
+"""SwiGLU: h = silu(gate) * up, silu(x) = x * sigmoid(x); and with a projection, out = h down^T.
 
-Shapes: gate_up (..., 2F), the packed projection with the gate first; out (..., F). The product is
-in float32 (float64 for float64 inputs), rounded once.
+    d gate = dh up sigmoid(gate) (1 + gate (1 - sigmoid(gate))),  d up = dh silu(gate)
+
+Shapes: gate_up (..., 2F), the packed projection with the gate first; h (..., F); down (D, F). The
+product is in float32 (the reference: float64 for float64), rounded once.
+Saved: gate_up, and down. h is computed again by the pass that needs it, that of the gradients.
+Bytes, for N rows and b bytes an element: forward 3 N F b; backward 5 N F b, + N F b for h.
 Source: Shazeer 2020, https://arxiv.org/abs/2002.05202.
 """
 
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fastllama_kernels._dtype import accumulation_dtype
+from fastllama_kernels._dtype import accumulation_dtype, autocast_like_linear, check_kernel_dtypes
+from fastllama_kernels._library import register
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """Gate the second half of the last dimension of `gate_up` (..., 2F) by the first."""
     gate, up = gate_up.to(accumulation_dtype(gate_up)).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def swiglu_linear_reference(gate_up: Tensor, down: Tensor) -> Tensor:
+    """Gate `gate_up` (..., 2F) and project the result on `down` (D, F)."""
+    return F.linear(swiglu_reference(gate_up), down)
+
+
+@triton.jit
+def _swiglu_fwd_kernel(gate_up_ptr, h_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    gate_up_ptr += row * 2 * WIDTH
+    gate = tl.load(gate_up_ptr + columns, mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + WIDTH + columns, mask, other=0.0).to(tl.float32)
+    h = gate * tl.sigmoid(gate) * up
+    tl.store(h_ptr + row * WIDTH + columns, h.to(h_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _swiglu_bwd_kernel(
+    dh_ptr,
+    gate_up_ptr,
+    dgate_up_ptr,
+    h_ptr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    gate_up_ptr += row * 2 * WIDTH
+    dgate_up_ptr += row * 2 * WIDTH
+    gate = tl.load(gate_up_ptr + columns, mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + WIDTH + columns, mask, other=0.0).to(tl.float32)
+    dh = tl.load(dh_ptr + row * WIDTH + columns, mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = dh * up * (sigmoid + silu * (1 - sigmoid))
+    dtype: tl.constexpr = dgate_up_ptr.dtype.element_ty
+    tl.store(dgate_up_ptr + columns, dgate.to(dtype), mask)
+    tl.store(dgate_up_ptr + WIDTH + columns, (dh * silu).to(dtype), mask)
+    if RECOMPUTE:
+        h = (silu * up).to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + row * WIDTH + columns, h, mask)
+
+
+def launch_config(width: int) -> dict[str, int]:
+    """Columns of a row that one program takes, 8 a thread, and warps."""
+    block = min(triton.next_power_of_2(width), 1_024)
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 4)}
+
+
+def _fwd_fake(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+@register("swiglu_fwd(Tensor gate_up) -> Tensor", _fwd_fake)
+def swiglu_fwd(gate_up: Tensor) -> Tensor:
+    """Return h (..., F) of `gate_up` (..., 2F), in its type."""
+    h = _fwd_fake(gate_up)
+    width = h.shape[-1]
+    config = launch_config(width)
+    if h.numel():
+        grid = (h.numel() // width, triton.cdiv(width, config["BLOCK"]))
+        _swiglu_fwd_kernel[grid](gate_up.contiguous(), h, WIDTH=width, **config)
+    return h
+
+
+def _bwd_fake(dh: Tensor, gate_up: Tensor) -> Tensor:
+    return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+
+
+@register("swiglu_bwd(Tensor dh, Tensor gate_up) -> Tensor", _bwd_fake)
+def swiglu_bwd(dh: Tensor, gate_up: Tensor) -> Tensor:
+    """Return the gradient of `gate_up` (..., 2F), in its type, from that of h (..., F)."""
+    dgate_up = _bwd_fake(dh, gate_up)
+    _launch_bwd(dh, gate_up, dgate_up, h=None)
+    return dgate_up
+
+
+def _recompute_bwd_fake(dh: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    return _bwd_fake(dh, gate_up), torch.empty_like(dh, memory_format=torch.contiguous_format)
+
+
+@register(
+    "swiglu_recompute_bwd(Tensor dh, Tensor gate_up) -> (Tensor, Tensor)", _recompute_bwd_fake
+)
+def swiglu_recompute_bwd(dh: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `swiglu_bwd` does, and h (..., F) in the type of `dh`."""
+    dgate_up, h = _recompute_bwd_fake(dh, gate_up)
+    _launch_bwd(dh, gate_up, dgate_up, h)
+    return dgate_up, h
+
+
+def _launch_bwd(dh: Tensor, gate_up: Tensor, dgate_up: Tensor, h: Tensor | None) -> None:
+    width = dh.shape[-1]
+    config = launch_config(width)
+    if dh.numel():
+        _swiglu_bwd_kernel[(dh.numel() // width, triton.cdiv(width, config["BLOCK"]))](
+            dh.contiguous(),
+            gate_up.contiguous(),
+            dgate_up,
+            # The unused pointer has to be of something.
+            dgate_up if h is None else h,
+            WIDTH=width,
+            RECOMPUTE=h is not None,
+            **config,
+        )
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Both: with or without a projection after it."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, down: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up, down)
+        h = swiglu_fwd(gate_up)
+        return h if down is None else F.linear(h, down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        gate_up, down = ctx.saved_tensors
+        if down is None:
+            return swiglu_bwd(dout, gate_up), None
+        dgate_up, h = swiglu_recompute_bwd(dout @ down, gate_up)
+        ddown = None
+        if ctx.needs_input_grad[1]:
+            ddown = dout.flatten(0, -2).T @ h.flatten(0, -2)
+        return dgate_up, ddown
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Gate the second half of the last dimension of `gate_up` (..., 2F) by the first.
+
+    Raises:
+        ValueError: a last dimension or type that does not fit, or tensors off the GPU.
+    """
+    _check(gate_up)
+    return _SwiGLU.apply(gate_up, None)
+
+
+def swiglu_linear(gate_up: Tensor, down: Tensor) -> Tensor:
+    """Gate `gate_up` (..., 2F) and project the result on `down` (D, F), saving `gate_up` alone.
+
+    Raises:
+        ValueError: shapes or types that do not fit, or tensors off the GPU.
+    """
+    _check(gate_up)
+    if down.ndim != 2 or 2 * down.shape[1] != gate_up.shape[-1]:
+        raise ValueError(
+            f"down has shape {tuple(down.shape)}, and needs (D, {gate_up.shape[-1] // 2})."
+        )
+    return _SwiGLU.apply(gate_up, autocast_like_linear(down))
+
+
+def _check(gate_up: Tensor) -> None:
+    check_kernel_dtypes(gate_up=gate_up)
+    if gate_up.shape[-1] % 2:
+        raise ValueError(
+            f"gate_up has shape {tuple(gate_up.shape)}; its last dimension is gate and up, so even."
+        )

@@ -16,7 +16,7 @@ V = 12
 END = 1
 # 256 bytes and 4 special tokens, no merges: every byte is a token of its own.
 TOKENIZER = train_tokenizer([], vocab_size=260)
-LOGITS = 2 * randn(V, seed=0, dtype=torch.float32)
+LOGITS = 2 * randn(V, seed=0, dtype=torch.float32, device="cpu")
 
 
 def draws(sampling: Sampling, n: int = 200, logits: Tensor = LOGITS) -> list[int]:

@@ -63,7 +63,7 @@ def test_agrees_with_the_reference_model(config: ModelConfig) -> None:
         for seed, (name, parameter) in enumerate(parameters.items()):
             # All ones would hide a norm taken for another.
             if "norm" in name:
-                parameter.copy_(1 + 0.1 * randn(config.n_embd, seed=seed))
+                parameter.copy_(1 + 0.1 * randn(config.n_embd, seed=seed, device="cpu"))
     reference.load_packed(parameters)
     tokens, targets = random_tokens(config, 2, 2, config.max_seq_len)
 
@@ -72,7 +72,7 @@ def test_agrees_with_the_reference_model(config: ModelConfig) -> None:
     loss = model(tokens, targets)
     torch.testing.assert_close(loss, reference.loss(tokens, targets), rtol=0, atol=1e-10)
 
-    upstream = randn(*logits.shape, seed=0)
+    upstream = randn(*logits.shape, seed=0, device="cpu")
     gradients = gradients_by_name(model, logits, upstream)
     apart = gradients_by_name(reference, wanted, upstream)
     packed = {

@@ -25,7 +25,9 @@ def build(tied: bool = False) -> tuple[Llama, torch.optim.AdamW]:
 
 def set_gradients(model: nn.Module, seed: int, scale: float = 1.0) -> None:
     for number, parameter in enumerate(model.parameters()):
-        values = scale * randn(*parameter.shape, seed=100 * seed + number, dtype=torch.float32)
+        values = scale * randn(
+            *parameter.shape, seed=100 * seed + number, dtype=torch.float32, device="cpu"
+        )
         parameter.grad = values.to(parameter.dtype)
 
 

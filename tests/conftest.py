@@ -1,0 +1,18 @@
+"""Kernels run on a GPU where there is one, and in Triton's interpreter elsewhere."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported, which the tests do after this.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
