@@ -132,6 +132,12 @@ class TrainingConfig:
     """auto takes CUDA when there is one."""
     compile: bool = True
     """torch.compile each block."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Operators of the model: Triton kernels or plain PyTorch; auto takes Triton on CUDA."""
+    attention: Literal[
+        "auto", "flash-attn-3", "flash-attn-4", "flash-attn-2", "cudnn", "flash", "reference"
+    ] = "auto"
+    """Backend of attention; auto measures those present, once, and takes the fastest."""
     max_bad_updates: int = 10
     """Stop after this many updates in a row with a non-finite loss or gradient norm."""
 

@@ -25,6 +25,7 @@ from fastllama.data.loader import BatchLoader
 from fastllama.errors import TrainingFailedError
 from fastllama.estimate import n_parameters
 from fastllama.model import Llama
+from fastllama.operators import choose_operators
 from fastllama.optimizer import build_optimizer, update
 from fastllama.parallel import (
     World,
@@ -39,7 +40,7 @@ from fastllama.run import RunFolder
 from fastllama.schedule import learning_rate
 from fastllama.side_jobs import SideJobs, checkpoint_due, sample_due, validation_due
 from fastllama.state import TrainState
-from fastllama_kernels import REFERENCE
+from fastllama_kernels import Operators
 
 
 @dataclass
@@ -117,10 +118,11 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
             run.path.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(run.path))
             run.create(config, dataset.folder / "tokenizer.json")
-            announce(config, dataset, world, run, progress, console)
+            announce(config, dataset, world, run, progress, console, chosen)
 
+        operators, chosen = choose_operators(config, world)
         world.from_main(claim)
-        state = build_state(config, world, progress, checkpoint)
+        state = build_state(config, world, operators, progress, checkpoint)
         recorder = Recorder(config, run, progress, world, console)
         jobs = SideJobs(state, config, run, dataset, world, console, recorder, identity)
         with stop_signals() as stop, open_loader(state, config, dataset, world) as loader:
@@ -161,11 +163,15 @@ def run_updates(
 
 
 def build_state(
-    config: Config, world: World, progress: Progress, checkpoint: Path | None
+    config: Config,
+    world: World,
+    operators: Operators,
+    progress: Progress,
+    checkpoint: Path | None,
 ) -> TrainState:
     """The model, sharded and on the device, and its optimizer; fresh or as saved."""
     with torch.device("meta"):
-        model = Llama(config.model, REFERENCE)
+        model = Llama(config.model, operators)
     if config.training.compile:
         for block in model.blocks:
             block.compile(dynamic=False)
@@ -270,6 +276,7 @@ def announce(
     run: RunFolder,
     progress: Progress,
     console: Console,
+    operators: str,
 ) -> None:
     """Print what is about to be trained, derived values included."""
     model, training = config.model, config.training
@@ -279,12 +286,13 @@ def announce(
     lines = (
         f"run     {run.path}: {start} of {config.n_updates:,}",
         f"model   {n_parameters(model):,} parameters, {model.n_layers} layers of width "
-        f"{model.n_embd}, feed-forward {model.ffn_hidden}, {REFERENCE.name} operators",
+        f"{model.n_embd}, feed-forward {model.ffn_hidden}",
         f"data    {dataset.folder}: {dataset.train.n_tokens:,} tokens, "
         f"{training.training_tokens / dataset.train.n_tokens:.2f} epochs wanted",
         f"update  {training.tokens_per_update:,} tokens = {world.size} x "
         f"{config.accumulation_steps(world.size)} micro-batches of {training.batch_size} x "
         f"{model.max_seq_len}",
         f"device  {world.size} x {device}, {training.dtype}",
+        f"kernels {operators}",
     )
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)

@@ -38,6 +38,29 @@ def attention_reference(
     return out_BHTK.transpose(1, 2)
 
 
+def flatten_cu_seqlens(cu_seqlens_BD: Tensor, n_tokens: int) -> Tensor:
+    """Boundaries of the documents of all rows laid end to end, as variable-length kernels want.
+
+    The shape is static and nothing is read back to the host, so the padding of a row, and the end
+    of one that is the beginning of the next, stay as documents of length 0.
+
+    Args:
+        cu_seqlens_BD: (B, D + 1) int32, padded with T.
+        n_tokens: T.
+
+    Returns:
+        (B * (D + 1),) int32, from 0 to B * T.
+    """
+    offsets_B = torch.arange(
+        0,
+        len(cu_seqlens_BD) * n_tokens,
+        n_tokens,
+        dtype=cu_seqlens_BD.dtype,
+        device=cu_seqlens_BD.device,
+    )
+    return (cu_seqlens_BD + offsets_B[:, None]).flatten()
+
+
 def _mask(
     n_queries: int,
     n_keys: int,

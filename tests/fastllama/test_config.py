@@ -31,7 +31,7 @@ OPTIONS = """
     optimizer.weight_decay optimizer.grad_clip
     training.batch_size training.tokens_per_update training.training_tokens training.eval_interval
     training.eval_tokens training.seed training.dtype training.device training.compile
-    training.max_bad_updates
+    training.kernels training.attention training.max_bad_updates
     parallel.reshard_after_forward parallel.timeout_minutes
     checkpoint.interval_tokens checkpoint.keep_last
     logging.log_interval logging.sample_interval logging.sample_growth logging.sample_prompt

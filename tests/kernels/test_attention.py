@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllama_kernels.attention import attention_reference
-from tests.compare import DTYPES, assert_operator_as_exact_as, randn
+from fastllama_kernels.attention import attention_reference, flatten_cu_seqlens
+from tests.compare import DEVICE, DTYPES, assert_operator_as_exact_as, randn
 
 B, K = 2, 8
 # Two ways of packing 9 tokens; the second row has fewer documents, so it is padded with 9.
-CU_SEQLENS = torch.tensor([[0, 2, 3, 9], [0, 5, 9, 9]], dtype=torch.int32)
+CU_SEQLENS = torch.tensor([[0, 2, 3, 9], [0, 5, 9, 9]], dtype=torch.int32, device=DEVICE)
 
 
 def query_by_query(
@@ -103,3 +103,14 @@ def test_gradients_are_the_slopes() -> None:
     assert torch.autograd.gradcheck(
         lambda q, k, v: attention_reference(q, k, v, cu_seqlens_BD=CU_SEQLENS), leaves
     )
+
+
+def test_flattened_boundaries_have_the_padding_as_empty_documents() -> None:
+    flat = flatten_cu_seqlens(CU_SEQLENS, 9)
+    assert flat.dtype == torch.int32
+    assert flat.tolist() == [0, 2, 3, 9, 9, 14, 18, 18]
+
+
+def test_flattened_boundaries_of_one_document_a_row() -> None:
+    cu_seqlens = torch.tensor([[0, 4], [0, 4], [0, 4]], dtype=torch.int32)
+    assert flatten_cu_seqlens(cu_seqlens, 4).tolist() == [0, 4, 4, 8, 8, 12]

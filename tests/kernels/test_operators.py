@@ -1,6 +1,8 @@
 import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,3 +45,11 @@ def test_replacing_an_operator_is_an_ablation() -> None:
         logits.append(model(tokens))
     assert len(calls) == CONFIG.n_layers
     assert not torch.allclose(*logits)
+
+
+def test_the_list_of_failures_names_tests_there_are() -> None:
+    folder = Path(__file__).parent
+    there = "\n".join(path.read_text() for path in folder.glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", (folder.parents[1] / "kernels" / "README.md").read_text())
+    assert len(named) > 60
+    assert [name for name in named if f"def {name}(" not in there] == []

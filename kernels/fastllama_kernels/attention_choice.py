@@ -1,0 +1,291 @@
+"""Which attention runs: the fastest that takes the shape, measured once and remembered on disk."""
+
+import difflib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllama_kernels.attention import attention_reference
+from fastllama_kernels.attention_backends import (
+    BACKENDS,
+    Attention,
+    AttentionShape,
+    Backend,
+    backends_for,
+    first_line,
+    set_flash_implementation,
+)
+
+__all__ = ["AttentionChoice", "AttentionShape", "attention_operator", "choose_attention"]
+
+WARM_UPS, MEASUREMENTS = 3, 11
+CHECKED_TOKENS = 256
+PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The backend that runs and why."""
+
+    name: str
+    reason: str
+    """A clause for the log, to follow the name."""
+
+
+def choose_attention(
+    shape: AttentionShape, wanted: str = "auto", cache_folder: Path | None = None
+) -> AttentionChoice:
+    """Choose the attention of a training step; one process does it for all.
+
+    "auto" tests and measures a forward and backward of every backend that takes `shape` here; the
+    reference is for where there is none. The result is kept in `cache_folder`/attention.json.
+
+    Args:
+        shape: what it will be called with; a CUDA device must be the current one.
+        wanted: "auto", or the name of the backend to use.
+        cache_folder: None means fastllama in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        ValueError: there is no backend called `wanted`, or it cannot serve `shape` here.
+    """
+    if wanted != "auto":
+        _check(_named(wanted), shape)
+        return AttentionChoice(wanted, "as asked for")
+    passed_over, candidates = {}, []
+    for backend in backends_for(shape.device):
+        obstacle = backend.obstacle(shape)
+        if obstacle is None:
+            candidates.append(backend)
+        else:
+            passed_over[backend.name] = obstacle
+    if len(candidates) == 1:
+        return AttentionChoice(candidates[0].name, "the only one that can" + _why(passed_over))
+    file = (cache_folder or _default_folder()) / "attention.json"
+    return _fastest_cached(shape, candidates, passed_over, file)
+
+
+def attention_operator(name: str) -> Attention:
+    """Make this process ready for the backend `name` and return its operator.
+
+    Raises:
+        ValueError: there is no such backend, or it cannot be loaded.
+    """
+    backend = _named(name)
+    try:
+        return backend.load()
+    except Exception as error:  # A foreign library; what it raises is reported.
+        raise ValueError(
+            f"The attention {name} cannot be loaded by this process ({first_line(error)}); "
+            "install the same packages on every machine, or use another one."
+        ) from error
+
+
+def _named(name: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    names = [backend.name for backend in BACKENDS]
+    nearest = difflib.get_close_matches(name.lower(), names, n=1)
+    guess = f"; did you mean {nearest[0]}?" if nearest else "."
+    raise ValueError(f"There is no attention {name!r}{guess} Choose auto, {', '.join(names)}.")
+
+
+def _check(backend: Backend, shape: AttentionShape) -> None:
+    obstacle = backend.obstacle(shape)
+    if obstacle is None and backend is not BACKENDS[-1]:
+        _, failed = _measure(shape, [backend])
+        obstacle = failed.get(backend.name)
+    if obstacle is not None:
+        raise ValueError(
+            f"The attention {backend.name} was asked for, but {obstacle}; use auto, which takes "
+            "the fastest that can run."
+        )
+
+
+def _default_folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if cache:
+        return Path(cache, "fastllama")
+    try:
+        return Path.home() / ".cache" / "fastllama"
+    except RuntimeError:  # A user without a home, as in some containers.
+        return Path(tempfile.gettempdir(), "fastllama")
+
+
+def _why(passed_over: dict[str, str]) -> str:
+    """The backends that do not run, those with the same reason together."""
+    clauses = []
+    for reason in dict.fromkeys(passed_over.values()):
+        names = ", ".join(name for name, other in passed_over.items() if other == reason)
+        clauses.append(f"{names}: {reason}")
+    return f" ({'; '.join(clauses)})" if clauses else ""
+
+
+def _fastest_cached(
+    shape: AttentionShape, candidates: Sequence[Backend], passed_over: dict[str, str], file: Path
+) -> AttentionChoice:
+    key = _key(shape, candidates)
+    match _read(file).get(key):
+        case {"name": str(name), "reason": str(reason)} if name in {x.name for x in candidates}:
+            return AttentionChoice(name, f"{reason}, from the cache in {file}")
+    *fused, reference = candidates
+    seconds, failed = _measure(shape, fused)
+    why_not = _why(failed | passed_over)
+    ranking = [*sorted(seconds, key=lambda name: seconds[name]), reference.name]
+    if len(seconds) < 2:
+        return AttentionChoice(ranking[0], "the only one that passes its test" + why_not)
+    first, second = ranking[:2]
+    ratio = seconds[second] / seconds[first]
+    choice = AttentionChoice(first, f"{ratio:.2f}x as fast as {second}, measured{why_not}")
+    # A failure may be one of the moment, as of memory.
+    if not failed:
+        try:
+            _write(file, _read(file) | {key: asdict(choice)})
+        except OSError as error:
+            return replace(choice, reason=f"{choice.reason}, not cached: {error}")
+    return choice
+
+
+def _key(shape: AttentionShape, candidates: Sequence[Backend]) -> str:
+    """All that a measurement depends on, for people to read."""
+    device = shape.device.type
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability(shape.device)
+        device = f"{torch.cuda.get_device_name(shape.device)} sm_{major}{minor}"
+    sizes = {name: str(size) for name, size in vars(shape).items() if name != "device"}
+    parts = [device, f"torch {torch.__version__}", f"cudnn {torch.backends.cudnn.version()}"]
+    parts += [f"{package} {_version(package)}" for package in PACKAGES]
+    parts += ["of " + " ".join(backend.name for backend in candidates)]
+    parts += [f"{name} {size}" for name, size in sizes.items()]
+    return ", ".join(parts)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The entries of the cache; none if it is missing, unreadable or not one."""
+    try:
+        entries = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def _write(file: Path, entries: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, aside = tempfile.mkstemp(prefix=file.name, dir=file.parent)
+    try:
+        with open(descriptor, "w") as stream:
+            json.dump(entries, stream, indent=2)
+        os.replace(aside, file)
+    except OSError:
+        os.unlink(aside)
+        raise
+
+
+def _measure(
+    shape: AttentionShape, backends: Sequence[Backend]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of a forward and backward by name, and what is wrong with those that fail."""
+    seconds, failed = {}, {}
+    try:
+        for backend in backends:
+            try:
+                operator = backend.load()
+                fault = _fault(operator, shape)
+                if fault is None:
+                    seconds[backend.name] = _seconds(operator, shape)
+                else:
+                    failed[backend.name] = fault
+            except Exception as error:  # A foreign kernel; what it raises is reported.
+                failed[backend.name] = f"it raises {first_line(error)}"
+    finally:
+        set_flash_implementation(None)
+    return seconds, failed
+
+
+def _fault(operator: Attention, shape: AttentionShape) -> str | None:
+    """What is grossly wrong with the results of one short sequence."""
+    small = replace(shape, batch_size=1, seq_len=min(shape.seq_len, CHECKED_TOKENS))
+    *inputs, upstream = _random_inputs(small)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    results = _forward_backward(operator, inputs, upstream)
+    truths = _forward_backward(attention_reference, exact, upstream.float())
+    # Some eps are the price of the type; a wrong mask, scale or head costs all of the value.
+    tolerance = 16 * torch.finfo(shape.dtype).eps
+    names = ("output", "gradient of q", "gradient of k", "gradient of v")
+    for name, result, truth in zip(names, results, truths, strict=True):
+        error = (result.float() - truth).abs().max().item()
+        largest = truth.abs().max().item()
+        # NaN compares false.
+        if not error <= tolerance * largest:
+            return f"its {name} is off by {error:.2g} of {largest:.2g}"
+    return None
+
+
+def _random_inputs(shape: AttentionShape) -> list[Tensor]:
+    """q, k, v as views of one packed projection, as in the model, and an upstream gradient."""
+    generator = torch.Generator(shape.device).manual_seed(0)
+
+    def randn(n_heads: int) -> Tensor:
+        size = (shape.batch_size, shape.seq_len, n_heads, shape.head_dim)
+        return torch.randn(size, generator=generator, dtype=shape.dtype, device=shape.device)
+
+    heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
+    qkv = randn(sum(heads)).split(heads, dim=2)
+    return [*(x.detach().requires_grad_() for x in qkv), randn(shape.n_heads)]
+
+
+def _forward_backward(
+    operator: Attention, inputs: Sequence[Tensor], upstream: Tensor
+) -> list[Tensor]:
+    out = operator(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+
+
+def _seconds(operator: Attention, shape: AttentionShape) -> float:
+    """Median time of a forward and backward."""
+    *inputs, upstream = _random_inputs(shape)
+
+    def run() -> None:
+        _forward_backward(operator, inputs, upstream)
+
+    for _ in range(WARM_UPS):
+        run()
+    times = _times_on_cuda if shape.device.type == "cuda" else _times_on_host
+    return statistics.median(times(run))
+
+
+def _times_on_cuda(run: Callable[[], None]) -> list[float]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(MEASUREMENTS + 1)]
+    events[0].record()
+    # The host runs ahead, so that what is timed is the device.
+    for event in events[1:]:
+        run()
+        event.record()
+    events[-1].synchronize()
+    return [start.elapsed_time(end) / 1000 for start, end in pairwise(events)]
+
+
+def _times_on_host(run: Callable[[], None]) -> list[float]:
+    moments = [time.perf_counter()]
+    for _ in range(MEASUREMENTS):
+        run()
+        moments.append(time.perf_counter())
+    return [end - start for start, end in pairwise(moments)]

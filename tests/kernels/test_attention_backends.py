@@ -1,0 +1,764 @@
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.backends.cuda import SDPAParams
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, _registry, current_flash_attention_impl
+
+from fastllama_kernels import attention_backends
+from fastllama_kernels.attention import attention_reference
+from fastllama_kernels.attention_backends import (
+    BACKENDS,
+    Attention,
+    AttentionShape,
+    Backend,
+    backends_for,
+    fused_attention,
+    pinned_sdpa,
+    reference_attention,
+    set_flash_implementation,
+)
+from tests.compare import (
+    DTYPES,
+    assert_as_exact_as,
+    assert_operator_as_exact_as,
+    outputs_and_gradients,
+    randn,
+)
+
+B, K = 2, 16
+HEADS = [(4, 4), (4, 2), (3, 1)]
+# Documents of length 0: at the start, in the middle, as padding.
+CU_SEQLENS = torch.tensor([[0, 0, 2, 2, 9, 9], [0, 5, 6, 9, 9, 9]], dtype=torch.int32)
+SHAPE = AttentionShape(
+    batch_size=2,
+    seq_len=128,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=64,
+    dtype=torch.bfloat16,
+    device=torch.device("cuda"),
+)
+NAMED = {backend.name: backend for backend in BACKENDS}
+
+
+def qkv(
+    n_queries: int,
+    n_keys: int,
+    heads: tuple[int, int] = (4, 2),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    width: int = K,
+) -> list[Tensor]:
+    shapes = [(n_queries, heads[0]), (n_keys, heads[1]), (n_keys, heads[1])]
+    return [
+        randn(B, *shape, width, seed=seed, dtype=dtype, device=device)
+        for seed, shape in enumerate(shapes)
+    ]
+
+
+def document_by_document(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int, causal: bool
+) -> Tensor:
+    """What a variable-length kernel computes, and what it demands of its arguments."""
+    assert (boundaries.dtype, boundaries.dim()) == (torch.int32, 1)
+    assert boundaries.is_contiguous()
+    ends = boundaries.tolist()
+    assert (ends[0], ends[-1]) == (0, len(q))
+    lengths = [end - begin for begin, end in pairwise(ends)]
+    assert min(lengths) >= 0
+    assert max(lengths) <= longest
+    parts = torch.zeros_like(q).split(lengths)
+    out = [
+        attention_reference(*(x[None, begin:end] for x in (q, k, v)), causal=causal)[0]
+        if end > begin
+        else nothing
+        for (begin, end), nothing in zip(pairwise(ends), parts, strict=True)
+    ]
+    return torch.cat(out)
+
+
+def fake_varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The arguments of `torch.nn.attention.varlen.varlen_attn` that are used."""
+    assert cu_seq_q is cu_seq_k
+    assert max_q == max_k
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    causal = {(-1, -1): False, (-1, 0): True}[window_size]
+    return document_by_document(query, key, value, cu_seq_q, max_q, causal)
+
+
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, causal: bool = False
+) -> Tensor:
+    assert dropout_p == 0.0
+    return attention_reference(q, k, v, causal=causal)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+) -> Tensor:
+    assert cu_seqlens_q is cu_seqlens_k
+    assert (max_seqlen_q, dropout_p) == (max_seqlen_k, 0.0)
+    return document_by_document(q, k, v, cu_seqlens_q, max_seqlen_q, causal)
+
+
+def module(name: str, **attributes: Any) -> types.ModuleType:
+    made = types.ModuleType(name)
+    vars(made).update(attributes)
+    return made
+
+
+@pytest.fixture
+def flash_attn_2(monkeypatch: pytest.MonkeyPatch) -> Attention:
+    fake = module(
+        "flash_attn",
+        flash_attn_func=flash_attn_func,
+        flash_attn_varlen_func=flash_attn_varlen_func,
+    )
+    monkeypatch.setitem(sys.modules, "flash_attn", fake)
+    return NAMED["flash-attn-2"].load()
+
+
+@pytest.fixture(params=["MATH", "FLASH_ATTENTION", "flash-attn-2"])
+def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Attention:
+    """Those whose kernels, or fakes of them, run on a CPU."""
+    if request.param == "flash-attn-2":
+        loaded: Attention = request.getfixturevalue("flash_attn_2")
+        return loaded
+    monkeypatch.setattr(attention_backends, "varlen_attn", fake_varlen_attn)
+    monkeypatch.setattr(attention_backends, "_GROUPED", {"enable_gqa": True})
+    return pinned_sdpa(getattr(SDPBackend, request.param))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(2, 2), (33, 33), (4, 9)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_the_definition(
+    operator: Attention,
+    dtype: torch.dtype,
+    n_queries: int,
+    n_keys: int,
+    heads: tuple[int, int],
+    causal: bool,
+) -> None:
+    def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_reference(q, k, v, causal=causal)
+
+    assert_operator_as_exact_as(
+        lambda q, k, v: operator(q, k, v, causal=causal),
+        definition,
+        definition,
+        qkv(n_queries, n_keys, heads, dtype),
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("n_queries", [9, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_documents(
+    operator: Attention, dtype: torch.dtype, n_queries: int, heads: tuple[int, int], causal: bool
+) -> None:
+    def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_reference(q, k, v, causal=causal, cu_seqlens_BD=CU_SEQLENS)
+
+    assert_operator_as_exact_as(
+        lambda q, k, v: operator(q, k, v, causal=causal, cu_seqlens_BD=CU_SEQLENS),
+        definition,
+        definition,
+        qkv(n_queries, 9, heads, dtype),
+    )
+
+
+def test_causal_unless_told_otherwise(operator: Attention) -> None:
+    inputs = qkv(9, 9)
+    for options in ({}, {"cu_seqlens_BD": CU_SEQLENS}):
+        torch.testing.assert_close(
+            operator(*inputs, **options), attention_reference(*inputs, **options)
+        )
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS])
+def test_views_of_one_packed_projection(operator: Attention, cu_seqlens: Tensor | None) -> None:
+    def on_packed(attention: Attention) -> Callable[[Tensor], Tensor]:
+        return lambda x: attention(*x.split((4, 2, 2), dim=2), cu_seqlens_BD=cu_seqlens)
+
+    assert_operator_as_exact_as(
+        on_packed(operator),
+        on_packed(attention_reference),
+        on_packed(attention_reference),
+        [randn(B, 9, 8, K, seed=0, dtype=torch.float32, device="cpu")],
+    )
+
+
+def test_varlen_attn_of_a_pytorch_without_the_argument_for_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def older(*arguments: Any, window_size: tuple[int, int]) -> Tensor:
+        return fake_varlen_attn(*arguments, window_size=window_size, enable_gqa=True)
+
+    monkeypatch.setattr(attention_backends, "varlen_attn", older)
+    monkeypatch.setattr(attention_backends, "_GROUPED", {})
+    inputs = qkv(9, 9)
+    torch.testing.assert_close(
+        pinned_sdpa(SDPBackend.MATH)(*inputs, cu_seqlens_BD=CU_SEQLENS),
+        attention_reference(*inputs, cu_seqlens_BD=CU_SEQLENS),
+    )
+
+
+def nothing_runs(*arguments: Any) -> Tensor:
+    raise AssertionError("a kernel was called")
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 9), (4, 9), (1, 1)])
+def test_decoding_runs_on_the_reference(
+    n_queries: int, n_keys: int, cu_seqlens: Tensor | None
+) -> None:
+    inputs = qkv(n_queries, n_keys)
+    decode = fused_attention(dense=nothing_runs, packed=nothing_runs)
+    out = decode(*inputs, cu_seqlens_BD=cu_seqlens)
+    assert torch.equal(out, attention_reference(*inputs, cu_seqlens_BD=cu_seqlens))
+
+
+class Gradients:
+    """A dense entry point that sees the gradient its backward is handed."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        out = attention_reference(q, k, v, causal=causal)
+        out.register_hook(self.see)
+        return out
+
+    def see(self, gradient: Tensor) -> None:
+        self.strides, self.address = gradient.stride(), gradient.data_ptr()
+
+
+def test_an_expanded_gradient_reaches_kernels_with_memory_of_its_own() -> None:
+    kernel = Gradients()
+    attention = fused_attention(dense=kernel, packed=nothing_runs)
+    inputs = [x.requires_grad_() for x in qkv(9, 9)]
+    row = randn(K, seed=3, dtype=torch.float32, device="cpu")
+    for expanded in (row.expand(B, 9, 4, K), torch.ones(()).expand(B, 9, 4, K)):
+        gradients = torch.autograd.grad(attention(*inputs), inputs, expanded)
+        assert kernel.strides == (9 * 4 * K, 4 * K, K, 1)
+        dense = torch.autograd.grad(attention(*inputs), inputs, expanded.contiguous())
+        assert all(map(torch.equal, gradients, dense))
+
+
+def test_a_dense_gradient_is_not_copied() -> None:
+    kernel = Gradients()
+    attention = fused_attention(dense=kernel, packed=nothing_runs)
+    inputs = [x.requires_grad_() for x in qkv(9, 9)]
+    upstream = randn(B, 9, 4, K, seed=3, dtype=torch.float32, device="cpu")
+    torch.autograd.grad(attention(*inputs), inputs, upstream)
+    assert kernel.address == upstream.data_ptr()
+
+
+def enabled_kernels() -> set[str]:
+    switches = torch.backends.cuda
+    enabled = {
+        "cudnn": switches.cudnn_sdp_enabled(),
+        "flash": switches.flash_sdp_enabled(),
+        "efficient": switches.mem_efficient_sdp_enabled(),
+        "math": switches.math_sdp_enabled(),
+    }
+    return {name for name, is_enabled in enabled.items() if is_enabled}
+
+
+class Calls:
+    """Stands in for SDPA and remembers under which switches it was called with which mask."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[set[str], bool]] = []
+        monkeypatch.setattr(F, "scaled_dot_product_attention", self)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        self.seen.append((enabled_kernels(), attn_mask is not None))
+        return torch.zeros_like(query)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        (SDPBackend.CUDNN_ATTENTION, "cudnn"),
+        (SDPBackend.FLASH_ATTENTION, "flash"),
+        (SDPBackend.MATH, "math"),
+    ],
+)
+def test_training_shapes_have_one_kernel_and_no_mask(
+    kernel: SDPBackend, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, before = Calls(monkeypatch), enabled_kernels()
+    pinned_sdpa(kernel)(*qkv(9, 9))
+    assert calls.seen == [({name}, False)]
+    assert enabled_kernels() == before
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS])
+@pytest.mark.parametrize("n_queries", [1, 4, 9])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_cudnn_sees_no_mask(
+    pinned: bool,
+    n_queries: int,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def varlen(query: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        assert enabled_kernels() == {"flash"}
+        return torch.zeros_like(query)
+
+    calls = Calls(monkeypatch)
+    monkeypatch.setattr(attention_backends, "varlen_attn", varlen)
+    operator = pinned_sdpa(SDPBackend.CUDNN_ATTENTION) if pinned else reference_attention
+    operator(*qkv(n_queries, 9), causal=causal, cu_seqlens_BD=cu_seqlens)
+    assert calls.seen or (pinned and cu_seqlens is not None)
+    assert not any("cudnn" in kernels and masked for kernels, masked in calls.seen)
+
+
+def test_a_kernel_that_cannot_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="No viable backend"):
+        pinned_sdpa(SDPBackend.CUDNN_ATTENTION)(*qkv(9, 9))
+
+
+# Dynamo makes one to trace an autograd.Function, and PyTorch warns of that.
+TRACES_FUNCTIONS = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)
+
+
+def compiled(operator: Attention, **options: Any) -> Attention:
+    torch.compiler.reset()
+    # Inductor would need a compiler; the graph is whole or not before it.
+    made: Attention = torch.compile(
+        lambda q, k, v: operator(q, k, v, **options),
+        fullgraph=True,
+        dynamic=False,
+        backend="aot_eager",
+    )
+    return made
+
+
+def assert_compiles(operator: Attention, inputs: list[Tensor], **options: Any) -> None:
+    eager = outputs_and_gradients(lambda q, k, v: operator(q, k, v, **options), inputs)
+    traced = outputs_and_gradients(compiled(operator, **options), inputs)
+    assert all(map(torch.equal, eager, traced))
+
+
+@TRACES_FUNCTIONS
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(9, 9), (1, 9), (4, 9)])
+def test_compiles_in_one_graph(operator: Attention, n_queries: int, n_keys: int) -> None:
+    assert_compiles(operator, qkv(n_queries, n_keys))
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(9, 9), (1, 9), (4, 9)])
+def test_the_reference_compiles_in_one_graph(
+    n_queries: int, n_keys: int, cu_seqlens: Tensor | None
+) -> None:
+    assert_compiles(reference_attention, qkv(n_queries, n_keys), cu_seqlens_BD=cu_seqlens)
+
+
+@TRACES_FUNCTIONS
+@pytest.mark.parametrize(("causal", "window"), [(True, (-1, 0)), (False, (-1, -1))])
+def test_packed_documents_compile_in_one_graph(causal: bool, window: tuple[int, int]) -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        # No CPU has the kernel: what matters is that PyTorch's function was traced into the graph.
+        graphs.append(graph)
+        return lambda *arguments: (torch.zeros(B, 9, 4, K),)
+
+    torch.compiler.reset()
+    torch.compile(pinned_sdpa(SDPBackend.CUDNN_ATTENTION), fullgraph=True, backend=keep)(
+        *qkv(9, 9, dtype=torch.bfloat16), causal=causal, cu_seqlens_BD=CU_SEQLENS
+    )
+    (graph,) = graphs
+    (call,) = [node for node in graph.graph.nodes if "varlen_attn" in str(node.target)]
+    given = dict(
+        zip((x.name for x in call.target.default._schema.arguments), call.args, strict=False)
+    )
+    assert (given["max_q"], given["max_k"], given["is_causal"]) == (9, 9, causal)
+    assert tuple(given["window_size"]) == window
+    boundaries = given["cu_seq_q"]
+    assert boundaries is given["cu_seq_k"]
+    assert boundaries.meta["example_value"].shape == (CU_SEQLENS.numel(),)
+    assert given["query"].meta["example_value"].shape == (B * 9, 4, K)
+
+
+class Handle:
+    def __init__(self, library: torch.library.Library | None = None) -> None:
+        self.library = library
+
+    def remove(self) -> None:
+        self.library = None
+
+
+@pytest.fixture
+def fake_implementations(monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name in ("FA3", "FA4"):
+        monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, name, Handle)
+    yield
+    set_flash_implementation(None)
+
+
+@pytest.mark.usefixtures("fake_implementations", "flash_attn_2")
+def test_loading_decides_what_the_flash_kernels_are() -> None:
+    expected = {"flash-attn-3": "FA3", "flash-attn-4": "FA4"}
+    for backend in BACKENDS:
+        for before in ("FA3", "FA4", None):
+            set_flash_implementation(before)
+            backend.load()
+            assert current_flash_attention_impl() == expected.get(backend.name)
+
+
+def test_another_implementation_replaces_the_kernel_and_leaves_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kernel(query: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return torch.full_like(query, 7.0), query.new_zeros(query.shape[:3])
+
+    def register() -> Handle:
+        # PyTorch itself warns once in a process, and importing it may have been that once.
+        warnings.warn(
+            "Warning only once\n  Overriding a previously registered kernel", stacklevel=1
+        )
+        library = torch.library.Library("aten", "IMPL", "CPU")
+        library.impl("_scaled_dot_product_flash_attention_for_cpu", kernel, "CPU")
+        return Handle(library)
+
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", register)
+    inputs = qkv(9, 9)
+    truth = NAMED["flash"].load()(*inputs)
+    assert (NAMED["flash-attn-3"].load()(*inputs) == 7.0).all()
+    assert torch.equal(NAMED["flash"].load()(*inputs), truth)
+
+
+def test_a_missing_implementation_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    with pytest.raises(ModuleNotFoundError):
+        NAMED["flash-attn-3"].load()
+    assert current_flash_attention_impl() is None
+
+
+def with_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+@pytest.fixture
+def hopper_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_capability(monkeypatch, (9, 0))
+    monkeypatch.setattr(attention_backends, "_refusal", lambda shape, can_use: None)
+    attributes = {"flash_attn_func": None, "_flash_attn_fwd": None}
+    for name in (
+        "flash_attn_interface",
+        "flash_attn",
+        "flash_attn.cute",
+        "flash_attn.cute.interface",
+    ):
+        monkeypatch.setitem(sys.modules, name, module(name, **attributes))
+
+
+@pytest.mark.usefixtures("hopper_with_everything")
+def test_every_backend_can_where_all_is_there() -> None:
+    assert [backend.obstacle(SHAPE) for backend in BACKENDS] == [None] * len(BACKENDS)
+
+
+FUSED = BACKENDS[:-1]
+
+
+@pytest.mark.usefixtures("hopper_with_everything")
+@pytest.mark.parametrize("backend", FUSED, ids=lambda backend: backend.name)
+def test_obstacles_of_all(backend: Backend) -> None:
+    for changed, clause in (
+        ({"device": torch.device("cpu")}, "it needs a CUDA device, not cpu"),
+        ({"dtype": torch.float32}, "it takes bfloat16 and float16, not float32"),
+        ({"head_dim": 36}, "not 36"),
+        ({"head_dim": 264}, "not 264"),
+    ):
+        obstacle = backend.obstacle(replace(SHAPE, **changed))
+        assert obstacle is not None
+        assert clause in obstacle
+    assert backend.obstacle(replace(SHAPE, dtype=torch.float16, head_dim=96)) is None
+
+
+@pytest.mark.usefixtures("hopper_with_everything")
+def test_cudnn_has_no_backward_for_wide_heads() -> None:
+    able = [x.name for x in FUSED if x.obstacle(replace(SHAPE, head_dim=256)) is None]
+    assert able == ["flash-attn-3", "flash-attn-4", "flash-attn-2", "flash"]
+    assert NAMED["cudnn"].obstacle(replace(SHAPE, head_dim=128)) is None
+
+
+@pytest.mark.usefixtures("hopper_with_everything")
+@pytest.mark.parametrize(
+    ("capability", "able"),
+    [
+        ((7, 5), []),
+        ((8, 0), ["flash-attn-2", "cudnn", "flash"]),
+        ((8, 9), ["flash-attn-2", "cudnn", "flash"]),
+        ((9, 0), ["flash-attn-3", "flash-attn-4", "flash-attn-2", "cudnn", "flash"]),
+        ((10, 0), ["flash-attn-4", "flash-attn-2", "cudnn", "flash"]),
+        ((11, 0), ["flash-attn-2", "cudnn", "flash"]),
+        ((12, 0), ["flash-attn-2", "cudnn", "flash"]),
+    ],
+)
+def test_compute_capability(
+    capability: tuple[int, int], able: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_capability(monkeypatch, capability)
+    assert [backend.name for backend in FUSED if backend.obstacle(SHAPE) is None] == able
+    missing = [backend for backend in FUSED if backend.name not in able]
+    clause = "it has no kernels for compute capability {}.{}".format(*capability)
+    assert {backend.obstacle(SHAPE) for backend in missing} <= {clause}
+
+
+@pytest.mark.parametrize("name", ["flash-attn-3", "flash-attn-4", "flash-attn-2"])
+def test_a_missing_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_capability(monkeypatch, (9, 0))
+    for imported in ("flash_attn_interface", "flash_attn"):
+        # None makes the import fail as if it were not there.
+        monkeypatch.setitem(sys.modules, imported, None)
+    obstacle = NAMED[name].obstacle(SHAPE)
+    assert obstacle is not None
+    assert "is not installed (" in obstacle
+
+
+def test_flash_attention_4_alone_is_not_flash_attention_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_capability(monkeypatch, (9, 0))
+    monkeypatch.setitem(sys.modules, "flash_attn", module("flash_attn"))
+    assert NAMED["flash-attn-2"].obstacle(SHAPE) == (
+        "the package flash_attn is not installed "
+        "(pip install --no-build-isolation 'fastllama[flash]')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "clause"),
+    [
+        (ImportError("undefined symbol: x\nmore"), "ImportError: undefined symbol: x)"),
+        (ModuleNotFoundError("No module named 'cutlass'", name="cutlass"), "'cutlass')"),
+        (OSError("libcudart.so.12"), "OSError: libcudart.so.12)"),
+    ],
+)
+def test_a_broken_package(error: Exception, clause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    with_capability(monkeypatch, (9, 0))
+    monkeypatch.setattr(attention_backends, "import_module", fail)
+    for name in ("flash-attn-3", "flash-attn-4", "flash-attn-2"):
+        obstacle = NAMED[name].obstacle(SHAPE)
+        assert obstacle is not None
+        assert "cannot be imported (" in obstacle
+        assert obstacle.endswith(clause)
+
+
+def test_pytorch_is_asked_about_the_shape_as_it_is_called() -> None:
+    asked = []
+
+    def can_use(params: SDPAParams, debug: bool) -> bool:
+        asked.append(params)
+        assert debug
+        return True
+
+    shape = replace(SHAPE, device=torch.device("cpu"))
+    assert attention_backends._refusal(shape, can_use) is None
+    (params,) = asked
+    assert params.query.shape == (2, 4, 128, 64)
+    assert params.key.shape == params.value.shape == (2, 2, 128, 64)
+    assert {x.stride(-1) for x in (params.query, params.key, params.value)} == {1}
+    assert {x.dtype for x in (params.query, params.key, params.value)} == {torch.bfloat16}
+    assert params.query.requires_grad
+    assert (params.attn_mask, params.dropout) == (None, 0.0)
+    assert params.is_causal
+    assert params.enable_gqa
+
+
+def test_a_refusal_says_why() -> None:
+    def can_use(params: SDPAParams, debug: bool) -> bool:
+        warnings.warn("cuDNN SDPA is not deterministic. (Triggered internally at x)", stacklevel=1)
+        return False
+
+    shape = replace(SHAPE, device=torch.device("cpu"))
+    assert attention_backends._refusal(shape, can_use) == (
+        "PyTorch refuses it (cuDNN SDPA is not deterministic.)"
+    )
+
+
+def test_each_kernel_of_pytorch_is_asked_about_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_capability(monkeypatch, (9, 0))
+    monkeypatch.setattr(attention_backends, "_refusal", lambda shape, can_use: can_use.__name__)
+    assert NAMED["cudnn"].obstacle(SHAPE) == "can_use_cudnn_attention"
+    assert NAMED["flash"].obstacle(SHAPE) == "can_use_flash_attention"
+
+
+def test_pytorch_refuses_the_cpu() -> None:
+    shape = replace(SHAPE, device=torch.device("cpu"))
+    obstacle = attention_backends._refusal(shape, torch.backends.cuda.can_use_flash_attention)
+    assert obstacle is not None
+    assert obstacle.startswith("PyTorch refuses it (")
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "first"),
+    [
+        ("cuda", (8, 9), "flash"),
+        ("cuda", (9, 0), "cudnn"),
+        ("cuda", (12, 0), "cudnn"),
+        ("cpu", None, "cudnn"),
+    ],
+)
+def test_cudnn_comes_before_flash_on_hopper(
+    device: str, capability: Any, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_capability(monkeypatch, capability)
+    order = [backend.name for backend in backends_for(torch.device(device))]
+    assert sorted(order) == sorted(NAMED)
+    assert order[:3] == ["flash-attn-3", "flash-attn-4", "flash-attn-2"]
+    assert order[3] == first
+    assert order[-1] == "reference"
+
+
+def load_or_skip(backend: Backend, **changes: Any) -> Attention:
+    shape = replace(SHAPE, batch_size=B, **changes)
+    obstacle = backend.obstacle(shape)
+    if obstacle is not None:
+        pytest.skip(f"{backend.name}: {obstacle}")
+    return backend.load()
+
+
+def assert_right_on_gpu(
+    operator: Attention, plain: Attention, inputs: list[Tensor], **options: Any
+) -> None:
+    def with_options(attention: Attention) -> Attention:
+        return lambda *x: attention(*x, **options)
+
+    assert_operator_as_exact_as(
+        with_options(operator), with_options(plain), with_options(plain), inputs
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", FUSED, ids=lambda backend: backend.name)
+class TestOnGpu:
+    @pytest.fixture(autouse=True)
+    def pytorchs_own_flash_afterwards(self) -> Any:
+        yield
+        set_flash_implementation(None)
+
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (3, 1)])
+    @pytest.mark.parametrize("width", [64, 96, 128])
+    def test_matches_the_definition(
+        self, backend: Backend, width: int, heads: tuple[int, int], causal: bool
+    ) -> None:
+        n_heads, n_kv_heads = heads
+        operator = load_or_skip(backend, head_dim=width, n_heads=n_heads, n_kv_heads=n_kv_heads)
+        for seq_len in (1, 2, 63, 64, 65, 127, 128, 192, 257):
+            inputs = qkv(seq_len, seq_len, heads, torch.bfloat16, "cuda", width)
+            assert_right_on_gpu(operator, reference_attention, inputs, causal=causal)
+
+    @pytest.mark.parametrize("n_queries", [1, 7, 64])
+    def test_decoding(self, backend: Backend, n_queries: int) -> None:
+        operator = load_or_skip(backend)
+        inputs = qkv(n_queries, 64, (4, 2), torch.bfloat16, "cuda", 64)
+        assert_right_on_gpu(operator, reference_attention, inputs)
+
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+    @pytest.mark.parametrize("ends", [[0, 0, 2, 2, 200, 200], [0, 1, 128, 129, 200, 200]])
+    def test_packed_documents(
+        self, backend: Backend, ends: list[int], heads: tuple[int, int], causal: bool
+    ) -> None:
+        operator = load_or_skip(backend, seq_len=200)
+        cu_seqlens = torch.tensor([ends, [0, 200, 200, 200, 200, 200]], dtype=torch.int32)
+        inputs = qkv(200, 200, heads, torch.bfloat16, "cuda", 64)
+        assert_right_on_gpu(
+            operator, reference_attention, inputs, causal=causal, cu_seqlens_BD=cu_seqlens.cuda()
+        )
+
+    @pytest.mark.parametrize("expand", [(0, 0, 0, 0), (0, 0, 0, 1), (1, 0, 1, 1)])
+    def test_expanded_gradient(self, backend: Backend, expand: tuple[int, ...]) -> None:
+        operator = load_or_skip(backend)
+        inputs = [x.requires_grad_() for x in qkv(128, 128, (4, 2), torch.bfloat16, "cuda", 64)]
+        size = (B, 128, 4, 64)
+        kept = [length if keep else 1 for length, keep in zip(size, expand, strict=True)]
+        upstream = randn(*kept, seed=3, dtype=torch.bfloat16, device="cuda").expand(size)
+        gradients = torch.autograd.grad(operator(*inputs), inputs, upstream)
+        plain = torch.autograd.grad(reference_attention(*inputs), inputs, upstream.contiguous())
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        truth = torch.autograd.grad(reference_attention(*wide), wide, upstream.double())
+        for compared in zip(gradients, plain, truth, strict=True):
+            assert_as_exact_as(*compared)
+
+    def test_views_of_one_packed_projection(self, backend: Backend) -> None:
+        operator = load_or_skip(backend)
+
+        def on_packed(attention: Attention) -> Callable[[Tensor], Tensor]:
+            return lambda x: attention(*x.split((4, 2, 2), dim=2))
+
+        assert_operator_as_exact_as(
+            on_packed(operator),
+            on_packed(reference_attention),
+            on_packed(reference_attention),
+            [randn(B, 128, 8, 64, seed=0, dtype=torch.bfloat16, device="cuda")],
+        )
+
+    @TRACES_FUNCTIONS
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_compiles_in_one_graph(self, backend: Backend, packed: bool) -> None:
+        operator = load_or_skip(backend)
+        cu_seqlens = torch.tensor([[0, 5, 128], [0, 128, 128]], dtype=torch.int32, device="cuda")
+        inputs = qkv(128, 128, (4, 2), torch.bfloat16, "cuda", 64)
+        assert_right_on_gpu(
+            compiled(operator, cu_seqlens_BD=cu_seqlens if packed else None),
+            lambda q, k, v: reference_attention(
+                q, k, v, cu_seqlens_BD=cu_seqlens if packed else None
+            ),
+            inputs,
+        )
+
+    @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_never_waits_for_the_device(self, backend: Backend, packed: bool) -> None:
+        operator = load_or_skip(backend)
+        cu_seqlens = torch.tensor([[0, 5, 128], [0, 128, 128]], dtype=torch.int32, device="cuda")
+        inputs = [x.requires_grad_() for x in qkv(128, 128, (4, 2), torch.bfloat16, "cuda", 64)]
+        options = {"cu_seqlens_BD": cu_seqlens} if packed else {}
+        torch.autograd.grad(operator(*inputs, **options), inputs, inputs[0].detach())
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            torch.autograd.grad(operator(*inputs, **options), inputs, inputs[0].detach())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

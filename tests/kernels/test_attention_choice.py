@@ -1,0 +1,591 @@
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import _registry, current_flash_attention_impl
+
+from fastllama_kernels import attention_choice
+from fastllama_kernels.attention import attention_reference
+from fastllama_kernels.attention_backends import (
+    Attention,
+    Backend,
+    reference_attention,
+    set_flash_implementation,
+)
+from fastllama_kernels.attention_choice import (
+    AttentionChoice,
+    AttentionShape,
+    attention_operator,
+    choose_attention,
+)
+
+SHAPE = AttentionShape(
+    batch_size=2,
+    seq_len=33,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=16,
+    dtype=torch.bfloat16,
+    device=torch.device("cpu"),
+)
+
+
+def working(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return attention_reference(q, k, v, **options)
+
+
+def fake(name: str, operator: Attention = working, obstacle: str | None = None) -> Backend:
+    # A function of its own for each, so that they can be told apart.
+    return Backend(name, lambda shape: obstacle, lambda: lambda *x, **y: operator(*x, **y))
+
+
+REFERENCE = Backend("reference", lambda shape: None, lambda: reference_attention)
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Has only the given backends and the reference exist."""
+
+    def install(*backends: Backend) -> None:
+        everything = (*backends, REFERENCE)
+        monkeypatch.setattr(attention_choice, "BACKENDS", everything)
+        monkeypatch.setattr(attention_choice, "backends_for", lambda device: everything)
+
+    return install
+
+
+@pytest.fixture
+def no_measuring(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def measured(*arguments: Any) -> NoReturn:
+        raise AssertionError("measured")
+
+    return lambda: monkeypatch.setattr(attention_choice, "_measure", measured)
+
+
+@pytest.fixture
+def taking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the seconds that the backends, in their order, are measured to take."""
+
+    def taking(*seconds: float) -> None:
+        times = iter(seconds)
+        monkeypatch.setattr(attention_choice, "_seconds", lambda *arguments: next(times))
+
+    return taking
+
+
+class SlowBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return gradient
+
+
+def slow_forward(*inputs: Tensor) -> Tensor:
+    time.sleep(0.02)
+    return working(*inputs)
+
+
+def slow_backward(*inputs: Tensor) -> Tensor:
+    out: Tensor = SlowBackward.apply(working(*inputs))
+    return out
+
+
+class OtherBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 1.2
+
+
+def wrong_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return working(q, k, OtherBackward.apply(v))
+
+
+def wrong_mask(*inputs: Tensor) -> Tensor:
+    return working(*inputs, causal=False)
+
+
+def wrong_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return working(q * 1.5, k, v)
+
+
+def wrong_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return working(q, k.flip(2), v)
+
+
+def nan_somewhere(*inputs: Tensor) -> Tensor:
+    return working(*inputs).index_fill(1, torch.tensor([7]), float("nan"))
+
+
+def out_of_memory(*inputs: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+
+def test_a_cpu_gets_the_reference_unmeasured(
+    no_measuring: Callable[[], None], tmp_path: Path
+) -> None:
+    no_measuring()
+    for dtype in (torch.float32, torch.bfloat16):
+        choice = choose_attention(replace(SHAPE, dtype=dtype), cache_folder=tmp_path)
+        assert choice == AttentionChoice(
+            "reference",
+            "the only one that can (flash-attn-3, flash-attn-4, flash-attn-2, cudnn, flash: "
+            "it needs a CUDA device, not cpu)",
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lone_candidate_need_only_pass_its_test(install: Install, tmp_path: Path) -> None:
+    install(fake("a", obstacle="it is too old"), fake("b"), fake("c", obstacle="it is too new"))
+    assert choose_attention(SHAPE, cache_folder=tmp_path) == AttentionChoice(
+        "b", "the only one that passes its test (a: it is too old; c: it is too new)"
+    )
+
+
+@pytest.mark.parametrize("slow", [slow_forward, slow_backward])
+def test_the_faster_forward_and_backward_wins(
+    slow: Attention, install: Install, tmp_path: Path
+) -> None:
+    install(fake("slow", slow), fake("fast"))
+    choice = choose_attention(SHAPE, cache_folder=tmp_path)
+    assert choice.name == "fast"
+    assert "x as fast as slow, measured" in choice.reason
+
+
+def test_the_reason_compares_with_the_next_best(
+    install: Install, taking: Callable[..., None], tmp_path: Path
+) -> None:
+    install(fake("a"), fake("b", obstacle="it is too old"), fake("c"), fake("d"))
+    taking(0.131, 0.3, 0.1)
+    assert choose_attention(SHAPE, cache_folder=tmp_path) == AttentionChoice(
+        "d", "1.31x as fast as a, measured (b: it is too old)"
+    )
+
+
+def test_of_equals_the_first_in_order_is_taken(
+    install: Install, taking: Callable[..., None], tmp_path: Path
+) -> None:
+    install(fake("b"), fake("a"))
+    taking(0.1, 0.1)
+    assert choose_attention(SHAPE, cache_folder=tmp_path).name == "b"
+
+
+@pytest.mark.parametrize(
+    ("operator", "clause"),
+    [
+        (wrong_mask, "its output is off by"),
+        (wrong_scale, "its output is off by"),
+        (wrong_heads, "its output is off by"),
+        (wrong_gradient, "its gradient of v is off by "),
+        (nan_somewhere, "its output is off by nan"),
+        (out_of_memory, "it raises OutOfMemoryError: CUDA out of memory."),
+    ],
+)
+def test_what_fails_its_test_is_passed_over_and_nothing_cached(
+    operator: Attention,
+    clause: str,
+    install: Install,
+    taking: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    install(fake("broken", operator), fake("a"), fake("b"))
+    taking(0.2, 0.1)
+    choice = choose_attention(SHAPE, cache_folder=tmp_path)
+    assert choice.name == "b"
+    assert f"measured (broken: {clause}" in choice.reason
+    assert "\n" not in choice.reason
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_loaded_is_passed_over(
+    install: Install, taking: Callable[..., None], tmp_path: Path
+) -> None:
+    def load() -> NoReturn:
+        raise RuntimeError("Module 'x' does not expose FA3 kernels")
+
+    install(Backend("broken", lambda shape: None, load), fake("a"))
+    taking(0.2)
+    assert choose_attention(SHAPE, cache_folder=tmp_path) == AttentionChoice(
+        "a",
+        "the only one that passes its test (broken: it raises RuntimeError: Module 'x' does not "
+        "expose FA3 kernels)",
+    )
+
+
+def test_the_reference_is_left_when_all_fail(install: Install, tmp_path: Path) -> None:
+    install(fake("a", wrong_mask), fake("b", out_of_memory), fake("c", obstacle="it is too old"))
+    choice = choose_attention(SHAPE, cache_folder=tmp_path)
+    assert choice.name == "reference"
+    assert choice.reason.startswith("the only one that passes its test (a: its output is off by")
+    assert choice.reason.endswith("c: it is too old)")
+
+
+@pytest.mark.parametrize("seq_len", [2, 33, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_right_results_pass(dtype: torch.dtype, seq_len: int) -> None:
+    shape = replace(SHAPE, dtype=dtype, seq_len=seq_len)
+    assert attention_choice._fault(working, shape) is None
+
+
+def test_the_test_is_of_one_short_sequence_and_the_time_of_the_whole_shape() -> None:
+    seen = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.append((q.shape, k.shape, v.shape, q.dtype))
+        # As in the model: views of one buffer.
+        assert q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+        return working(q, k, v)
+
+    shape = replace(SHAPE, seq_len=300)
+    attention_choice._fault(spy, shape)
+    attention_choice._seconds(spy, shape)
+    short, *whole = seen
+    assert short == ((1, 256, 4, 16), (1, 256, 2, 16), (1, 256, 2, 16), torch.bfloat16)
+    assert len(whole) == attention_choice.WARM_UPS + attention_choice.MEASUREMENTS
+    assert set(whole) == {((2, 300, 4, 16), (2, 300, 2, 16), (2, 300, 2, 16), torch.bfloat16)}
+
+
+def test_remembers(
+    install: Install,
+    taking: Callable[..., None],
+    no_measuring: Callable[[], None],
+    tmp_path: Path,
+) -> None:
+    install(fake("a"), fake("b"))
+    taking(0.2, 0.1)
+    folder = tmp_path / "not" / "there"
+    first = choose_attention(SHAPE, cache_folder=folder)
+    no_measuring()
+    again = choose_attention(SHAPE, cache_folder=folder)
+    assert again.name == first.name == "b"
+    assert again.reason == f"{first.reason}, from the cache in {folder / 'attention.json'}"
+    assert [path.name for path in folder.iterdir()] == ["attention.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 3},
+        {"seq_len": 34},
+        {"n_heads": 2},
+        {"n_kv_heads": 4},
+        {"head_dim": 24},
+        {"dtype": torch.float16},
+    ],
+)
+def test_remembers_each_shape_by_itself(
+    change: dict[str, Any], install: Install, taking: Callable[..., None], tmp_path: Path
+) -> None:
+    install(fake("a"), fake("b"))
+    taking(0.2, 0.1, 0.1, 0.2)
+    assert choose_attention(SHAPE, cache_folder=tmp_path).name == "b"
+    assert choose_attention(replace(SHAPE, **change), cache_folder=tmp_path).name == "a"
+    for shape, name in ((SHAPE, "b"), (replace(SHAPE, **change), "a")):
+        choice = choose_attention(shape, cache_folder=tmp_path)
+        assert choice.name == name
+        assert "from the cache" in choice.reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(torch, "__version__", "2.99.0"),
+        lambda patch: patch.setattr(torch.backends.cudnn, "version", lambda: 99),
+        lambda patch: patch.setattr(attention_choice, "_version", lambda package: "9"),
+        lambda patch: patch.setattr(attention_choice, "PACKAGES", ("torch",)),
+    ],
+)
+def test_measures_again_with_other_software(
+    change: Callable[[pytest.MonkeyPatch], None],
+    install: Install,
+    taking: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    install(fake("a"), fake("b"))
+    taking(0.2, 0.1, 0.1, 0.2)
+    assert choose_attention(SHAPE, cache_folder=tmp_path).name == "b"
+    change(monkeypatch)
+    assert choose_attention(SHAPE, cache_folder=tmp_path).name == "a"
+
+
+def test_measures_again_with_another_candidate(
+    install: Install, taking: Callable[..., None], tmp_path: Path
+) -> None:
+    taking(0.2, 0.1, 0.2, 0.1, 0.05)
+    install(fake("a"), fake("b"))
+    assert choose_attention(SHAPE, cache_folder=tmp_path).name == "b"
+    install(fake("a"), fake("b"), fake("c"))
+    assert choose_attention(SHAPE, cache_folder=tmp_path).name == "c"
+
+
+def test_the_key_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    keys = [
+        attention_choice._key(replace(SHAPE, device=torch.device(device)), [REFERENCE])
+        for device in ("cuda:0", "cuda:5")
+    ]
+    assert keys[0] == keys[1]
+    assert keys[0].startswith(f"NVIDIA H200 sm_90, torch {torch.__version__}, cudnn ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe\x00",
+        b"[1, 2]",
+        b"null",
+        b'{"KEY": 3}',
+        b'{"KEY": {"name": "b"}}',
+        b'{"KEY": {"name": ["b"], "reason": "x"}}',
+        b'{"KEY": {"name": "gone", "reason": "x"}}',
+    ],
+)
+def test_a_cache_that_makes_no_sense_is_rewritten(
+    content: bytes, install: Install, taking: Callable[..., None], tmp_path: Path
+) -> None:
+    backends = (fake("a"), fake("b"))
+    install(*backends)
+    taking(0.2, 0.1)
+    key = attention_choice._key(SHAPE, [*backends, REFERENCE])
+    file = tmp_path / "attention.json"
+    file.write_bytes(content.replace(b"KEY", key.encode()))
+    choice = choose_attention(SHAPE, cache_folder=tmp_path)
+    assert choice == AttentionChoice("b", "2.00x as fast as a, measured")
+    assert json.loads(file.read_text()) == {key: {"name": "b", "reason": choice.reason}}
+
+
+def test_other_entries_are_kept(
+    install: Install, taking: Callable[..., None], tmp_path: Path
+) -> None:
+    install(fake("a"), fake("b"))
+    taking(0.2, 0.1)
+    file = tmp_path / "attention.json"
+    file.write_text('{"another machine": {"name": "x", "reason": "y"}}')
+    choose_attention(SHAPE, cache_folder=tmp_path)
+    entries = json.loads(file.read_text())
+    assert len(entries) == 2
+    assert entries["another machine"] == {"name": "x", "reason": "y"}
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(
+    install: Install, taking: Callable[..., None], tmp_path: Path
+) -> None:
+    install(fake("a"), fake("b"))
+    taking(0.2, 0.1)
+    (tmp_path / "file").touch()
+    choice = choose_attention(SHAPE, cache_folder=tmp_path / "file")
+    assert choice.name == "b"
+    assert choice.reason.startswith("2.00x as fast as a, measured, not cached: [Errno ")
+
+
+def test_a_write_that_fails_leaves_what_was_there(
+    install: Install,
+    taking: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def fail(*arguments: Any) -> NoReturn:
+        raise OSError(28, "No space left on device")
+
+    install(fake("a"), fake("b"))
+    taking(0.2, 0.1)
+    (tmp_path / "attention.json").write_text("{}")
+    monkeypatch.setattr(os, "replace", fail)
+    choice = choose_attention(SHAPE, cache_folder=tmp_path)
+    assert choice.reason.endswith("not cached: [Errno 28] No space left on device")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "folder"), [("XDG_CACHE_HOME", "fastllama"), ("HOME", ".cache/fastllama")]
+)
+def test_the_default_folder(
+    variable: str,
+    folder: str,
+    install: Install,
+    taking: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    install(fake("a"), fake("b"))
+    taking(0.2, 0.1)
+    choose_attention(SHAPE)
+    assert (tmp_path / folder / "attention.json").exists()
+
+
+def test_the_folder_of_a_user_without_a_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def home() -> NoReturn:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert attention_choice._default_folder() == tmp_path / "fastllama"
+
+
+def test_a_backend_asked_for_is_taken(install: Install, tmp_path: Path) -> None:
+    install(fake("a"), fake("b"))
+    for name in ("a", "b", "reference"):
+        assert choose_attention(SHAPE, name, tmp_path) == AttentionChoice(name, "as asked for")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reference_asked_for_is_not_tried(no_measuring: Callable[[], None]) -> None:
+    no_measuring()
+    assert choose_attention(SHAPE, "reference").name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("operator", "clause"),
+    [(wrong_mask, "its output is off by"), (out_of_memory, "it raises OutOfMemoryError: CUDA")],
+)
+def test_a_backend_asked_for_that_fails_its_test_is_an_error(
+    operator: Attention, clause: str, install: Install
+) -> None:
+    install(fake("broken", operator), fake("a"))
+    with pytest.raises(ValueError, match=f"The attention broken was asked for, but {clause}"):
+        choose_attention(SHAPE, "broken")
+
+
+def test_a_backend_asked_for_that_cannot_is_an_error() -> None:
+    with pytest.raises(ValueError, match="cudnn was asked for") as caught:
+        choose_attention(SHAPE, "cudnn")
+    assert str(caught.value) == (
+        "The attention cudnn was asked for, but it needs a CUDA device, not cpu; use auto, which "
+        "takes the fastest that can run."
+    )
+
+
+def test_a_package_asked_for_that_is_missing_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    shape = replace(SHAPE, device=torch.device("cuda"))
+    with pytest.raises(ValueError, match="was asked for, but the package flash_attn is not inst"):
+        choose_attention(shape, "flash-attn-2")
+
+
+@pytest.mark.parametrize(
+    ("name", "guess"),
+    [
+        ("flash-attn", "; did you mean flash-attn-4? "),
+        ("cuDNN", "; did you mean cudnn? "),
+        ("xformers", ". "),
+        ("", ". "),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_and_all(name: str, guess: str) -> None:
+    message = (
+        f"There is no attention {name!r}{guess}Choose auto, flash-attn-3, flash-attn-4, "
+        "flash-attn-2, cudnn, flash, reference."
+    )
+    for choose in (lambda: choose_attention(SHAPE, name), lambda: attention_operator(name)):
+        with pytest.raises(ValueError, match="There is no attention") as caught:
+            choose()
+        assert str(caught.value) == message
+
+
+def test_the_operator_of_a_name(install: Install) -> None:
+    assert attention_operator("reference") is reference_attention
+    install(fake("a", lambda *x: torch.tensor(1.0)), fake("b", lambda *x: torch.tensor(2.0)))
+    assert attention_operator("b")().item() == 2.0
+
+
+def test_an_operator_that_cannot_be_loaded_is_an_error_for_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    message = "flash-attn-3 cannot be loaded by this process .ModuleNotFoundError: .*_interface"
+    with pytest.raises(ValueError, match=message):
+        attention_operator("flash-attn-3")
+
+
+def test_leaves_no_trace_in_the_process(
+    install: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Handle:
+        def remove(self) -> None:
+            pass
+
+    def load(name: str) -> Callable[[], Attention]:
+        def load() -> Attention:
+            set_flash_implementation(name)
+            return out_of_memory if name == "FA4" else working
+
+        return load
+
+    for name in ("FA3", "FA4"):
+        monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, name, Handle)
+    install(*(Backend(name, lambda shape: None, load(name)) for name in ("FA3", "FA4")))
+    before = torch.get_rng_state()
+    assert choose_attention(SHAPE, cache_folder=tmp_path).name == "FA3"
+    assert current_flash_attention_impl() is None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_slow_run_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_choice, "_times_on_host", lambda run: [2.0, 1.0, 30.0])
+    assert attention_choice._seconds(working, SHAPE) == 2.0
+
+
+def test_times_on_a_gpu_come_from_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.moment = len(done) ** 2
+
+        def synchronize(self) -> None:
+            done.append("synchronized")
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert done[-1] == "synchronized"
+            return float(end.moment - self.moment)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(attention_choice, "MEASUREMENTS", 3)
+    times = attention_choice._times_on_cuda(lambda: done.append("ran"))
+    # Milliseconds between the squares 0, 1, 4, 9.
+    assert times == pytest.approx([0.001, 0.003, 0.005])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_choice_is_measured_and_runs(tmp_path: Path) -> None:
+    shape = replace(SHAPE, seq_len=512, n_heads=8, head_dim=64, device=torch.device("cuda"))
+    choice = choose_attention(shape, cache_folder=tmp_path)
+    assert "it raises" not in choice.reason
+    assert "is off by" not in choice.reason
+    operator = attention_operator(choice.name)
+    try:
+        assert attention_choice._fault(operator, shape) is None
+    finally:
+        set_flash_implementation(None)

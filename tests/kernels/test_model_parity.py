@@ -1,0 +1,126 @@
+"""The whole model on Triton operators, against plain PyTorch and the float64 of the papers' LLaMA.
+
+On the CPU all uninitialised memory holds NaN meanwhile, so what a kernel fails to write shows.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastllama.config import ModelConfig
+from fastllama.model import KVCache, Llama
+from fastllama.reference import ReferenceLlama
+from fastllama_kernels import REFERENCE, TRITON, linear_cross_entropy
+from tests.compare import DEVICE, assert_as_exact_as, randn
+from tests.kernels.small_model import GROUPED, MULTI_HEAD, TIED, random_tokens, small_model
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+BATCH = (2, 4)
+"""Sequences and their tokens; the interpreter takes milliseconds for each."""
+
+Kind = Literal["logits", "loss"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    if DEVICE != "cpu":
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
+    """What a random gradient from above makes of every weight that wants one."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    upstream = randn(*output.shape, seed=0, dtype=BFLOAT16).to(output.dtype)
+    found = torch.autograd.grad(output, list(trained.values()), upstream)
+    return dict(zip(trained, found, strict=True))
+
+
+def assert_model_as_exact_as_plain(config: ModelConfig, dtype: torch.dtype, kind: Kind) -> None:
+    """Hold output and gradients to the rule; the truth is the model of the papers."""
+    tokens, targets = random_tokens(config, 2, *BATCH)
+    models = [small_model(config, operators, dtype) for operators in (TRITON, REFERENCE)]
+    truth = ReferenceLlama(config).to(DEVICE).double()
+    truth.load_packed(dict(models[0].named_parameters()))
+    if kind == "loss":
+        outputs = [*(model(tokens, targets) for model in models), truth.loss(tokens, targets)]
+    else:
+        outputs = [*(model(tokens) for model in models), truth(tokens)]
+    # The loss is one number, whose error can be 0 by luck: its eps is that of the arithmetic.
+    assert_as_exact_as(*(x.detach().to(dtype) for x in outputs[:2]), outputs[2].detach())
+
+    actual, plain = (gradients(*pair) for pair in zip(models, outputs[:2], strict=True))
+    apart = gradients(truth, outputs[2])
+    exact = {
+        name: torch.cat([apart[part] for part in parts])
+        for name, parts in truth.packed_names().items()
+    }
+    assert actual.keys() == exact.keys()
+    for name, gradient in actual.items():
+        assert_as_exact_as(gradient, plain[name], exact[name])
+
+
+@pytest.mark.parametrize("kind", ["logits", "loss"])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize(
+    "config", [MULTI_HEAD, GROUPED, TIED], ids=["multi-head", "grouped", "tied"]
+)
+def test_output_and_gradients(config: ModelConfig, dtype: torch.dtype, kind: Kind) -> None:
+    assert_model_as_exact_as_plain(config, dtype, kind)
+
+
+def test_chunks_of_the_loss_that_do_not_divide_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cross_entropy, "chunk_length", lambda *_: 3)
+    assert_model_as_exact_as_plain(MULTI_HEAD, FLOAT32, "loss")
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_decoding_gives_the_logits_of_the_whole(
+    context: type[AbstractContextManager[None]],
+) -> None:
+    tokens, cache = random_tokens(GROUPED, 2, 6), KVCache(GROUPED)
+    models = [small_model(GROUPED, operators) for operators in (TRITON, REFERENCE)]
+    truth = small_model(GROUPED, REFERENCE, exact=True)
+    with context():
+        decoded = [models[0](piece, cache=cache) for piece in tokens.split([4, 1, 1], dim=1)]
+        assert_as_exact_as(torch.cat(decoded, dim=1), models[1](tokens), truth(tokens))
+
+
+def test_under_autocast() -> None:
+    tokens, targets = random_tokens(GROUPED, 2, *BATCH)
+
+    def loss(model: Llama) -> Tensor:
+        # Two forwards, because autocast may keep its copies of the weights for the second.
+        first, second = (model(x[None], y[None]) for x, y in zip(tokens, targets, strict=True))
+        return first + second
+
+    models = [small_model(GROUPED, operators) for operators in (TRITON, REFERENCE)]
+    with torch.autocast(DEVICE, BFLOAT16):
+        actual, plain = (gradients(model, loss(model)) for model in models)
+    truth = small_model(GROUPED, REFERENCE, exact=True)
+    exact = gradients(truth, loss(truth))
+    for name, gradient in actual.items():
+        # Of float32, but as exact as the type they were computed in.
+        both = (x.to(BFLOAT16) for x in (gradient, plain[name]))
+        assert_as_exact_as(*both, exact[name])
+
+
+def test_frozen_weights_leave_the_gradients_of_the_others_alone() -> None:
+    tokens, targets = random_tokens(MULTI_HEAD, 2, *BATCH)
+    model = small_model(MULTI_HEAD, TRITON)
+    wanted = gradients(model, model(tokens, targets))
+    for name in ("embedding", "blocks.0.attention.qkv", "blocks.1.mlp_norm", "output"):
+        model.get_submodule(name).requires_grad_(False)
+        del wanted[f"{name}.weight"]
+    model.blocks[1].mlp.requires_grad_(False)
+    found = gradients(model, model(tokens, targets))
+    assert 0 < len(found) < len(wanted)
+    assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())

@@ -1,0 +1,152 @@
+"""What only a GPU can show of a training step: waiting, graphs, streams, stale memory, luck."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastllama.config import ModelConfig, OptimizerConfig
+from fastllama.model import Llama
+from fastllama.optimizer import build_optimizer, update
+from fastllama_kernels import TRITON
+from tests.compare import DEVICE
+from tests.kernels.small_model import loss_and_gradients, random_tokens, small_model
+
+pytestmark = pytest.mark.gpu
+
+# One block of keys, or the backward of attention, which is not on trial, may sum in any order.
+CONFIG = ModelConfig(
+    vocab_size=1000, n_embd=256, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64
+)
+N_UPDATES = 5
+
+
+def batches() -> Tensor:
+    """Tokens and targets of every update."""
+    return random_tokens(CONFIG, N_UPDATES, 2, 4, CONFIG.max_seq_len)
+
+
+def model_on(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Llama:
+    return small_model(CONFIG, TRITON, dtype).to(device)
+
+
+def assert_same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert [name for name, x in found.items() if not torch.equal(x.cpu(), wanted[name].cpu())] == []
+
+
+def trained_with(step: Callable[[Llama], Callable[[Tensor], Tensor]]) -> tuple[Tensor, Llama]:
+    """The losses of all updates and the weights after them."""
+    model = model_on(torch.device(DEVICE), torch.float32)
+    do_update = step(model)
+    return torch.stack([do_update(batch).clone() for batch in batches()]), model
+
+
+def eager_step(model: Llama) -> Callable[[Tensor], Tensor]:
+    optimizer = build_optimizer(model, OptimizerConfig(max_lr=1e-3))
+
+    def do_update(batch: Tensor) -> Tensor:
+        loss: Tensor = model(*batch)
+        loss.backward()
+        update(optimizer, loss.detach(), max_norm=1.0)
+        return loss.detach()
+
+    return do_update
+
+
+def warm_step(model: Llama) -> Callable[[Tensor], Tensor]:
+    """An update that has been done once, and that a graph can hold: its count is on the device."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, capturable=True)
+
+    def do_update(batch: Tensor) -> Tensor:
+        loss: Tensor = model(*batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    # Kernels are compiled and moments allocated before a capture, on the side as PyTorch wants it.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        do_update(batches()[0])
+    torch.cuda.current_stream().wait_stream(side)
+    return do_update
+
+
+def captured_step(model: Llama) -> Callable[[Tensor], Tensor]:
+    """The same as a CUDA graph, which reads every batch where the first was."""
+    do_update, batch = warm_step(model), batches()[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = do_update(batch)
+
+    def replay(new: Tensor) -> Tensor:
+        batch.copy_(new)
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def test_five_updates_twice_are_the_same_bits() -> None:
+    (losses, model), (again, twin) = (trained_with(eager_step) for _ in range(2))
+    assert torch.equal(losses, again)
+    assert_same_bits(dict(model.named_parameters()), dict(twin.named_parameters()))
+    assert not torch.equal(model.output.weight, model_on(torch.device(DEVICE)).output.weight)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_update_does_not_wait_for_the_device() -> None:
+    model = model_on(torch.device(DEVICE), torch.float32)
+    do_update, (batch, other, *_) = eager_step(model), batches()
+    do_update(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        do_update(other)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_update_replays_from_a_graph() -> None:
+    losses, _ = trained_with(warm_step)
+    replayed, _ = trained_with(captured_step)
+    # The library of matrix products may choose another of its kernels in a graph.
+    torch.testing.assert_close(replayed, losses, rtol=1e-4, atol=0)
+
+
+def test_freed_memory_is_not_read() -> None:
+    model, batch = model_on(torch.device(DEVICE)), batches()[0]
+    wanted = loss_and_gradients(model, *batch)
+    # The smallest first, which take the gaps; requests above 1 MB have segments of their own.
+    stale = [
+        torch.full((size,), torch.nan, device=DEVICE)
+        for size, count in ((2**7, 4096), (2**12, 1024), (2**17, 256), (2**26, 4))
+        for _ in range(count)
+    ]
+    del stale
+    assert torch.empty(2**26, device=DEVICE).isnan().all()
+    assert_same_bits(loss_and_gradients(model, *batch), wanted)
+
+
+def test_kernels_run_on_the_stream_of_the_caller() -> None:
+    model, batch = model_on(torch.device(DEVICE)), batches()[0]
+    wanted = loss_and_gradients(model, *batch)
+    side, late = torch.cuda.Stream(), torch.zeros_like(batch)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        # A kernel on another stream would not wait for the tokens.
+        torch.cuda._sleep(100_000_000)
+        late.copy_(batch)
+        found = loss_and_gradients(model, *late)
+    torch.cuda.synchronize()
+    assert_same_bits(found, wanted)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_kernels_run_on_the_device_of_their_tensors() -> None:
+    (first, second), batch = (torch.device("cuda", index) for index in (0, 1)), batches()[0]
+    with torch.cuda.device(first):
+        wanted = loss_and_gradients(model_on(first), *batch.to(first))
+        assert_same_bits(loss_and_gradients(model_on(second), *batch.to(second)), wanted)

@@ -1,0 +1,153 @@
+"""Triton operators in a model that FSDP2 shards over two processes, as the trainer does it.
+
+One launch of this file under torchrun runs all cases, on the CPU in Triton's interpreter also
+where there is a GPU, since two processes may not share one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig
+from fastllama.model import Llama
+from fastllama.parallel import World, distributed, set_last_micro_batch, shard_model
+from fastllama_kernels import REFERENCE, TRITON, Operators
+from tests.compare import assert_as_exact_as
+from tests.kernels.small_model import GROUPED, MULTI_HEAD, TIED, random_tokens
+
+N_RANKS, SEQ_LEN = 2, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a run differs in."""
+
+    model: ModelConfig = GROUPED
+    dtype: str = "float32"
+    reshard: bool = False
+    n_micro_batches: int = 1
+    frozen: tuple[str, ...] = ()
+    compile: bool = False
+
+
+CASES = {
+    "gathered once": Case(),
+    "gathered twice": Case(reshard=True),
+    "bfloat16": Case(dtype="bfloat16"),
+    "tied": Case(model=TIED),
+    "accumulated": Case(n_micro_batches=2, reshard=True),
+    "frozen": Case(frozen=("embedding", "blocks.0.attention.qkv", "blocks.1.mlp.down", "output")),
+    "compiled": Case(model=MULTI_HEAD, dtype="bfloat16", compile=True),
+}
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str | None]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, f"--nproc-per-node={N_RANKS}", __file__],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            "PYTHONPATH": ":".join(sys.path),
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    return cast(dict[str, str | None], json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_one_process(name: str, failures: dict[str, str | None]) -> None:
+    assert failures[name] is None, failures[name]
+
+
+def loss_and_gradients(case: Case, operators: Operators, world: World) -> dict[str, Tensor]:
+    """Of one update over all sequences, the same on every process."""
+    training = TrainingConfig(dtype=case.dtype)
+    parallel = ParallelConfig(reshard_after_forward=case.reshard)
+    with torch.device("meta"):
+        model = Llama(case.model, operators)
+    for name in case.frozen:
+        model.get_submodule(name).requires_grad_(False)
+    if case.compile and operators is TRITON:
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    shard_model(model, Config(model=case.model, training=training, parallel=parallel), world)
+    model.init_weights(seed=0)
+    total = torch.zeros(())
+    for micro_batch, sequences in enumerate(sequences_of(case)):
+        is_last = micro_batch == case.n_micro_batches - 1
+        set_last_micro_batch(cast(FSDPModule, model), is_last, case.reshard)
+        tokens, targets = sequences[:, world.rank]
+        loss = model(tokens[None], targets[None]) / case.n_micro_batches
+        loss.backward()
+        total += loss.detach()
+    found = {"loss": world.mean(total)}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            found[name] = cast(DTensor, weight.grad).full_tensor()
+    return found
+
+
+def exact_loss_and_gradients(case: Case) -> dict[str, Tensor]:
+    """The same in one process, in one batch, in float64."""
+    model = Llama(case.model, REFERENCE)
+    model.init_weights(seed=0)
+    for weight in model.parameters():
+        weight.data = weight.data.to(getattr(torch, case.dtype))
+    model.double()
+    tokens, targets = sequences_of(case).transpose(0, 1).flatten(1, 2)
+    loss = model(tokens, targets)
+    loss.backward()
+    gradients = {name: cast(Tensor, weight.grad) for name, weight in model.named_parameters()}
+    return {"loss": loss.detach(), **gradients}
+
+
+def sequences_of(case: Case) -> Tensor:
+    """Tokens and targets, by micro-batch and process."""
+    return random_tokens(case.model, case.n_micro_batches, 2, N_RANKS, SEQ_LEN)
+
+
+def check(case: Case, world: World) -> None:
+    actual, plain = (
+        loss_and_gradients(case, operators, world) for operators in (TRITON, REFERENCE)
+    )
+    exact = exact_loss_and_gradients(case)
+    assert list(actual) == [name for name in exact if not name.startswith(case.frozen)]
+    # Reduced in float32, but as exact as the type they were computed in.
+    dtype = getattr(torch, case.dtype)
+    for name, value in actual.items():
+        assert_as_exact_as(value.to(dtype), plain[name].to(dtype), exact[name])
+
+
+def main() -> None:
+    """What is wrong with each case, or null, as JSON."""
+    failures: dict[str, str | None] = {}
+    training, parallel = TrainingConfig(device="cpu"), ParallelConfig(timeout_minutes=1)
+    with distributed(Config(training=training, parallel=parallel)) as world:
+        for name, case in CASES.items():
+            try:
+                check(case, world)
+                failures[name] = None
+            except Exception as error:
+                failures[name] = f"rank {world.rank}: {error!r}"
+        if world.is_main:
+            print(json.dumps(failures))
+
+
+if __name__ == "__main__":
+    main()
