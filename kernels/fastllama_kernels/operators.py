@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastllama_kernels.attention import attention_reference
+from fastllama_kernels.attention_backends import reference_attention
 from fastllama_kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from fastllama_kernels.linear_cross_entropy import (
     linear_cross_entropy,
@@ -70,7 +71,7 @@ TRITON = Operators(
     add_rms_norm=add_rms_norm,
     add_rms_norm_linear=add_rms_norm_linear,
     rope=rope,
-    attention=attention_reference,
+    attention=reference_attention,
     swiglu=swiglu,
     swiglu_linear=swiglu_linear,
     cross_entropy=cross_entropy,
