@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from triton import knobs
 
 # A kernel is interpreted or compiled for good when `triton.jit` decorates it.
@@ -63,6 +64,16 @@ def _on_device_of(x: Tensor, name: str) -> AbstractContextManager[Any]:
             "the REFERENCE operators there, or set TRITON_INTERPRET=1 before Python starts."
         )
     return nullcontext()
+
+
+def may_write_to_inputs() -> bool:
+    """Whether an input may be written to in place of a new result.
+
+    Not under a dispatch mode: that of selective activation checkpointing keeps results, here the
+    input, to hand them out again when it recomputes. Of what torch.compile traces there are no
+    mutations left by the time anything is kept.
+    """
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is None
 
 
 @cache

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastllama_kernels._dtype import accumulation_dtype, check_kernel_dtypes
-from fastllama_kernels._library import register
+from fastllama_kernels._library import may_write_to_inputs, register
 
 
 def cross_entropy_reference(
@@ -46,9 +46,10 @@ def cross_entropy_reference(
     logits = logits_NV.to(accumulation_dtype(logits_NV))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    targets_N = targets_N.long()
     valid = targets_N != ignore_index
     lse = torch.logsumexp(logits, dim=-1)
-    target_logit = logits.gather(-1, targets_N.where(valid, 0).long().unsqueeze(-1)).squeeze(-1)
+    target_logit = logits.gather(-1, targets_N.where(valid, 0).unsqueeze(-1)).squeeze(-1)
     losses = (1 - label_smoothing) * (lse - target_logit)
     if label_smoothing:
         losses = losses + label_smoothing * (lse - logits.mean(dim=-1))
@@ -58,7 +59,8 @@ def cross_entropy_reference(
 
 def _n_valid(targets: Tensor, ignore_index: int) -> Tensor:
     """Rows that count, at least 1; it stays on the device."""
-    return (targets != ignore_index).sum().clamp(min=1)
+    # Compared as they are, bytes would have -100 as 156.
+    return (targets.long() != ignore_index).sum().clamp(min=1)
 
 
 def _reduce(losses: Tensor, n_valid: Tensor, reduction: str) -> Tensor:
@@ -72,11 +74,25 @@ def _load_logits(logits_ptr, columns, V: tl.constexpr, SOFTCAP: tl.constexpr):
     """Logits in float32 after the cap, -inf past the end."""
     x = tl.load(logits_ptr + columns, columns < V, other=float("-inf")).to(tl.float32)
     if SOFTCAP > 0:
-        # tanh is of CUDA's libdevice, which the interpreter lacks.
-        e = tl.exp(-2 * tl.abs(x) / SOFTCAP)
-        tanh = tl.where(x < 0, -1.0, 1.0) * (1 - e) / (1 + e)
-        x = tl.where(columns < V, SOFTCAP * tanh, float("-inf"))
+        x = tl.where(columns < V, SOFTCAP * _tanh(x / SOFTCAP), float("-inf"))
     return x
+
+
+@triton.jit
+def _tanh(x):
+    """That of CUDA's libdevice is missing in the interpreter."""
+    e = tl.exp(-2 * tl.abs(x))
+    large = tl.where(x < 0, -1.0, 1.0) * (1 - 2 * e / (1 + e))
+    # Below 1/4 the difference above loses digits; the series to x^9 has them all.
+    x2 = tl.where(tl.abs(x) < 0.25, x * x, 0.0)
+    series = 1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835))))
+    return tl.where(tl.abs(x) < 0.25, x * series, large)
+
+
+@triton.jit
+def _finite(highest):
+    """What to subtract from logits: 0 while all of them are -inf, which has no difference."""
+    return tl.where(highest == float("-inf"), 0.0, highest)
 
 
 @triton.jit
@@ -126,7 +142,7 @@ def _cross_entropy_fwd_kernel(
     columns = tl.arange(0, BLOCK)
     x = _load_logits(logits_ptr, columns, V, SOFTCAP)
     highest = tl.max(x)
-    total = tl.sum(tl.exp(x - highest))
+    total = tl.sum(tl.exp(x - _finite(highest)))
     # From registers: in memory the gradient may have replaced it already.
     target_logit = tl.sum(tl.where(columns == target, x, 0.0))
     sum_logits = tl.sum(tl.where(columns < V, x, 0.0)) if LABEL_SMOOTHING > 0 else 0.0
@@ -134,7 +150,8 @@ def _cross_entropy_fwd_kernel(
         later = start + columns
         x = _load_logits(logits_ptr, later, V, SOFTCAP)
         new_highest = tl.maximum(highest, tl.max(x))
-        total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(x - new_highest))
+        shift = _finite(new_highest)
+        total = total * tl.exp(highest - shift) + tl.sum(tl.exp(x - shift))
         highest = new_highest
         target_logit += tl.sum(tl.where(later == target, x, 0.0))
         if LABEL_SMOOTHING > 0:
@@ -373,7 +390,7 @@ def cross_entropy_bwd(
             dlse.contiguous(),
             logits.contiguous(),
             targets.contiguous(),
-            lse,
+            lse.contiguous(),
             dlogits,
             V=vocab_size,
             IGNORE_INDEX=ignore_index,
@@ -460,15 +477,16 @@ def cross_entropy(
         inplace: the logits are handed over and their memory becomes the gradient's, written in
             the forward. They must be contiguous and not be used again; lse then passes no
             gradient on, and a second backward is an error. In float16 a gradient is rounded
-            before a loss scale can lift it, so hand over float32 or bfloat16.
+            before a loss scale can lift it, so hand over float32 or bfloat16. Under a dispatch
+            mode such as that of selective checkpointing they are left alone.
 
     Raises:
         ValueError: shapes or types that do not fit, or tensors off the GPU.
     """
-    _check(logits_NV, targets_N, softcap, inplace)
+    _check(logits_NV, targets_N, softcap, reduction, inplace)
     options = (ignore_index, label_smoothing, z_loss, softcap or 0.0)
     n_valid = _n_valid(targets_N, ignore_index)
-    if not inplace:
+    if not (inplace and may_write_to_inputs()):
         losses, lse = _CrossEntropy.apply(logits_NV, targets_N, *options)
         return _reduce(losses, n_valid, reduction), lse
     # Outside the autograd Function: torch.compile may lose a mutation inside one.
@@ -480,7 +498,9 @@ def cross_entropy(
     return _GradientInLogits.apply(logits_NV, loss), lse
 
 
-def _check(logits: Tensor, targets: Tensor, softcap: float | None, inplace: bool) -> None:
+def _check(
+    logits: Tensor, targets: Tensor, softcap: float | None, reduction: str, inplace: bool
+) -> None:
     check_kernel_dtypes(logits=logits)
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(
@@ -491,5 +511,7 @@ def _check(logits: Tensor, targets: Tensor, softcap: float | None, inplace: bool
         raise ValueError(f"targets are on {targets.device} and logits on {logits.device}.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; it has to be above 0, or None for no bound.")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction is {reduction}; it is none, mean or sum.")
     if inplace and not logits.is_contiguous():
         raise ValueError("inplace needs contiguous logits; pass logits.contiguous().")

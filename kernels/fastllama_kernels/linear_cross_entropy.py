@@ -40,7 +40,7 @@ def linear_cross_entropy_reference(
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """Return the loss of projecting `hidden` (..., D) on `weight` (V, D) for `targets` (...)."""
-    logits_NV = F.linear(hidden.flatten(0, -2), weight_VD)
+    logits_NV = F.linear(hidden.reshape(-1, hidden.shape[-1]), weight_VD)
     logits_NV = logits_NV.to(accumulation_dtype(logits_NV))
     if softcap is not None:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
@@ -211,12 +211,13 @@ def linear_cross_entropy(
         ValueError: shapes or types that do not fit, or tensors off the GPU.
     """
     hidden, weight_VD = autocast_like_linear(hidden), autocast_like_linear(weight_VD)
-    _check(hidden, weight_VD, targets, softcap)
+    _check(hidden, weight_VD, targets, softcap, reduction)
     targets_N = targets.flatten()
-    n_valid = (targets_N != ignore_index).sum().clamp(min=1)
+    # Compared as they are, bytes would have -100 as 156.
+    n_valid = (targets_N.long() != ignore_index).sum().clamp(min=1)
     grad = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2),
+        hidden.reshape(-1, hidden.shape[-1]),
         weight_VD,
         targets_N,
         n_valid if reduction == "mean" else torch.ones_like(n_valid),
@@ -229,7 +230,9 @@ def linear_cross_entropy(
     )
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> None:
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, reduction: str
+) -> None:
     check_kernel_dtypes(hidden=hidden)
     if weight.dtype != hidden.dtype:
         raise ValueError(
@@ -247,3 +250,5 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | Non
         raise ValueError(f"targets are on {targets.device} and hidden on {hidden.device}.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; it has to be above 0, or None for no bound.")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction}; it is mean or sum.")

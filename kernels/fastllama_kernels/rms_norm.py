@@ -382,7 +382,7 @@ class _RMSNorm(torch.autograd.Function):
             dy = dout @ projection
             dx, dweight, y = rms_norm_recompute_bwd(dy, dstream, stream, weight, rstd)
             if ctx.needs_input_grad[4]:
-                dprojection = dout.flatten(0, -2).T @ y.flatten(0, -2)
+                dprojection = dout.reshape(-1, dout.shape[-1]).T @ y.reshape(-1, y.shape[-1])
         if dx is None:
             return None, None, None, None, None
         dresidual = None if residual_dtype is None else dx.to(residual_dtype)

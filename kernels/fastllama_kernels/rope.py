@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastllama_kernels._dtype import accumulation_dtype, check_kernel_dtypes
-from fastllama_kernels._library import register
+from fastllama_kernels._library import may_write_to_inputs, register
 
 
 def rope_reference(
@@ -190,7 +190,7 @@ def launch_config(half: int) -> dict[str, int]:
     }
 
 
-def _rope_fake(
+def _rope_inplace_fake(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_heads: int, n_kv_heads: int
 ) -> None:
     pass
@@ -199,7 +199,7 @@ def _rope_fake(
 @register(
     "rope_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, int n_heads, int n_kv_heads)"
     " -> ()",
-    _rope_fake,
+    _rope_inplace_fake,
 )
 def rope_(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_heads: int, n_kv_heads: int
@@ -225,6 +225,26 @@ def rope_(
             HALF=half,
             **config,
         )
+
+
+def _rope_fwd_fake(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_heads: int, n_kv_heads: int
+) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+@register(
+    "rope_fwd(Tensor qkv, Tensor cos, Tensor sin, Tensor? positions, int n_heads, int n_kv_heads)"
+    " -> Tensor",
+    _rope_fwd_fake,
+)
+def rope_fwd(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_heads: int, n_kv_heads: int
+) -> Tensor:
+    """Return a copy of `qkv` (B, T, (H + 2G) * K) with query and key heads turned."""
+    rotated = qkv.clone(memory_format=torch.contiguous_format)
+    rope_(rotated, cos, sin, positions, n_heads, n_kv_heads)
+    return rotated
 
 
 def _rope_bwd_fake(
@@ -276,7 +296,7 @@ def rope_bwd(
 
 
 class _Rope(torch.autograd.Function):
-    """Splits what is already turned; its gradient is that of turning and splitting."""
+    """Turns, unless that is done already, and splits."""
 
     @staticmethod
     def forward(
@@ -287,15 +307,19 @@ class _Rope(torch.autograd.Function):
         positions_BT: Tensor | None,
         n_heads: int,
         n_kv_heads: int,
+        is_turned: bool,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos_SK, sin_SK, positions_BT)
+        if not is_turned:
+            qkv_BTE = rope_fwd(qkv_BTE, cos_SK, sin_SK, positions_BT, n_heads, n_kv_heads)
         heads = qkv_BTE.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
         return heads.split((n_heads, n_kv_heads, n_kv_heads), dim=2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        return rope_bwd(dq, dk, dv, *ctx.saved_tensors), None, None, None, None, None
+        dqkv = rope_bwd(dq, dk, dv, *ctx.saved_tensors)
+        return dqkv, None, None, None, None, None, None
 
 
 def rope(
@@ -309,7 +333,8 @@ def rope(
     """Turn queries and keys of a packed projection where they are; return views of it.
 
     Args:
-        qkv_BTE: (B, T, (H + 2G) * K), written to unless it has to be copied to be contiguous.
+        qkv_BTE: (B, T, (H + 2G) * K), written to unless it has to be copied to be contiguous, or
+            a dispatch mode such as that of selective checkpointing may have kept it.
         cos_SK: (S, K/2) cosines, float32.
         sin_SK: (S, K/2) sines, float32.
         n_heads: H.
@@ -326,11 +351,13 @@ def rope(
     """
     _check(qkv_BTE, cos_SK, sin_SK, n_heads, n_kv_heads, positions_BT)
     qkv_BTE = qkv_BTE.contiguous()
-    # Outside the autograd Function: torch.compile may lose a mutation inside one. What made qkv,
-    # a matrix product, does not need it in its backward; autograd would notice if it did.
-    with torch.no_grad():
-        rope_(qkv_BTE, cos_SK, sin_SK, positions_BT, n_heads, n_kv_heads)
-    return _Rope.apply(qkv_BTE, cos_SK, sin_SK, positions_BT, n_heads, n_kv_heads)
+    inplace = may_write_to_inputs()
+    if inplace:
+        # Outside the autograd Function: torch.compile may lose a mutation inside one. What made
+        # qkv, a matrix product, does not need it in its backward; autograd notices if it does.
+        with torch.no_grad():
+            rope_(qkv_BTE, cos_SK, sin_SK, positions_BT, n_heads, n_kv_heads)
+    return _Rope.apply(qkv_BTE, cos_SK, sin_SK, positions_BT, n_heads, n_kv_heads, inplace)
 
 
 def _check(

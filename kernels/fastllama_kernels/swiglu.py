@@ -156,7 +156,7 @@ class _SwiGLU(torch.autograd.Function):
         dgate_up, h = swiglu_recompute_bwd(dout @ down, gate_up)
         ddown = None
         if ctx.needs_input_grad[1]:
-            ddown = dout.flatten(0, -2).T @ h.flatten(0, -2)
+            ddown = dout.reshape(-1, dout.shape[-1]).T @ h.reshape(-1, h.shape[-1])
         return dgate_up, ddown
 
 

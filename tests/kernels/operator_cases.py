@@ -43,10 +43,10 @@ def attend(x: Tensor, weight: Tensor) -> Tensor:
     return TRITON.attention(*TRITON.rope(F.linear(x, weight), *tables(), HEADS, KV_HEADS))
 
 
-def loss_in_logits(x: Tensor, weight: Tensor) -> Tensor:
+def loss_in_logits(x: Tensor, weight: Tensor, *, inplace: bool = True) -> Tensor:
     """Cross-entropy whose gradient takes the memory of the logits."""
     logits = F.linear(x.flatten(0, 1), weight)
-    return TRITON.cross_entropy(logits, targets().flatten(), inplace=True)[0]
+    return TRITON.cross_entropy(logits, targets().flatten(), inplace=inplace)[0]
 
 
 ROWS, PROJECTION = (B, T, D), (7, D)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastllama_kernels.cross_entropy import cross_entropy, cross_entropy_reference, scale_
 from tests.compare import (
@@ -224,7 +225,7 @@ def test_no_entry_past_the_vocabulary_is_smoothed(
 @pytest.mark.parametrize("highest", [0, 32_768, 32_999])
 def test_the_highest_logit_may_be_in_any_block(highest: int) -> None:
     logits = 3 * randn(1, 33_000, seed=0, dtype=torch.float32)
-    logits[0, highest] = 50.0
+    logits[0, highest] = 200.0  # From there exp overflows where another maximum is subtracted.
     assert_is_the_reference(logits, torch.tensor([17], device=DEVICE), label_smoothing=0.1)
 
 
@@ -303,7 +304,6 @@ def test_narrow_targets(dtype: torch.dtype, inplace: bool) -> None:
     assert_is_the_reference(logits, TARGETS.to(dtype), inplace=inplace)
 
 
-@pytest.mark.xfail(strict=True, reason="-100 is 156 where PyTorch compares it with bytes")
 def test_a_byte_may_be_any_token() -> None:
     logits = randn(2, 256, seed=0, dtype=torch.float32)
     tokens = torch.tensor([156, 3], device=DEVICE)
@@ -473,14 +473,7 @@ def test_large_logits(dtype: torch.dtype, size: float, target: int, inplace: boo
 
 
 @IN_BOTH_MODES
-@pytest.mark.parametrize(
-    "size",
-    [
-        20.0,
-        pytest.param(80.0, marks=pytest.mark.xfail(strict=True, reason="1 - tanh^2 cancels")),
-        1e4,
-    ],
-)
+@pytest.mark.parametrize("size", [20.0, 80.0, 1e4])
 def test_logits_around_and_above_the_cap(size: float, inplace: bool) -> None:
     logits = torch.tensor([[size, -size, 0.0, size, 1.0]], device=DEVICE)
     targets = torch.tensor([1], device=DEVICE)
@@ -497,15 +490,7 @@ def test_forbidden_ids(dtype: torch.dtype, softcap: float | None, inplace: bool)
 
 
 @IN_BOTH_MODES
-@pytest.mark.parametrize(
-    "allowed",
-    [
-        100,
-        pytest.param(
-            32_900, marks=pytest.mark.xfail(strict=True, reason="-inf - -inf in the first block")
-        ),
-    ],
-)
+@pytest.mark.parametrize("allowed", [100, 32_900])
 def test_a_whole_block_of_forbidden_ids(allowed: int, inplace: bool) -> None:
     logits = torch.full((1, 33_000), -math.inf, device=DEVICE)
     logits[0, allowed : allowed + 10] = randn(10, seed=0, dtype=torch.float32)
@@ -513,17 +498,7 @@ def test_a_whole_block_of_forbidden_ids(allowed: int, inplace: bool) -> None:
 
 
 @IN_BOTH_MODES
-@pytest.mark.parametrize(
-    "softcap",
-    [
-        0.5,
-        30.0,
-        50.0,
-        pytest.param(
-            300.0, marks=pytest.mark.xfail(strict=True, reason="1 - exp(-2x / c) cancels")
-        ),
-    ],
-)
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 50.0, 300.0])
 def test_a_cap_far_above_the_logits_costs_no_digits(softcap: float, inplace: bool) -> None:
     logits = randn(N, V, seed=0, dtype=torch.float32)
     assert_is_the_reference(logits, TARGETS, softcap=softcap, reduction="none", inplace=inplace)
@@ -614,6 +589,16 @@ def test_the_lse_of_logits_handed_over_is_a_number() -> None:
     _, plain = cross_entropy_reference(before, TARGETS, softcap=2.0)
     _, truth = cross_entropy_reference(before.double(), TARGETS, softcap=2.0)
     assert_as_exact_as(lse, plain, truth)
+
+
+def test_a_dispatch_mode_may_keep_logits_handed_over() -> None:
+    # As selective checkpointing does, to hand them out again.
+    logits = randn(N, V, seed=0, dtype=torch.float32).requires_grad_()
+    with FlopCounterMode(display=False):
+        loss, _ = cross_entropy(logits, TARGETS, inplace=True)
+        (gradient,) = torch.autograd.grad(loss, logits)
+    assert logits._version == 0
+    assert gradient.data_ptr() != logits.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -749,13 +734,7 @@ LABELS = torch.zeros(2, dtype=torch.int64)
         (LOGITS, LABELS, {"softcap": 0.0}, "softcap is 0.0; it has to be above 0"),
         (LOGITS, LABELS, {"softcap": -1.0}, "softcap is -1.0"),
         (LOGITS.mT.contiguous().mT, LABELS, {"inplace": True}, "inplace needs contiguous logits"),
-        pytest.param(
-            LOGITS,
-            LABELS,
-            {"reduction": "average"},
-            "reduction is average",
-            marks=pytest.mark.xfail(strict=True, reason="any other word is taken for a sum"),
-        ),
+        (LOGITS, LABELS, {"reduction": "average"}, "reduction is average"),
     ],
 )
 def test_mistakes_are_explained(

@@ -69,7 +69,7 @@ def assert_model_as_exact_as_plain(config: ModelConfig, dtype: torch.dtype, kind
 
 
 @pytest.mark.parametrize("kind", ["logits", "loss"])
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize(
     "config", [MULTI_HEAD, GROUPED, TIED], ids=["multi-head", "grouped", "tied"]
 )
@@ -104,7 +104,8 @@ def test_under_autocast() -> None:
 
     models = [small_model(GROUPED, operators) for operators in (TRITON, REFERENCE)]
     with torch.autocast(DEVICE, BFLOAT16):
-        actual, plain = (gradients(model, loss(model)) for model in models)
+        losses = [loss(model) for model in models]
+    actual, plain = (gradients(*pair) for pair in zip(models, losses, strict=True))
     truth = small_model(GROUPED, REFERENCE, exact=True)
     exact = gradients(truth, loss(truth))
     for name, gradient in actual.items():

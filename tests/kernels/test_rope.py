@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastllama_kernels.rope import rope, rope_reference
 from tests.compare import (
@@ -316,6 +317,16 @@ def test_rotates_where_it_is() -> None:
     for x, first in zip(outputs, (0, 2, 3), strict=True):
         assert x.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
         assert x.storage_offset() == first * K
+
+
+def test_a_dispatch_mode_may_keep_the_input() -> None:
+    # As selective checkpointing does, to hand it out again.
+    qkv = randn(B, T, 4 * K, seed=0, dtype=torch.float32)
+    before = qkv.clone()
+    with FlopCounterMode(display=False):
+        outputs = rope(qkv, *tables(T), 2, 1)
+    assert torch.equal(qkv, before)
+    assert all(map(torch.equal, outputs, rope(before, *tables(T), 2, 1)))
 
 
 def test_the_mutation_is_declared() -> None:

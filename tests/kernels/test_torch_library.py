@@ -51,6 +51,7 @@ def rope(n_rows: int, dtype: torch.dtype) -> Calls:
     positions = integers(n_rows, T, below=T + 2)
     return {
         "rope_": [(qkv, *tables, rows, *HEADS) for rows in (None, positions)],
+        "rope_fwd": [(qkv, *tables, rows, *HEADS) for rows in (None, positions)],
         "rope_bwd": [(dq, dk, dk, *tables, rows) for rows in (None, positions)],
     }
 
