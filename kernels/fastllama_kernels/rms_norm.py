@@ -100,7 +100,7 @@ def _rms_norm_fwd_kernel(
         rstd = tl.rsqrt(tl.sum(squares) / N + eps)
         for start in range(0, N, BLOCK):
             mask = start + columns < N
-            # Each thread reads what it has stored itself; no other writes there.
+            # Written above by this program; the sum between the loops is a barrier.
             if HAS_RESIDUAL:
                 s = tl.load(stream_ptr + start + columns, mask, other=0.0).to(tl.float32)
             else:
@@ -202,7 +202,7 @@ def backward_config(width: int) -> dict[str, int]:
 
 def programs_per_multiprocessor(width: int) -> int:
     """Programs of the persistent backward that one multiprocessor has the registers for."""
-    return max(1, min(32, 8_192 // triton.next_power_of_2(width)))
+    return max(1, min(32, 8_192 // max(1, triton.next_power_of_2(width))))
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -446,7 +446,7 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
     if weight.shape != x.shape[-1:]:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}, and rows of x, which has shape "
-            f"{tuple(x.shape)}, need ({x.shape[-1]},)."
+            f"{tuple(x.shape)}, need {tuple(x.shape[-1:])}."
         )
     if residual is not None:
         check_kernel_dtypes(residual=residual)

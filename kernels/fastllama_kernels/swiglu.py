@@ -186,7 +186,7 @@ def swiglu_linear(gate_up: Tensor, down: Tensor) -> Tensor:
 
 def _check(gate_up: Tensor) -> None:
     check_kernel_dtypes(gate_up=gate_up)
-    if gate_up.shape[-1] % 2:
+    if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise ValueError(
             f"gate_up has shape {tuple(gate_up.shape)}; its last dimension is gate and up, so even."
         )

@@ -148,13 +148,13 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loss_of(
-    operator: Callable[..., tuple[Tensor, Tensor]], *targets: Tensor, **options: Any
-) -> Any:
+    operator: Callable[..., tuple[Tensor, Tensor]], targets: Tensor, **options: Any
+) -> Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]:
     """The operator as a function of the logits: loss and lse, or with `inplace` the loss alone."""
 
     def loss(logits: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         # Times 1, because `inplace` writes into what it is given, and a leaf has to survive.
-        outputs = operator(logits * 1, *targets, **options)
+        outputs = operator(logits * 1, targets, **options)
         return outputs[0] if options.get("inplace") else outputs
 
     return loss

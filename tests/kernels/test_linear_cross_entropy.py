@@ -440,7 +440,10 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     ("frozen", "sizes"), [(0, (0, V * D)), (1, (8 * D, 0))], ids=["hidden", "weight"]
 )
 def test_what_is_frozen_has_no_gradient(
-    frozen: int, sizes: tuple[int, int], computed: list[tuple[int, ...]], monkeypatch: Any
+    frozen: int,
+    sizes: tuple[int, int],
+    computed: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     in_chunks_of(3, monkeypatch)
     leaves = [x.requires_grad_() for x in some()]
@@ -456,7 +459,9 @@ def test_what_is_frozen_has_no_gradient(
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_none_is_computed(
-    mode: Callable[[], torch.no_grad], computed: list[tuple[int, ...]], monkeypatch: Any
+    mode: Callable[[], torch.no_grad],
+    computed: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     in_chunks_of(3, monkeypatch)
     leaves = [x.requires_grad_() for x in some()]

@@ -1,6 +1,5 @@
 """200 updates on Triton operators stay as near the exact curve as those of plain PyTorch do."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -18,15 +17,6 @@ BATCH_SIZE, SEQ_LEN = (1, 2) if DEVICE == "cpu" else (8, 32)
 CONFIG = ModelConfig(
     vocab_size=16, n_embd=12, n_layers=1, n_heads=2, multiple_of=10, max_seq_len=SEQ_LEN
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Handing work this small to another thread takes longer than doing it."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
