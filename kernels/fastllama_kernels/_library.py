@@ -10,14 +10,14 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from triton import knobs
 
 # A kernel is interpreted or compiled for good when `triton.jit` decorates it.
 INTERPRETED: bool = knobs.runtime.interpret
 
-_LIBRARY = torch.library.Library("fastllama", "DEF")
+_LIBRARY = library.Library("fastllama", "DEF")
 
 Launcher = Callable[..., Any]
 
@@ -47,7 +47,7 @@ def register(schema: str, fake: Launcher) -> Callable[[Launcher], Launcher]:
 
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, launch_on_device_of, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastllama::{name}", fake, lib=_LIBRARY)
+        library.register_fake(f"fastllama::{name}", fake, lib=_LIBRARY)
         operator: Launcher = getattr(torch.ops.fastllama, name).default
         return operator
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.backends.cuda import SDPAParams
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, _registry, current_flash_attention_impl
@@ -418,11 +418,11 @@ def test_packed_documents_compile_in_one_graph(causal: bool, window: tuple[int, 
 
 
 class Handle:
-    def __init__(self, library: torch.library.Library | None = None) -> None:
-        self.library = library
+    def __init__(self, override: library.Library | None = None) -> None:
+        self.override = override
 
     def remove(self) -> None:
-        self.library = None
+        self.override = None
 
 
 @pytest.fixture
@@ -454,9 +454,9 @@ def test_another_implementation_replaces_the_kernel_and_leaves_again(
         warnings.warn(
             "Warning only once\n  Overriding a previously registered kernel", stacklevel=1
         )
-        library = torch.library.Library("aten", "IMPL", "CPU")
-        library.impl("_scaled_dot_product_flash_attention_for_cpu", kernel, "CPU")
-        return Handle(library)
+        override = library.Library("aten", "IMPL", "CPU")
+        override.impl("_scaled_dot_product_flash_attention_for_cpu", kernel, "CPU")
+        return Handle(override)
 
     monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", register)
     inputs = qkv(9, 9)

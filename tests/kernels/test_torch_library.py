@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 import fastllama_kernels  # noqa: F401, registers the operators
 from tests.compare import DEVICE, randn
@@ -135,7 +135,7 @@ def test_no_operator_is_forgotten() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_opcheck(variant: str, name: str) -> None:
     for call in VARIANTS[variant]()[name]:
-        torch.library.opcheck(getattr(torch.ops.fastllama, name).default, call)
+        library.opcheck(getattr(torch.ops.fastllama, name).default, call)
 
 
 @pytest.mark.parametrize("name", [name for name in REGISTERED if not written_to(name)])
