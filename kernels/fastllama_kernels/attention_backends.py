@@ -212,7 +212,13 @@ def _load_flash_attn_2() -> Attention:
     flash_attn, flash_attn_varlen = library.flash_attn_func, library.flash_attn_varlen_func
 
     def dense(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, causal: bool) -> Tensor:
-        out_BTHK: Tensor = flash_attn(q_BTHK, k_BTGK, v_BTGK, causal=causal)
+        out_BTHK: Tensor = flash_attn(
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            causal=causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
         return out_BTHK
 
     def packed(
@@ -224,7 +230,15 @@ def _load_flash_attn_2() -> Attention:
         causal: bool,
     ) -> Tensor:
         out_NHK: Tensor = flash_attn_varlen(
-            q_NHK, k_NGK, v_NGK, boundaries, boundaries, longest, longest, causal=causal
+            q_NHK,
+            k_NGK,
+            v_NGK,
+            boundaries,
+            boundaries,
+            longest,
+            longest,
+            causal=causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return out_NHK
 

@@ -50,6 +50,8 @@ def choose_attention(
 
     "auto" tests and measures a forward and backward of every backend that takes `shape` here; the
     reference is for where there is none. The result is kept in `cache_folder`/attention.json.
+    Under `torch.use_deterministic_algorithms` it is the first that passes its test: times differ
+    from run to run, and the bits would with them.
 
     Args:
         shape: what it will be called with; a CUDA device must be the current one.
@@ -71,6 +73,8 @@ def choose_attention(
             passed_over[backend.name] = obstacle
     if len(candidates) == 1:
         return AttentionChoice(candidates[0].name, "the only one that can" + _why(passed_over))
+    if torch.are_deterministic_algorithms_enabled():
+        return _first_sound(shape, candidates, passed_over)
     file = (cache_folder or _default_folder()) / "attention.json"
     return _fastest_cached(shape, candidates, passed_over, file)
 
@@ -130,6 +134,22 @@ def _why(passed_over: dict[str, str]) -> str:
         names = ", ".join(name for name, other in passed_over.items() if other == reason)
         clauses.append(f"{names}: {reason}")
     return f" ({'; '.join(clauses)})" if clauses else ""
+
+
+def _first_sound(
+    shape: AttentionShape, candidates: Sequence[Backend], passed_over: dict[str, str]
+) -> AttentionChoice:
+    *fused, reference = candidates
+    failed: dict[str, str] = {}
+    for backend in fused:
+        seconds, fault = _measure(shape, [backend])
+        if backend.name in seconds:
+            reason = "the first that is deterministic" + _why(failed | passed_over)
+            return AttentionChoice(backend.name, reason)
+        failed |= fault
+    return AttentionChoice(
+        reference.name, "the only one that passes its test" + _why(failed | passed_over)
+    )
 
 
 def _fastest_cached(
@@ -208,7 +228,7 @@ def _measure(
         for backend in backends:
             try:
                 operator = backend.load()
-                fault = _fault(operator, shape)
+                fault = _fault(operator, shape) or _variation(operator, shape)
                 if fault is None:
                     seconds[backend.name] = _seconds(operator, shape)
                 else:
@@ -236,6 +256,19 @@ def _fault(operator: Attention, shape: AttentionShape) -> str | None:
         # NaN compares false.
         if not error <= tolerance * largest:
             return f"its {name} is off by {error:.2g} of {largest:.2g}"
+    return None
+
+
+def _variation(operator: Attention, shape: AttentionShape) -> str | None:
+    """Whether runs differ where PyTorch was asked for the same bits; not every package obeys."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return None
+    *inputs, upstream = _random_inputs(shape)
+    first = _forward_backward(operator, inputs, upstream)
+    for _ in range(WARM_UPS):
+        again = _forward_backward(operator, inputs, upstream)
+        if not all(torch.equal(x, y) for x, y in zip(first, again, strict=True)):
+            return "its results differ from run to run"
     return None
 
 

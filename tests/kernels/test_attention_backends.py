@@ -107,9 +107,15 @@ def fake_varlen_attn(
 
 
 def flash_attn_func(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    deterministic: bool = False,
 ) -> Tensor:
     assert dropout_p == 0.0
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     return attention_reference(q, k, v, causal=causal)
 
 
@@ -123,8 +129,10 @@ def flash_attn_varlen_func(
     max_seqlen_k: int,
     dropout_p: float = 0.0,
     causal: bool = False,
+    deterministic: bool = False,
 ) -> Tensor:
     assert cu_seqlens_q is cu_seqlens_k
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     assert (max_seqlen_q, dropout_p) == (max_seqlen_k, 0.0)
     return document_by_document(q, k, v, cu_seqlens_q, max_seqlen_q, causal)
 
@@ -178,6 +186,15 @@ def test_matches_the_definition(
         definition,
         qkv(n_queries, n_keys, heads, dtype),
     )
+
+
+def test_flash_attn_2_is_told_to_be_deterministic(
+    flash_attn_2: Attention, deterministic_mode: None
+) -> None:
+    inputs = qkv(9, 9, HEADS[0], DTYPES[0])
+    # The fakes compare what they are told with the mode.
+    flash_attn_2(*inputs)
+    flash_attn_2(*inputs, cu_seqlens_BD=CU_SEQLENS)
 
 
 @pytest.mark.parametrize("causal", [True, False])

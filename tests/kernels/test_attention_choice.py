@@ -589,3 +589,35 @@ def test_on_a_gpu_the_choice_is_measured_and_runs(tmp_path: Path) -> None:
         assert attention_choice._fault(operator, shape) is None
     finally:
         set_flash_implementation(None)
+
+
+def test_deterministic_mode_takes_the_first_that_works(
+    install: Install, taking: Callable[..., None], deterministic_mode: None, tmp_path: Path
+) -> None:
+    install(fake("broken", out_of_memory), fake("a"), fake("b"))
+    taking(2.0, 1.0)
+    choice = choose_attention(SHAPE, cache_folder=tmp_path)
+    assert choice.name == "a"
+    assert choice.reason.startswith("the first that is deterministic (broken: it raises ")
+    assert not list(tmp_path.iterdir())
+    install(fake("broken", out_of_memory), fake("worse", wrong_mask))
+    assert choose_attention(SHAPE, cache_folder=tmp_path).name == "reference"
+
+
+def test_deterministic_mode_takes_none_that_differs_from_run_to_run(
+    install: Install, deterministic_mode: None, tmp_path: Path
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def restless(*inputs: Tensor) -> Tensor:
+        out = working(*inputs)
+        return out * (1 + 1e-2 * torch.rand(out.shape, generator=draw)).to(out.dtype)
+
+    install(fake("restless", restless), fake("a"))
+    choice = choose_attention(SHAPE, cache_folder=tmp_path)
+    assert choice.name == "a"
+    assert "restless: its results differ from run to run" in choice.reason
+    with pytest.raises(ValueError, match="restless was asked for, but its results differ"):
+        choose_attention(SHAPE, "restless")
+    torch.use_deterministic_algorithms(False)
+    assert choose_attention(SHAPE, "restless").name == "restless"
