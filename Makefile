@@ -7,7 +7,7 @@ CORPUS := data/python-stdlib
 # A larger model where there is a GPU.
 RECIPE ?= configs/quickstart$(if $(shell nvidia-smi -L 2>/dev/null),-gpu).toml
 
-.PHONY: train test lint bench clean
+.PHONY: train test faults lint bench clean
 .DELETE_ON_ERROR:
 
 train: $(CORPUS)/manifest.json
@@ -15,6 +15,9 @@ train: $(CORPUS)/manifest.json
 
 test: $(VENV)/installed-dev
 	$(BIN)/pytest
+
+faults: $(VENV)/installed-dev
+	$(BIN)/python -m tests.faults
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors by torch.distributed.checkpoint as safetensors, the rest as JSON.
+"""Checkpoints: what is in one, whether it is whole, and how it is loaded.
 
     checkpoints/step-00000512/
         shard-00001-model-….safetensors   the part of rank 0, and so on; any number of ranks reads
@@ -7,15 +7,16 @@
     checkpoints/latest -> step-00000512
 
 A checkpoint is written under a hidden name, made durable, and renamed: a folder called step-… is
-complete. Nothing in it is a pickle, so loading one runs no code of whoever wrote it.
+complete (`fastllama.checkpoint_writer`). Nothing in it is a pickle, so loading one runs no code of
+whoever wrote it.
 """
 
 import hashlib
 import json
 import os
-import shutil
+import re
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fastllama.atomic import fsync_folder, write_atomic
+from fastllama.atomic import fsync_folder
 
 
 @dataclass
@@ -38,9 +39,11 @@ class Progress:
     position: int = 0
     """Sequences consumed since the run began."""
     skipped_steps: int = 0
-    """Updates refused because loss or gradient norm was not finite."""
+    """Updates refused because loss or gradient norm was not finite or a spike."""
     skipped_in_a_row: int = 0
     """Refused updates since the last good one."""
+    spikes: list[float] = field(default_factory=list)
+    """`fastllama.spikes.SpikeDetector.state`, as of a checkpoint; empty before any."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Any]:
@@ -57,126 +60,142 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return tensors
 
 
-def save_checkpoint(
-    folder: Path, tensors: dict[str, Tensor], progress: Progress, identity: dict[str, Any]
-) -> Path:
-    """Write `folder`/step-… from every rank and point `latest` at it.
-
-    `identity` is what must not change for the progress to mean the same (`read_progress`).
-
-    Raises:
-        OSError: the disk is full or read-only; earlier checkpoints are untouched.
-    """
-    final = folder / f"step-{progress.step:08d}"
-    aside = folder / f".{final.name}.partial"
-    is_main = dist.get_rank() == 0
-    if is_main:
-        for leftover in (*folder.glob(".step-*.partial"), *folder.glob(".step-*.removed")):
-            shutil.rmtree(leftover)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    try:
-        dcp.save(
-            tensors, storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        )
-    except CheckpointException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(
-            f"The checkpoint {final} could not be written: {first_failure(error)}"
-        ) from None
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, _describe(aside, f"shard-{dist.get_rank() + 1:05d}-*"))
-    if is_main:
-        content = {"progress": asdict(progress), "identity": identity}
-        write_atomic(aside / "progress.json", json.dumps(content, indent=2))
-        files = {name: entry for part in parts for name, entry in part.items()}
-        files |= _describe(aside, "progress.json")
-        write_atomic(aside / "manifest.json", json.dumps({"files": files}, indent=2))
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(aside, final)
-        _point_latest(folder, final.name)
-        fsync_folder(folder)
-    dist.barrier()
-    return final
-
-
-def _describe(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
-    """Size and checksum of the files that match, made durable on the way."""
+def describe(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
+    """Size and checksum of the files that match, as a manifest holds them."""
     entries = {}
     for path in sorted(folder.glob(pattern)):
         with open(path, "rb") as file:
-            os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+            entries[path.name] = {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
     return entries
 
 
-def _point_latest(folder: Path, name: str) -> None:
-    aside = folder / ".latest.partial"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(name)
-    os.replace(aside, folder / "latest")
-
-
-def remove_old(newest: Path, keep_last: int) -> None:
-    """Remove all but `newest`, just saved, and the `keep_last` - 1 before it, oldest first.
-
-    One after it can only be damaged, or the run would have gone on from there: it goes as well.
-    """
-    complete = _complete(newest.parent)
-    kept = [path for path in complete if path.name <= newest.name][:keep_last]
-    for path in reversed([path for path in complete if path not in kept]):
-        # Renamed first, so that a half-removed folder never looks complete.
-        doomed = path.with_name(f".{path.name}.removed")
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
-
-
-def _complete(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that were finished, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    return sorted(
+        (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)),
+        reverse=True,
+    )
+
+
+def step_of(checkpoint: Path) -> int:
+    """The update after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def find_damage(path: Path) -> str | None:
-    """Read a whole checkpoint against its manifest; say what is wrong, or None."""
+    """Read a whole checkpoint against its manifest; say what is wrong, or None.
+
+    The ranks of a run, which all call this, read a share each and hear the same.
+    """
+    if not dist.is_initialized():
+        return _find_damage_in_share(path, 0, 1)
+    return _agreed(_find_damage_in_share(path, dist.get_rank(), dist.get_world_size()))
+
+
+def _find_damage_in_share(path: Path, rank: int, size: int) -> str | None:
+    manifest = path / "manifest.json"
     try:
-        expected = dict(json.loads((path / "manifest.json").read_text())["files"])
+        entries = dict(json.loads(manifest.read_text())["files"])
+        names = sorted(entries, key=lambda name: entries[name]["bytes"])
+        whole = "progress.json" in names and all(name == Path(name).name for name in names)
+        # A shard that is not listed would be read all the same.
+        strange = {shard.name for shard in path.glob("*.safetensors")} - entries.keys()
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{path / 'manifest.json'} is missing or unreadable"
-    for name, entry in expected.items():
-        if not (path / name).is_file():
+        whole = False
+    if not whole:
+        return f"{manifest} is missing or unreadable"
+    if strange:
+        return f"{path / min(strange)} is not in {manifest.name}"
+    # Dealt out in the order of their sizes, so that the shares are alike.
+    for name in names[rank::size]:
+        try:
+            found = describe(path, name)
+        except OSError as error:
+            return f"{path / name} cannot be read: {error.strerror}"
+        if name not in found:
             return f"{path / name} is missing"
-        if _describe(path, name)[name] != entry:
+        if found[name] != entries[name]:
             return f"{path / name} is not what was written"
     return None
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint of a run, and what is wrong with the newer ones."""
-    damage: list[str] = []
-    for path in _complete(folder):
-        wrong = find_damage(path)
-        if wrong is None:
-            return path, damage
-        damage.append(wrong)
-    return None, damage
+def _agreed(wrong: str | None) -> str | None:
+    """The first complaint of any rank, on all of them."""
+    complaints: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(complaints, wrong)
+    return next((complaint for complaint in complaints if complaint is not None), None)
 
 
-def read_progress(path: Path, identity: dict[str, Any]) -> Progress:
-    """Progress of a checkpoint.
+def newest_checkpoint(
+    folder: Path, identity: dict[str, Any]
+) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is whole and of this identity, and why newer ones are not used.
+
+    The ranks of a run call this together.
 
     Raises:
-        ValueError: it belongs to a run of another identity.
+        ValueError: all that are whole belong to a run of another identity.
     """
-    content = json.loads((path / "progress.json").read_text())
+    paths = [complete_checkpoints(folder)]
+    if dist.is_initialized():
+        # A file system shared by the nodes may show another what is removed already.
+        dist.broadcast_object_list(paths)
+    passed_over: dict[Path, str] = {}
+    foreign = None
+    for path in paths[0]:
+        wrong = find_damage(path)
+        if wrong is None:
+            wrong = find_difference(path, identity)
+            foreign = foreign or wrong
+        if wrong is None:
+            return path, passed_over
+        passed_over[path] = wrong
+    if foreign is not None:
+        raise ValueError(
+            f"{foreign}; keep that value to resume, or start a new run with --run-dir."
+        )
+    return None, passed_over
+
+
+def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
+    """What keeps an undamaged checkpoint from being one of a run with `identity`, or None."""
+    try:
+        saved, _ = _read(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path / 'progress.json'} does not hold the progress of a run"
     for name, value in identity.items():
-        if content["identity"].get(name) != value:
-            raise ValueError(
-                f"{path} was trained with {name} = {content['identity'].get(name)}, not {value}; "
-                "keep that value to resume, or start a new run with --run-dir."
-            )
-    return Progress(**content["progress"])
+        if saved.get(name) != value:
+            return f"{path} was trained with {name} = {saved.get(name)}, not {value}"
+    return None
+
+
+def read_progress(path: Path) -> Progress:
+    """Progress of an undamaged checkpoint."""
+    return _read(path)[1]
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """What kind of run an undamaged checkpoint is of."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Progress]:
+    content = json.loads((path / "progress.json").read_text())
+    return dict(content["identity"]), Progress(**content["progress"])
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that was passed over, so that it neither counts nor is overwritten.
+
+    Nothing of it is removed: its weights may be worth a rescue, or be those of another run.
+    """
+    number = 1
+    while (aside := path.with_name(f"passed-over-{path.name}-{number}")).exists():
+        number += 1
+    os.replace(path, aside)
+    fsync_folder(path.parent)
+    return aside
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

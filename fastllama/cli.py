@@ -3,11 +3,16 @@
 import contextlib
 import io
 import itertools
+import json
 import os
+import signal
 import sys
 import textwrap
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, cast
 
@@ -15,7 +20,7 @@ import tyro
 
 from fastllama import __version__
 from fastllama.config import Config, load_recipe, nearest_key, validate
-from fastllama.errors import TrainingFailedError
+from fastllama.errors import FailedElsewhereError, FailedFirstError, TrainingFailedError
 
 Options = TypeVar("Options")
 
@@ -34,6 +39,8 @@ Train LLaMA models from scratch.
       train, or go on with a run that was interrupted
   fastllama train --resume runs/NAME [--group.field VALUE …]
       go on with a run, with other options where that is possible
+  fastllama verify-resume CONFIG.toml [--steps N] [--processes N] [--group.field VALUE …]
+      kill a short training, resume it, and compare it with one that was left alone
   fastllama generate runs/NAME --prompt TEXT
       continue a text with a trained model
 
@@ -99,7 +106,8 @@ class TrainOptions:
 
     Give the recipe first: fastllama train CONFIG.toml [--group.field VALUE ...]. A run that was
     interrupted goes on from its newest checkpoint when the same command is typed again. SIGINT
-    (Ctrl-C) and SIGTERM finish the update, save a checkpoint and exit with 0.
+    (Ctrl-C), SIGTERM, SIGUSR1 and --training.max-wall-time finish the update, save a checkpoint and
+    exit with 85; a second signal stops at once.
     """
 
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(
@@ -111,6 +119,29 @@ class TrainOptions:
     """Go on with this run; its own configuration takes the place of the recipe."""
     print_config: bool = False
     """Print the resolved configuration and what follows from it, and exit."""
+
+
+@dataclass(frozen=True)
+class VerifyResumeOptions:
+    """Kill a short training of a recipe, resume it, and compare it with one that was left alone.
+
+    Give the recipe first: fastllama verify-resume CONFIG.toml [--group.field VALUE ...]. Three
+    trainings run one after another in a temporary folder (TMPDIR), which takes room for two
+    checkpoints of each. Exits with 0 if the losses are the same, to the bit where the number of
+    processes is, and with 1 if they are not.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(
+        default_factory=Config
+    )
+    steps: int = 20
+    """Updates of each training; the schedule is shortened to them."""
+    interrupt_at: int = 10
+    """Updates after which all processes are killed; fast ones may do a few more."""
+    processes: int = 1
+    """Processes of a training, started through torchrun if more than one."""
+    resume_processes: int | None = None
+    """Processes that go on after the kill; None means as many as before."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +167,10 @@ class GenerateOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 failed, 2 a mistake in what was asked for."""
+    """Run one command and exit.
+
+    0: done, 1: failed, 2: a mistake in what was asked for, 85: training stopped early and saved.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [part for arg in args if arg != "--debug" for part in split_option(arg)]
@@ -145,17 +179,57 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_command(args)
     except KeyboardInterrupt:
         code = 130
+    except FailedElsewhereError:
+        # What torchrun reports is who had failed when it looked: leave that to the one that tells
+        # why, and be ended with it.
+        time.sleep(5)
+        code = 1
+    except FailedFirstError as failure:
+        code = tell_first_failure(failure, debug)
     except (ValueError, OSError, TrainingFailedError) as error:
         if debug:
             raise
         # A mistake is the same everywhere, so one process a node tells it; a failure may not be.
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ValueError):
             print(f"error: {textwrap.shorten(str(error), width=1000)}", file=sys.stderr)
-        code = 2 if isinstance(error, (ValueError, *MISTAKEN_PATHS)) else 1
+        code = exit_code(error)
     # Outside of the except block, whose error would keep the process group and its threads alive
     # into the interpreter's last moments, where they abort it.
     if code:
         sys.exit(code)
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for a mistake in what was asked for, 1 for a failure."""
+    return 2 if isinstance(error, (ValueError, *MISTAKEN_PATHS)) else 1
+
+
+def tell_first_failure(failure: FailedFirstError, debug: bool) -> int:
+    """Say on stderr, and through torchrun at the very end, what ended the first of several.
+
+    Returns:
+        The exit code.
+    """
+    error = failure.__cause__
+    assert error is not None
+    expected = isinstance(error, (ValueError, OSError, TrainingFailedError))
+    kind = "" if expected else f"{type(error).__name__}: "
+    sentence = f"rank {failure.rank}: {kind}{textwrap.shorten(str(error), width=1000)}"
+    print(f"error: {sentence}", file=sys.stderr)
+    if debug or not expected:
+        traceback.print_exception(error)
+    sys.stderr.flush()
+    tell_torchrun(sentence)
+    return exit_code(error)
+
+
+def tell_torchrun(sentence: str) -> None:
+    """Have torchrun end its report with a sentence on this process, if it is one of torchrun's."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # It shows the `py_callstack` of the earliest of these files.
+        extra = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+        message = {"message": sentence, "extraInfo": extra}
+        Path(path).write_text(json.dumps({"message": message}))
 
 
 def split_option(arg: str) -> list[str]:
@@ -163,6 +237,9 @@ def split_option(arg: str) -> list[str]:
     name, equals, value = arg.partition("=")
     return [name, value] if arg.startswith("--") and equals and value[:1] != "-" else [arg]
 
+
+# Told apart from every failure, so that a scheduler can queue the same command once more.
+STOPPED = 85
 
 MISTAKEN_PATHS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -306,13 +383,18 @@ def train(args: list[str]) -> None:
         options.config, RunFolder(run_path), console, resume=options.resume is not None
     )
     if not finished:
+        # Every rank is on its way out now, and is to leave with this code: a launcher that sees
+        # the first one gone signals the others.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         console.print(
-            f"Stopped and saved. Go on with: fastllama train --resume {run_path}",
+            "Stopped and saved. Go on with the same command, or with: "
+            f"fastllama train --resume {run_path}",
             highlight=False,
             soft_wrap=True,
             markup=False,
         )
-        return
+        tell_torchrun(f"no failure: stopped early and saved, exit code {STOPPED}")
+        sys.exit(STOPPED)
     lines = (
         f"run     {run_path}",
         f"plot    {run_path / 'loss.png'}",
@@ -343,7 +425,7 @@ def parse_train(args: list[str]) -> tuple[TrainOptions, Path]:
         raise UsageError("Give a recipe, fastllama train CONFIG.toml, or --resume RUN.")
     options = parse(
         TrainOptions,
-        [{"true": "True", "false": "False"}.get(arg, arg) for arg in args],
+        with_python_booleans(args),
         "fastllama train CONFIG.toml",
         TrainOptions(config=config),
     )
@@ -353,9 +435,40 @@ def parse_train(args: list[str]) -> tuple[TrainOptions, Path]:
     return options, options.resume or options.run_dir or Path("runs") / name
 
 
+def verify_resume(args: list[str]) -> None:
+    """`fastllama verify-resume`."""
+    recipe = Path(args.pop(0)) if args and not args[0].startswith("-") else None
+    if recipe is None and not {"--help", "-h"} & set(args):
+        raise UsageError("Give a recipe, fastllama verify-resume CONFIG.toml.")
+    options = parse(
+        VerifyResumeOptions,
+        with_python_booleans(args),
+        "fastllama verify-resume CONFIG.toml",
+        VerifyResumeOptions(config=load_recipe(recipe) if recipe is not None else Config()),
+    )
+    from fastllama.verify_resume import Plan, verify_resume
+
+    plan = Plan(
+        steps=options.steps,
+        interrupt_at=options.interrupt_at,
+        processes=options.processes,
+        resume_processes=(
+            options.processes if options.resume_processes is None else options.resume_processes
+        ),
+    )
+    if not verify_resume(options.config, plan, report=partial(print, flush=True)):
+        sys.exit(1)
+
+
+def with_python_booleans(args: list[str]) -> list[str]:
+    """`true` and `false` as tyro reads them."""
+    return [{"true": "True", "false": "False"}.get(arg, arg) for arg in args]
+
+
 def print_config(config: Config) -> None:
     """Print a configuration as TOML, what follows from it as comments."""
     from fastllama.estimate import flops_per_token, n_parameters
+    from fastllama.memory import plan_memory
     from fastllama.parallel import world_size
     from fastllama.run import resolved_toml
 
@@ -369,6 +482,9 @@ def print_config(config: Config) -> None:
     print(f"# accumulation steps     {config.accumulation_steps(world_size())}")
     print(f"# GFLOP/token, causal    {flops_per_token(model, causal=True) / 1e9:.3f}")
     print(f"# GFLOP/token, PaLM      {flops_per_token(model, causal=False) / 1e9:.3f}")
+    for reshard, name in ((False, "kept"), (True, "resharded")):
+        total = plan_memory(config, world_size(), reshard=reshard).total
+        print(f"# GiB/device, {name:10} {total / 2**30:.1f}")
 
 
 def generate(args: list[str]) -> None:
@@ -398,5 +514,6 @@ def generate(args: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "prepare": prepare,
     "train": train,
+    "verify-resume": verify_resume,
     "generate": generate,
 }

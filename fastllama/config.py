@@ -131,23 +131,39 @@ class TrainingConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA when there is one."""
     compile: bool = True
-    """torch.compile each block."""
+    """torch.compile the model."""
+    compile_scope: Literal["block", "model"] = "block"
+    """What is compiled: the blocks, one graph for all of them, or the whole model."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Compute again in the backward: nothing, all but attention and narrow products, or blocks."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Operators of the model: Triton kernels or plain PyTorch; auto takes Triton on CUDA."""
     attention: Literal[
         "auto", "flash-attn-3", "flash-attn-4", "flash-attn-2", "cudnn", "flash", "reference"
     ] = "auto"
     """Backend of attention; auto measures those present, once, and takes the fastest."""
+    deterministic: bool = False
+    """Compute the same bits in every run of this configuration; slower on CUDA."""
+    spike_z_score: float = 0.0
+    """Refuse updates whose loss or gradient norm is this many standard deviations above its moving
+    mean; 0 refuses only what is not finite."""
     max_bad_updates: int = 10
-    """Stop after this many updates in a row with a non-finite loss or gradient norm."""
+    """Stop after this many refused updates in a row."""
+    max_wall_time: float = 0.0
+    """Minutes after which the run saves and stops with exit code 85; 0 sets no limit."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """FSDP2 over the processes torchrun starts."""
 
-    reshard_after_forward: bool = False
-    """Free gathered parameters between forward and backward: less memory, one more gather."""
+    replicate: int = 1
+    """Groups of processes that each hold the whole model (HSDP); 1 shards it over all of them."""
+    reshard_after_forward: Literal["auto", True, False] = "auto"
+    """Free gathered parameters between forward and backward: less memory, one more gather; auto
+    frees them where the memory plan says the device is too small to keep them."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type gradients are summed in over micro-batches and devices."""
     timeout_minutes: float = 10.0
     """A collective that waits longer ends the run."""
 
@@ -160,6 +176,8 @@ class CheckpointConfig:
     """Tokens between checkpoints; 0 saves only at the end."""
     keep_last: int = 3
     """Complete checkpoints kept; older ones go once a newer one is complete."""
+    keep_every_tokens: int = 0
+    """Also keep for good the first checkpoint at or after each multiple of this; 0 keeps none."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +298,8 @@ def _group_from_dict(
 
 def _has_type(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
+        # 1 equals True, and is no way to write it.
+        return any(value == known and type(value) is type(known) for known in typing.get_args(hint))
     if isinstance(hint, types.UnionType):
         return any(_has_type(value, option) for option in typing.get_args(hint))
     if isinstance(value, bool):
@@ -290,12 +309,16 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
+        return "one of " + ", ".join(_literal_name(value) for value in typing.get_args(hint))
     if isinstance(hint, types.UnionType):
         return " or ".join(_type_name(option) for option in typing.get_args(hint))
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(
         hint, "left out"
     )
+
+
+def _literal_name(value: str | bool) -> str:
+    return value if isinstance(value, str) else str(value).lower()
 
 
 def known_keys() -> list[str]:
@@ -333,6 +356,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _validate_ranges(config)
     _validate_model(config.model)
     _validate_optimizer(config)
+    _validate_replicas(config, world_size)
     _validate_batches(config, world_size)
 
 
@@ -349,6 +373,7 @@ _AT_LEAST_ONE = (
     "training.tokens_per_update",
     "training.training_tokens",
     "training.max_bad_updates",
+    "parallel.replicate",
     "checkpoint.keep_last",
     "logging.log_interval",
     "logging.sample_growth",
@@ -373,7 +398,10 @@ _NOT_NEGATIVE = (
     "training.eval_interval",
     "training.eval_tokens",
     "training.seed",
+    "training.spike_z_score",
+    "training.max_wall_time",
     "checkpoint.interval_tokens",
+    "checkpoint.keep_every_tokens",
     "logging.sample_interval",
 )
 _FRACTIONS = ("model.dropout", "optimizer.beta1", "optimizer.beta2", "optimizer.decay_fraction")
@@ -430,6 +458,15 @@ def _validate_optimizer(config: Config) -> None:
         raise ValueError(
             f"optimizer.warmup_iterations = {optimizer.warmup_iterations} leaves nothing of the "
             f"{config.n_updates} updates of this run; lower it or raise training.training_tokens."
+        )
+
+
+def _validate_replicas(config: Config, world_size: int) -> None:
+    replicate = config.parallel.replicate
+    if world_size % replicate:
+        raise ValueError(
+            f"parallel.replicate = {replicate} does not divide the {world_size} processes; each "
+            "replica is a group of the same size, so choose a divisor, such as the number of nodes."
         )
 
 

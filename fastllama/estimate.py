@@ -34,11 +34,18 @@ def n_parameters(model: ModelConfig) -> int:
     return _matmul_parameters(model) + (0 if model.tied_embeddings else embedding) + norms
 
 
-def _matmul_parameters(model: ModelConfig) -> int:
+def n_block_parameters(model: ModelConfig) -> int:
+    """Parameters of one block."""
+    return _block_matmul_parameters(model) + 2 * model.n_embd
+
+
+def _block_matmul_parameters(model: ModelConfig) -> int:
     qkv = model.n_embd * (model.n_heads + 2 * model.kv_heads) * model.head_dim
-    feed_forward = 3 * model.n_embd * model.ffn_hidden
-    per_layer = qkv + model.n_embd**2 + feed_forward
-    return model.n_layers * per_layer + model.vocab_size * model.n_embd
+    return qkv + model.n_embd**2 + 3 * model.n_embd * model.ffn_hidden
+
+
+def _matmul_parameters(model: ModelConfig) -> int:
+    return model.n_layers * _block_matmul_parameters(model) + model.vocab_size * model.n_embd
 
 
 def flops_per_token(model: ModelConfig, *, causal: bool) -> float:

@@ -1,6 +1,5 @@
 """Text from a model: one token at a time over a key/value cache."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fastllama.checkpoint import find_damage, load_tensors, model_tensors, newest_checkpoint
+from fastllama.checkpoint import (
+    find_damage,
+    find_difference,
+    load_tensors,
+    model_tensors,
+    newest_checkpoint,
+    read_identity,
+)
 from fastllama.data.tokenizer import load_tokenizer
 from fastllama.model import KVCache, Llama
 from fastllama.run import RunFolder
@@ -144,13 +150,13 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
     config = run.load_config()
     checkpoint: Path | None
     if is_checkpoint:
-        checkpoint, damage = path, find_damage(path)
+        checkpoint, damage = path, find_damage(path) or find_difference(path, identity={})
         if damage is not None:
             raise ValueError(
                 f"The checkpoint is damaged: {damage}; use another one of {path.parent}."
             )
     else:
-        checkpoint, _ = newest_checkpoint(run.checkpoints)
+        checkpoint, _ = newest_checkpoint(run.checkpoints, identity={})
     if checkpoint is None:
         raise ValueError(f"{path} has no complete checkpoint yet; train on, or wait for the first.")
     with torch.device("meta"):
@@ -163,6 +169,5 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
     model.tie_weights()
     model.init_rope()
     load_tensors(checkpoint, model_tensors(model))
-    identity = json.loads((checkpoint / "progress.json").read_text())["identity"]
-    end_token = identity["data.end_token_id"]
+    end_token = read_identity(checkpoint)["data.end_token_id"]
     return LoadedRun(model.eval(), load_tokenizer(run.tokenizer), end_token)

@@ -5,11 +5,13 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from fastllama.atomic import write_atomic
 from fastllama.metrics import COLUMNS, Row
@@ -22,16 +24,21 @@ class MetricsLog:
         """Open the logs of a run that goes on after `last_step`.
 
         Rows of later updates come from a process that was killed before its next checkpoint. Those
-        updates are about to be done again, so their rows, and the samples between them, move to
-        superseded-metrics.csv and so on.
+        updates are about to be done again, so their rows, and the bad batches and samples between
+        them, move to superseded-metrics.csv and so on.
         """
         self._csv, self._jsonl = run / "metrics.csv", run / "metrics.jsonl"
         keep_rows_until(self._csv, last_step, lambda line: int(line.split(",")[0]), header=True)
         # A run that starts again at 0 samples before its first update again.
-        for log, last in ((self._jsonl, last_step), (run / "samples.jsonl", last_step or -1)):
+        for log, last in (
+            (self._jsonl, last_step),
+            (run / "bad-updates.jsonl", last_step),
+            (run / "samples.jsonl", last_step or -1),
+        ):
             keep_rows_until(log, last, lambda line: int(json.loads(line)["step"]))
         if not self._csv.exists():
             write_atomic(self._csv, ",".join(COLUMNS) + "\n")
+        self._waiting = {self._csv: "", self._jsonl: ""}
         self._writer = None
         if tensorboard:
             # Imported here because it takes a second, for those who turned it off.
@@ -40,14 +47,21 @@ class MetricsLog:
             self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, row: Row) -> None:
-        """Append a row, one write a file, so that a killed process leaves at most one half line."""
+        """Append a row, one write a file, so that a killed process leaves at most one half line.
+
+        Raises:
+            OSError: a file cannot be written now; its lines go out with the next row.
+        """
         values = {name: getattr(row, name) for name in COLUMNS}
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerow(
             ["" if value is None else value for value in values.values()]
         )
-        append(self._csv, text.getvalue())
-        append(self._jsonl, json.dumps({k: finite(v) for k, v in values.items()}) + "\n")
+        self._waiting[self._csv] += text.getvalue()
+        self._waiting[self._jsonl] += json.dumps({k: finite(v) for k, v in values.items()}) + "\n"
+        for path, lines in self._waiting.items():
+            append(path, lines)
+            self._waiting[path] = ""
         if self._writer is not None:
             for name, value in values.items():
                 if value is not None and name not in ("step", "progress", "eta_s"):
@@ -72,9 +86,30 @@ def finite(value: Any) -> Any:
 
 
 def append(path: Path, text: str) -> None:
-    """Add whole lines to a log file in one write."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(text)
+    """Add whole lines to a log file in one write, or none of them.
+
+    Raises:
+        OSError: the disk is full or read-only, or the folder is gone.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        # A disk that is full may have taken the beginning.
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise
+
+
+@contextmanager
+def outlived(console: Console, what: str) -> Iterator[None]:
+    """Tell of an OSError inside instead of raising it: a run outlives a disk that is full."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{what} could not be written: {error}; training goes on."
+        console.print(message, highlight=False, soft_wrap=True, markup=False)
 
 
 def keep_rows_until(

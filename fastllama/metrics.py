@@ -34,7 +34,7 @@ class Row:
     data_wait_s: float
     """Seconds since the row before that training stood still for want of data."""
     skipped_steps: int
-    """Updates refused since the run began because loss or gradient norm was not finite."""
+    """Updates refused since the run began because loss or gradient norm was bad."""
     progress: float
     """Share of the run's updates done."""
     eta_s: float

@@ -7,6 +7,7 @@ Shapes, here and in the whole repository:
 
 import math
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: norm, project, attend; norm, project, gate."""
+    """One decoder layer: norm, project, attend; norm, project, gate.
+
+    `checkpoint`, where it is set, runs the layer so that the backward can compute it again.
+    """
+
+    checkpoint: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def __init__(self, config: ModelConfig, operators: Operators, layer: int) -> None:
         super().__init__()
@@ -121,6 +127,19 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Take the branch still to be added and the stream; return the same, a layer on."""
+        inputs = x_BTD, residual_BTD, cos_TK, sin_TK, cache
+        if self.checkpoint is None:
+            return self._layer(*inputs)
+        return self.checkpoint(self._layer, *inputs)
+
+    def _layer(
+        self,
+        x_BTD: Tensor,
+        residual_BTD: Tensor | None,
+        cos_TK: Tensor,
+        sin_TK: Tensor,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor]:
         qkv_BTE, residual_BTD = self.attention_norm(x_BTD, residual_BTD, self.attention.qkv.weight)
         x_BTD = self.attention(qkv_BTE, cos_TK, sin_TK, cache)
         gate_up_BTF, residual_BTD = self.mlp_norm(x_BTD, residual_BTD, self.mlp.gate_up.weight)

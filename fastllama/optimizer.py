@@ -1,10 +1,20 @@
 """AdamW over sharded parameters, with clipping and the refusal of bad updates on the device."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastllama.config import OptimizerConfig
+from fastllama.spikes import SpikeDetector
+
+REFUSALS = (
+    "",
+    "the loss or the gradient norm is not finite",
+    "the gradient norm is a spike",
+    "the loss is a spike",
+)
+"""Why an update is refused, by the number that `update` gives; 0 stands for none."""
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -36,16 +46,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 @torch.no_grad()
-def update(optimizer: torch.optim.AdamW, loss: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
-    """Apply one update from the gradients, unless `loss` or their norm is not finite.
+def update(
+    optimizer: torch.optim.AdamW,
+    loss: Tensor,
+    max_norm: float,
+    spikes: SpikeDetector | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply one update from the gradients, unless `loss` or their norm is not finite or a spike.
 
     A bad update leaves parameters, moments and AdamW's step count as they were. Clipping and the
     refusal happen inside the fused kernel, through the two scalars a gradient scaler would hand
     it, so nothing is read on the host and no extra pass over the gradients is made.
 
     Returns:
-        The global gradient norm before clipping and whether the update was refused (1 or 0), both
-        float32 scalars on the device.
+        The global gradient norm before clipping and the number of the refusal in `REFUSALS`, both
+        float32 scalars on the device; the number is the same on every process.
     """
     gradients = [
         parameter.grad
@@ -54,12 +69,21 @@ def update(optimizer: torch.optim.AdamW, loss: Tensor, max_norm: float) -> tuple
         if parameter.grad is not None
     ]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    has_replicas = False
     if isinstance(norm, DTensor):
+        has_replicas = norm.device_mesh.ndim > 1
         norm = norm.full_tensor()
     refused = (~(norm.isfinite() & loss.isfinite())).float()
+    if spikes is not None:
+        loss_spike, norm_spike = spikes.observe(loss, norm).float()
+        refused = torch.stack((refused, 3 * loss_spike, 2 * norm_spike)).amax()
+    if has_replicas:
+        # Each replica sums the norm on its own; one that applied what another refused would from
+        # then on be another model.
+        dist.all_reduce(refused, dist.ReduceOp.MAX)
     # AdamW divides gradients by grad_scale and does nothing where found_inf is 1.
     optimizer.grad_scale = (norm / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
-    optimizer.found_inf = refused  # type: ignore[attr-defined]
+    optimizer.found_inf = refused.clamp(max=1.0)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, refused

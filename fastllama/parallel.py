@@ -1,20 +1,26 @@
 """Processes, devices, and the model sharded over them; one process is the same case."""
 
 import ctypes
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fastllama.config import Config
+from fastllama.errors import FailedElsewhereError, FailedFirstError
+from fastllama.memory import choose_resharding
 from fastllama.model import Llama
 
 Result = TypeVar("Result")
@@ -60,6 +66,13 @@ class World:
             value /= self.size
         return value
 
+    def set_timeout(self, minutes: float) -> None:
+        """Let collectives issued from now on wait this long; every process calls it."""
+        # So that none is judged by the new time while another still works under the old one.
+        dist.barrier()
+        for group in (dist.group.WORLD, *self.mesh.get_all_groups()):
+            _set_pg_timeout(timedelta(minutes=minutes), group)
+
 
 def world_size() -> int:
     """Processes torchrun started; 1 without it."""
@@ -91,7 +104,12 @@ def choose_device(kind: str) -> torch.device:
 
 @contextmanager
 def distributed(config: Config) -> Iterator[World]:
-    """Join the process group torchrun describes, or a group of one, and leave it at the end."""
+    """Join the process group torchrun describes, or a group of one, and leave it at the end.
+
+    Raises:
+        FailedFirstError: what ended this process of several, before any other.
+        FailedElsewhereError: it ended after another had failed, most likely for the want of it.
+    """
     device = choose_device(config.training.device)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     on_cuda = device.type == "cuda"
@@ -114,11 +132,42 @@ def distributed(config: Config) -> Iterator[World]:
             world_size=1,
         )
     try:
-        size = dist.get_world_size()
-        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-        yield World(rank=dist.get_rank(), size=size, device=device, mesh=mesh)
+        mesh = build_mesh(device.type, config.parallel.replicate)
+        world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, mesh=mesh)
+        # A group that is part of the world comes with a timeout of PyTorch's own.
+        world.set_timeout(config.parallel.timeout_minutes)
+        yield world
+    except Exception as error:
+        if dist.get_world_size() == 1:
+            raise
+        # Before the group is gone, which is what makes the others fail.
+        if _is_first_failure():
+            raise FailedFirstError(dist.get_rank()) from error
+        raise FailedElsewhereError from error
     finally:
         dist.destroy_process_group()
+
+
+def build_mesh(device_type: str, replicate: int) -> DeviceMesh:
+    """All processes as one dimension, ("shard",), or as two, ("replicate", "shard").
+
+    Neighbours shard and what is far apart replicates, so that with a replica for each node the
+    gathers stay inside it.
+    """
+    size = dist.get_world_size()
+    if replicate == 1:
+        return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    shape = (replicate, size // replicate)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _is_first_failure() -> bool:
+    """Whether no other process has come here before; the store decides."""
+    try:
+        return bool(_get_default_store().add("fastllama/failures", 1) == 1)
+    except RuntimeError:
+        # Gone with the process that held it.
+        return False
 
 
 def keep_freed_memory() -> None:
@@ -134,23 +183,53 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, never)
 
 
+def resolve_resharding(config: Config, world: World) -> tuple[Config, str]:
+    """`config` with "auto" of `parallel.reshard_after_forward` decided, and what was and why."""
+    available = None
+    if world.device.type == "cuda":
+        available = torch.cuda.get_device_properties(world.device).total_memory
+    reshard, reason = world.from_main(lambda: choose_resharding(config, world.size, available))
+    parallel = dataclasses.replace(config.parallel, reshard_after_forward=reshard)
+    return dataclasses.replace(config, parallel=parallel), reason
+
+
 def shard_model(model: Llama, config: Config, world: World) -> None:
     """Shard a meta-device model block by block and allocate this process's part.
 
     Parameters are float32 shards; they are gathered and computed with in `training.dtype`, and
-    gradients are reduced in float32. `cast_forward_inputs` is off because the rotary tables go
-    through the blocks' inputs and must stay float32.
+    gradients are reduced in `parallel.reduce_dtype`. `cast_forward_inputs` is off because the
+    rotary tables go through the blocks' inputs and must stay float32. Whether to reshard has to be
+    decided by now (`resolve_resharding`).
     """
-    dtype = getattr(torch, config.training.dtype)
     policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=getattr(torch, config.training.dtype),
+        reduce_dtype=getattr(torch, config.parallel.reduce_dtype),
+        cast_forward_inputs=False,
     )
+    shard = partial(fully_shard, mesh=world.mesh, mp_policy=policy)
     reshard = config.parallel.reshard_after_forward
+    assert reshard != "auto"
     for block in model.blocks:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
-    # The root's own weights, embedding and output, are the first that the backward needs again.
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+        # The backward begins with the last block: what it would free it would gather again at once.
+        shard(block, reshard_after_forward=reshard and block is not model.blocks[-1])
+    # The same holds for the root's own weights, embedding and output.
+    shard(model, reshard_after_forward=False)
+    _prefetch_one_ahead(model)
     model.to_empty(device=world.device)
+
+
+def _prefetch_one_ahead(model: Llama) -> None:
+    """Gather each block while the one before it computes, in both directions.
+
+    It is the order PyTorch would find by itself, but asked for from the host before the block
+    under way is launched and not after, so that a slow host delays no gather. Blocks that are
+    gathered already are passed over.
+    """
+    order = [cast(FSDPModule, module) for module in (model, *model.blocks)]
+    for module, following in pairwise(order):
+        module.set_modules_to_forward_prefetch([following])
+    for module, following in pairwise([order[0], *reversed(order[1:])]):
+        module.set_modules_to_backward_prefetch([following])
 
 
 def reshard(model: Llama) -> None:
@@ -166,8 +245,9 @@ def reshard(model: Llama) -> None:
 def set_last_micro_batch(model: FSDPModule, is_last: bool, reshard: bool) -> None:
     """Reduce gradients after the last micro-batch of an update only.
 
-    Until then they accumulate in float32 on this device, and unless `reshard` saves memory the
-    gathered parameters stay too, so an update communicates once however many micro-batches it has.
+    Until then they accumulate on this device, in `parallel.reduce_dtype`, and unless `reshard`
+    saves memory the gathered parameters stay too, so an update communicates once however many
+    micro-batches it has: within a replica and, where there are several, between them.
     """
     model.set_requires_gradient_sync(is_last)
     model.set_is_last_backward(is_last)

@@ -1,5 +1,6 @@
 """Turns the scalars of each update into rows, a progress bar, and the decision to stop."""
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fastllama.bad_updates import batch_of, batch_positions
 from fastllama.checkpoint import Progress as RunProgress
 from fastllama.config import Config
+from fastllama.data.dataset import Dataset
 from fastllama.errors import TrainingFailedError
 from fastllama.estimate import flops_per_token, peak_flops
-from fastllama.logs import MetricsLog
+from fastllama.logs import MetricsLog, append, finite, outlived
 from fastllama.metrics import Clock, LateScalars, Row
+from fastllama.optimizer import REFUSALS
 from fastllama.parallel import World
 from fastllama.run import RunFolder
 from fastllama.schedule import learning_rate
@@ -33,6 +37,7 @@ class Recorder:
         self,
         config: Config,
         run: RunFolder,
+        dataset: Dataset,
         progress: RunProgress,
         world: World,
         console: Console,
@@ -41,7 +46,7 @@ class Recorder:
         self.stop = False
         self.clock = Clock()
         self._config, self._progress, self._world = config, progress, world
-        self._console = console
+        self._console, self._run, self._dataset = console, run, dataset
         self._log = None
         if world.is_main:
             self._log = MetricsLog(run.path, progress.step, config.logging.tensorboard)
@@ -102,14 +107,16 @@ class Recorder:
         self._last_tokens, self._last_training = row.tokens, self._stamp
         self._last_wait = self._stamp_wait
         if self._log is not None:
-            self._log.write(row)
+            with outlived(self._console, f"The row of update {row.step}"):
+                self._log.write(row)
         self._console.print(row.line(), highlight=False, soft_wrap=True)
 
     def sync(self) -> None:
         """Write the row of the last update and make all rows durable."""
         self.flush()
         if self._log is not None:
-            self._log.sync()
+            with outlived(self._console, "The rows so far"):
+                self._log.sync()
 
     def _receive(self) -> None:
         if self._pending_step is None:
@@ -119,7 +126,7 @@ class Recorder:
         self._stamp, self._stamp_wait = self.clock.training(), self._wait_seconds
         self.stop = self.stop or stop > 0
         self._pending = self._row(step, loss, grad_norm)
-        self._count_refused(step, refused > 0)
+        self._count_refused(step, loss, grad_norm, REFUSALS[round(refused)])
         self._pending.skipped_steps = self._progress.skipped_steps
 
     def _row(self, step: int, loss: float, grad_norm: float) -> Row:
@@ -159,24 +166,41 @@ class Recorder:
             flops_per_token(model, causal=False) * per_flop,
         )
 
-    def _count_refused(self, step: int, refused: bool) -> None:
+    def _count_refused(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
         progress, limit = self._progress, self._config.training.max_bad_updates
-        if not refused:
+        if not reason:
             progress.skipped_in_a_row = 0
             return
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
-        per_update = self._config.sequences_per_update
-        batch = f"positions {(step - 1) * per_update} to {step * per_update - 1} of the data order"
+        first, last = batch_positions(step, self._config)
+        batch = f"positions {first} to {last} of the data order"
         self._console.print(
-            f"step {step}: loss or gradient norm is not finite; the update was skipped ({batch})"
+            f"step {step}: {reason} (loss {loss:.4g}, gnorm {grad_norm:.4g}); the update was "
+            f"skipped ({batch})",
+            highlight=False,
+            soft_wrap=True,
         )
+        if self._world.is_main:
+            self._keep_batch(step, loss, grad_norm, reason)
         if progress.skipped_in_a_row >= limit:
             raise TrainingFailedError(
-                f"The last {limit} updates all had a non-finite loss or gradient norm, the last of "
-                f"them at {batch}; the weights are those of update {step - limit}. Resume from the "
-                "last checkpoint with a lower optimizer.max_lr, or look at that data."
+                f"The last {limit} updates were all refused, the last of them, at {batch}, because "
+                f"{reason}; the weights are those of update {step - limit}. Resume from the last "
+                f"checkpoint with a lower optimizer.max_lr, or look at the data in "
+                f"{self._run.bad_updates}."
             )
+
+    def _keep_batch(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
+        with outlived(self._console, f"The batch of update {step}"):
+            record = {
+                "step": step,
+                "loss": finite(loss),
+                "grad_norm": finite(grad_norm),
+                "reason": reason,
+                **batch_of(step, self._config, self._dataset),
+            }
+            append(self._run.bad_updates, json.dumps(record) + "\n")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -192,4 +216,5 @@ class Recorder:
             self.flush()
         self._bar.stop()
         if self._log is not None:
-            self._log.close()
+            with outlived(self._console, "The last TensorBoard events"):
+                self._log.close()

@@ -47,6 +47,10 @@ class RunFolder:
         return self.path / "samples.jsonl"
 
     @property
+    def bad_updates(self) -> Path:
+        return self.path / "bad-updates.jsonl"
+
+    @property
     def loss_plot(self) -> Path:
         return self.path / "loss.png"
 

@@ -2,17 +2,16 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from fastllama.checkpoint import remove_old, save_checkpoint
+from fastllama.checkpoint_writer import CheckpointWriter
 from fastllama.config import Config
 from fastllama.data.dataset import Dataset
 from fastllama.evaluate import bits_per_byte, validation_loss
 from fastllama.generate import Sampling, generate_text
-from fastllama.logs import append, plot_loss
+from fastllama.logs import append, outlived, plot_loss
 from fastllama.parallel import World, reshard
 from fastllama.recorder import Recorder
 from fastllama.run import RunFolder
@@ -52,8 +51,7 @@ class SideJobs:
     world: World
     console: Console
     recorder: Recorder
-    identity: dict[str, Any]
-    saved_step: int | None = None
+    writer: CheckpointWriter
 
     def validate(self) -> None:
         """Measure the held-out loss, if there is held-out text."""
@@ -90,23 +88,35 @@ class SideJobs:
             reshard(model)
         if self.world.is_main:
             record = {"step": step, "prompt": logging.sample_prompt, "text": text}
-            append(self.run.samples, json.dumps(record) + "\n")
+            with outlived(self.console, f"The sample after {step} updates"):
+                append(self.run.samples, json.dumps(record) + "\n")
         title = f"sample after {step} updates"
         self.console.rule(title, style="dim")
         self.console.print(logging.sample_prompt + text, markup=False, highlight=False)
         self.console.rule(style="dim")
 
     def save(self) -> None:
-        """Write a checkpoint and the plot, unless this update is saved already."""
-        if self.saved_step == self.state.progress.step:
-            return
+        """Begin to write a checkpoint of this update, and draw the plot."""
         self.recorder.sync()
         with self.recorder.side_job():
-            path = save_checkpoint(
-                self.run.checkpoints, self.state.tensors(), self.state.progress, self.identity
-            )
+            spikes = self.state.spikes
+            # A save waits for the device anyway.
+            self.state.progress.spikes = [] if spikes is None else spikes.state.tolist()
+            self.writer.save(self.state.tensors(), self.state.progress)
             if self.world.is_main:
-                remove_old(path, self.config.checkpoint.keep_last)
-                plot_loss(self.run.metrics_csv, self.run.loss_plot, title=self.run.path.name)
-        self.saved_step = self.state.progress.step
-        self.console.print(f"saved {path}", highlight=False, soft_wrap=True, markup=False)
+                with outlived(self.console, f"The plot {self.run.loss_plot}"):
+                    plot_loss(self.run.metrics_csv, self.run.loss_plot, title=self.run.path.name)
+
+    def finish(self) -> None:
+        """Leave a complete checkpoint of this update.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        step = self.state.progress.step
+        self.writer.wait()
+        if self.writer.saved_step != step:
+            self.save()
+            self.writer.wait()
+        if self.writer.saved_step != step:
+            raise OSError(f"{self.writer.failure}.")

@@ -7,6 +7,7 @@ import torch
 
 from fastllama.checkpoint import Progress, training_tensors
 from fastllama.model import Llama
+from fastllama.spikes import SpikeDetector
 
 
 @dataclass
@@ -16,6 +17,8 @@ class TrainState:
     model: Llama
     optimizer: torch.optim.AdamW
     progress: Progress
+    spikes: SpikeDetector | None
+    """What updates are judged by, where spikes are refused."""
 
     def tensors(self) -> dict[str, Any]:
         """Weights and moments by checkpoint name; the values are the live tensors."""

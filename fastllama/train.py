@@ -1,9 +1,10 @@
 """Training: what one update does, and the loop around it."""
 
 import dataclasses
+import math
 import os
-import shutil
 import signal
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,17 +14,28 @@ from types import FrameType
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from fastllama.atomic import locked
-from fastllama.checkpoint import Progress, load_tensors, newest_checkpoint, read_progress
+from fastllama.checkpoint import (
+    Progress,
+    load_tensors,
+    newest_checkpoint,
+    read_progress,
+    set_aside,
+)
+from fastllama.checkpoint_writer import CheckpointWriter
+from fastllama.compilation import CompileWatch, compile_model, refuse_missing_compiler
 from fastllama.config import Config, validate
 from fastllama.data.dataset import Dataset, open_dataset
 from fastllama.data.loader import BatchLoader
+from fastllama.determinism import deterministic_algorithms, fix_cublas_workspace
 from fastllama.errors import TrainingFailedError
 from fastllama.estimate import n_parameters
+from fastllama.flight_recorder import record_collectives
 from fastllama.model import Llama
 from fastllama.operators import choose_operators
 from fastllama.optimizer import build_optimizer, update
@@ -31,23 +43,32 @@ from fastllama.parallel import (
     World,
     choose_device,
     distributed,
+    resolve_resharding,
     set_last_micro_batch,
     shard_model,
     world_size,
 )
+from fastllama.recompute import checkpoint_activations
 from fastllama.recorder import Recorder
 from fastllama.run import RunFolder
 from fastllama.schedule import learning_rate
 from fastllama.side_jobs import SideJobs, checkpoint_due, sample_due, validation_due
+from fastllama.spikes import SpikeDetector
 from fastllama.state import TrainState
 from fastllama_kernels import Operators
 
 
 @dataclass
 class StopSignal:
-    """Whether this process was asked to stop."""
+    """Whether this process was asked to stop, by a signal or because its time is up."""
 
-    requested: bool = False
+    deadline: float = math.inf
+    """What `time.perf_counter` says when the time is up."""
+    signalled: bool = False
+
+    @property
+    def requested(self) -> bool:
+        return self.signalled or time.perf_counter() >= self.deadline
 
 
 def train_step(
@@ -59,7 +80,7 @@ def train_step(
 
     Returns:
         float32 (4,) on the device, the same on every process: loss before the update, gradient
-        norm, 1 if the update was refused, more than 0 if any process was asked to stop.
+        norm, why the update was refused (`REFUSALS`), more than 0 if any process was asked to stop.
     """
     step = state.progress.step + 1
     for group in state.optimizer.param_groups:
@@ -72,14 +93,14 @@ def train_step(
     for micro_batch in range(n_micro_batches):
         is_last = micro_batch == n_micro_batches - 1
         set_last_micro_batch(
-            cast(FSDPModule, state.model), is_last, config.parallel.reshard_after_forward
+            cast(FSDPModule, state.model), is_last, bool(config.parallel.reshard_after_forward)
         )
         micro_loss = state.model(*loader.next()) / n_micro_batches
         micro_loss.backward()
         loss += micro_loss.detach()
     stopping = torch.full((), float(stop.requested), device=world.device)
     loss, stopping = world.mean(torch.stack((loss, stopping)))
-    norm, refused = update(state.optimizer, loss, config.optimizer.grad_clip)
+    norm, refused = update(state.optimizer, loss, config.optimizer.grad_clip, state.spikes)
     state.progress.step = step
     state.progress.position += config.sequences_per_update
     return torch.stack((loss, norm, refused, stopping))
@@ -92,13 +113,16 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
     would change what its progress means.
 
     Returns:
-        Whether all updates are done; False after SIGINT or SIGTERM.
+        Whether all updates are done; False when a signal or `training.max_wall_time` stopped it.
 
     Raises:
         ValueError: the configuration, the data, the device or the run folder do not fit together;
             nothing has been written then.
-        TrainingFailedError: update after update gave a loss that is not finite.
+        TrainingFailedError: update after update was refused, the device has too little memory, or
+            an operator has no deterministic implementation where `training.deterministic` asks.
+        OSError: the last checkpoint could not be written; the one before it is whole.
     """
+    began = time.perf_counter()
     validate(config, world_size())
     dataset = open_dataset(config)
     device = choose_device(config.training.device)
@@ -107,8 +131,18 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
     if run.exists and not resume:
         refuse_other_options(run, config)
     identity = run_identity(config, dataset)
-    with ExitStack() as held, distributed(config) as world:
-        checkpoint, progress = world.from_main(lambda: find_start(run, identity, console))
+    dumps = None
+    if device.type == "cuda" and world_size() > 1:
+        dumps = record_collectives(run.path)
+    if config.training.deterministic:
+        fix_cublas_workspace()
+    with (
+        ExitStack() as held,
+        distributed(config) as world,
+        deterministic_algorithms(config.training.deterministic),
+    ):
+        checkpoint, passed_over = newest_checkpoint(run.checkpoints, identity)
+        progress = world.from_main(lambda: read_progress(checkpoint) if checkpoint else Progress())
         if progress.step >= config.n_updates:
             done = f"{run.path} has done all of its {config.n_updates} updates."
             console.print(done, highlight=False, soft_wrap=True, markup=False)
@@ -118,20 +152,43 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
             run.path.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(run.path))
             run.create(config, dataset.folder / "tokenizer.json")
-            announce(config, dataset, world, run, progress, console, chosen)
+            refuse_passed_over(passed_over, console)
+            announce(config, dataset, world, run, progress, console, choices)
 
-        operators, chosen = choose_operators(config, world)
+        operators, kernels = choose_operators(config, world)
+        # The run folder keeps the options as they were given.
+        resolved, memory = resolve_resharding(config, world)
+        choices = {"kernels": kernels, "memory": memory}
+        if dumps is not None:
+            choices["hangs"] = f"{dumps}RANK, written where a collective times out"
         world.from_main(claim)
-        state = build_state(config, world, operators, progress, checkpoint)
-        recorder = Recorder(config, run, progress, world, console)
-        jobs = SideJobs(state, config, run, dataset, world, console, recorder, identity)
-        with stop_signals() as stop, open_loader(state, config, dataset, world) as loader:
+        if dumps is not None:
+            # Where the nodes share no disk, the main process has made it on its own only.
+            Path(dumps).parent.mkdir(parents=True, exist_ok=True)
+        state = build_state(resolved, world, operators, progress, checkpoint)
+        recorder = Recorder(config, run, dataset, progress, world, console)
+        watch = CompileWatch(resolved, world, console, began)
+        writer = CheckpointWriter(
+            run.checkpoints,
+            config,
+            identity,
+            world.device,
+            lambda sentence: console.print(sentence, highlight=False, soft_wrap=True, markup=False),
+        )
+        jobs = SideJobs(state, config, run, dataset, world, console, recorder, writer)
+        deadline = began + 60 * (config.training.max_wall_time or math.inf)
+        with (
+            stop_signals(deadline) as stop,
+            writer,
+            open_loader(state, config, dataset, world) as loader,
+        ):
             try:
-                return run_updates(state, loader, stop, config, world, recorder, jobs)
+                return run_updates(state, loader, stop, resolved, world, watch, recorder, jobs)
             except torch.OutOfMemoryError as error:
                 raise TrainingFailedError(
                     f"Out of memory in update {progress.step + 1} ({error}); lower "
-                    "training.batch_size or set parallel.reshard_after_forward."
+                    "training.batch_size, or set parallel.reshard_after_forward = true or "
+                    "training.activation_checkpointing."
                 ) from None
 
 
@@ -141,6 +198,7 @@ def run_updates(
     stop: StopSignal,
     config: Config,
     world: World,
+    watch: CompileWatch,
     recorder: Recorder,
     jobs: SideJobs,
 ) -> bool:
@@ -150,7 +208,8 @@ def run_updates(
         if progress.step == 0:
             jobs.sample()
         while progress.step < config.n_updates and not recorder.stop:
-            values = train_step(state, loader, stop, config, world)
+            with watch.update(progress.step + 1):
+                values = train_step(state, loader, stop, config, world)
             recorder.push(values, loader.wait_seconds)
             if validation_due(progress.step, config):
                 jobs.validate()
@@ -158,7 +217,9 @@ def run_updates(
                 jobs.sample()
             if checkpoint_due(progress.step, config):
                 jobs.save()
-        jobs.save()
+        jobs.finish()
+    # Launchers end the other ranks when the first one leaves with a code that is not 0.
+    dist.barrier()
     return progress.step == config.n_updates
 
 
@@ -172,12 +233,15 @@ def build_state(
     """The model, sharded and on the device, and its optimizer; fresh or as saved."""
     with torch.device("meta"):
         model = Llama(config.model, operators)
+    checkpoint_activations(model, config)
     if config.training.compile:
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        compile_model(model, config)
     shard_model(model, config, world)
     model.init_weights(config.training.seed)
-    state = TrainState(model, build_optimizer(model, config.optimizer), progress)
+    spikes = None
+    if z_score := config.training.spike_z_score:
+        spikes = SpikeDetector(z_score, world.device, progress.spikes)
+    state = TrainState(model, build_optimizer(model, config.optimizer), progress, spikes)
     if checkpoint is not None:
         load_tensors(checkpoint, state.tensors())
     return state
@@ -211,16 +275,6 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def refuse_missing_compiler() -> None:
-    """Raise ValueError if torch.compile would not find the compiler it builds with on a CPU."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise ValueError(
-            f"torch.compile needs a C++ compiler, and there is no {compiler}; install one, name it "
-            "in the environment variable CXX, or train with --training.compile false."
-        )
-
-
 def refuse_other_options(run: RunFolder, config: Config) -> None:
     """Raise ValueError if `run` was started with other options than `config`."""
     before, now = run.load_config().to_dict(), config.to_dict()
@@ -234,34 +288,31 @@ def refuse_other_options(run: RunFolder, config: Config) -> None:
                 )
 
 
-def find_start(
-    run: RunFolder, identity: dict[str, Any], console: Console
-) -> tuple[Path | None, Progress]:
-    """The newest whole checkpoint of the run, if any, and the progress to go on from."""
-    checkpoint, damage = newest_checkpoint(run.checkpoints)
-    for wrong in damage:
-        message = f"Passing over a damaged checkpoint: {wrong}."
+def refuse_passed_over(passed_over: dict[Path, str], console: Console) -> None:
+    """Say why checkpoints newer than the one the run goes on from are not used; keep them aside."""
+    for path, reason in passed_over.items():
+        aside = set_aside(path)
+        message = f"Passing over a checkpoint: {reason}. It is kept as {aside.name}."
         console.print(message, highlight=False, soft_wrap=True, markup=False)
-    if checkpoint is None:
-        return None, Progress()
-    return checkpoint, read_progress(checkpoint, identity)
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopSignal]:
-    """Turn the first SIGINT or SIGTERM into a request; the second acts as it would have."""
-    stop = StopSignal()
+def stop_signals(deadline: float = math.inf) -> Iterator[StopSignal]:
+    """Turn the first of `STOP_SIGNALS` into a request; the next one ends the process."""
+    stop = StopSignal(deadline)
 
     def request(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
-        signal.signal(number, previous[signal.Signals(number)])
+        stop.signalled = True
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
         # Not print: the signal may have come in the middle of one.
         name = signal.Signals(number).name
         os.write(2, f"{name}: finishing the update, then saving; again to stop now\n".encode())
 
-    previous = {
-        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = {number: signal.signal(number, request) for number in STOP_SIGNALS}
     try:
         yield stop
     finally:
@@ -276,13 +327,15 @@ def announce(
     run: RunFolder,
     progress: Progress,
     console: Console,
-    operators: str,
+    choices: dict[str, str],
 ) -> None:
-    """Print what is about to be trained, derived values included."""
+    """Print what is about to be trained, derived values and what was chosen, and why, included."""
     model, training = config.model, config.training
     on_cuda = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if on_cuda else "CPU"
     start = f"resuming after update {progress.step}" if progress.step else "starting"
+    replicate = config.parallel.replicate
+    replicas = f", {replicate} replicas of {world.size // replicate}" if replicate > 1 else ""
     lines = (
         f"run     {run.path}: {start} of {config.n_updates:,}",
         f"model   {n_parameters(model):,} parameters, {model.n_layers} layers of width "
@@ -292,7 +345,7 @@ def announce(
         f"update  {training.tokens_per_update:,} tokens = {world.size} x "
         f"{config.accumulation_steps(world.size)} micro-batches of {training.batch_size} x "
         f"{model.max_seq_len}",
-        f"device  {world.size} x {device}, {training.dtype}",
-        f"kernels {operators}",
+        f"device  {world.size} x {device}, {training.dtype}{replicas}",
+        *(f"{name:7} {choice}" for name, choice in choices.items()),
     )
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)

@@ -1,6 +1,7 @@
 """Kernels run on a GPU where there is one, and in Triton's interpreter elsewhere."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,6 +9,14 @@ import torch
 if not torch.cuda.is_available():
     # Read when Triton is imported, which the tests do after this.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def deterministic_mode() -> Iterator[None]:
+    """PyTorch's deterministic mode for one test."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -61,7 +61,10 @@ class Workspace:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    path = tmp_path_factory.mktemp("workspace")
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+def make_workspace(path: Path) -> Workspace:
     draw = random.Random(0)
     words = ["def", "return", "self", "class", "import", "naïve", "x = 1\n", "(", ")", ":", "\n"]
     corpus = path / "corpus"

@@ -42,6 +42,7 @@ def test_help_needs_neither_a_second_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "fastllama generate runs/NAME --prompt TEXT" in done.stdout
+    assert "fastllama verify-resume CONFIG.toml" in done.stdout
     assert "--optimizer.warmup-iterations INT" in done.stdout
     assert "Updates over which the learning rate rises" in done.stdout
 

@@ -31,9 +31,10 @@ OPTIONS = """
     optimizer.weight_decay optimizer.grad_clip
     training.batch_size training.tokens_per_update training.training_tokens training.eval_interval
     training.eval_tokens training.seed training.dtype training.device training.compile
-    training.kernels training.attention training.max_bad_updates
-    parallel.reshard_after_forward parallel.timeout_minutes
-    checkpoint.interval_tokens checkpoint.keep_last
+    training.compile_scope training.activation_checkpointing training.kernels training.attention
+    training.deterministic training.spike_z_score training.max_bad_updates training.max_wall_time
+    parallel.replicate parallel.reshard_after_forward parallel.reduce_dtype parallel.timeout_minutes
+    checkpoint.interval_tokens checkpoint.keep_last checkpoint.keep_every_tokens
     logging.log_interval logging.sample_interval logging.sample_growth logging.sample_prompt
     logging.sample_tokens logging.tensorboard
 """
@@ -126,6 +127,7 @@ def test_names_a_missing_recipe(tmp_path: Path) -> None:
         ("model__tied_embeddings", 1, r"must be true or false, not 1"),
         ("data__path", 3, r"must be a string, not 3"),
         ("training__dtype", "float16", r"must be one of bfloat16, float32, not 'float16'"),
+        ("parallel__reshard_after_forward", 1, r"must be one of auto, true, false, not 1"),
     ],
 )
 def test_refuses_a_value_of_another_type(option: str, value: Any, message: str) -> None:
@@ -142,7 +144,8 @@ RANGES = {
         model__vocab_size model__n_embd model__n_layers model__n_heads model__n_kv_heads
         model__multiple_of model__max_seq_len model__rope_original_max_seq_len
         model__rope_scaling_factor data__prefetch training__batch_size training__tokens_per_update
-        training__training_tokens training__max_bad_updates checkpoint__keep_last
+        training__training_tokens training__max_bad_updates parallel__replicate
+        checkpoint__keep_last
         logging__log_interval logging__sample_growth logging__sample_tokens
     """,
     "greater than 0": """
@@ -151,8 +154,9 @@ RANGES = {
     """,
     "0 or more": """
         optimizer__min_lr optimizer__weight_decay optimizer__warmup_iterations
-        training__eval_interval training__eval_tokens training__seed checkpoint__interval_tokens
-        logging__sample_interval
+        training__eval_interval training__eval_tokens training__seed training__max_wall_time
+        training__spike_z_score
+        checkpoint__interval_tokens checkpoint__keep_every_tokens logging__sample_interval
     """,
     "at least 0 and less than 1": """
         model__dropout optimizer__beta1 optimizer__beta2 optimizer__decay_fraction
@@ -226,6 +230,19 @@ def test_an_update_must_divide_among_the_devices() -> None:
     validate(config, world_size=4)
     with pytest.raises(ValueError, match=r"4 x 1024 x 8 = 32768; .*: 32768\."):
         validate(config, world_size=8)
+
+
+def test_replicas_must_divide_the_processes() -> None:
+    config = with_options(parallel__replicate=2)
+    validate(config, world_size=8)
+    with pytest.raises(ValueError, match=r"replicate = 2 does not divide the 3 processes"):
+        validate(config, world_size=3)
+
+
+@pytest.mark.parametrize("value", ["auto", True, False])
+def test_resharding_is_a_choice_of_three(value: str | bool) -> None:
+    config = with_options(parallel__reshard_after_forward=value)
+    assert config.parallel.reshard_after_forward == value
 
 
 @pytest.mark.parametrize(

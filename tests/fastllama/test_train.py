@@ -23,11 +23,11 @@ import fastllama.train
 from fastllama.cli import main
 
 original, step = fastllama.train.update, int(sys.argv[1])
-def update(optimizer, loss, max_norm):
+def update(optimizer, loss, *rest):
     global step
     step += 1
     {interfere}
-    return original(optimizer, loss, max_norm)
+    return original(optimizer, loss, *rest)
 fastllama.train.update = update
 main(sys.argv[2:])
 """
@@ -118,7 +118,7 @@ def test_killed_run_resumes_bit_identically(workspace: Workspace, tmp_path: Path
     assert [int(line.split(",")[0]) for line in superseded] == list(range(21, 32))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signal_finishes_the_update_and_saves(
     workspace: Workspace, tmp_path: Path, name: str
 ) -> None:
@@ -126,7 +126,7 @@ def test_signal_finishes_the_update_and_saves(
     train(workspace.recipe, "--run-dir", straight)
     interrupt = f"step == 3 and os.kill(os.getpid(), signal.{name})"
     done = train_with(interrupt, 0, workspace.recipe, "--run-dir", stopped)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 85, done.stderr
     assert f"fastllama train --resume {stopped}" in " ".join(done.stdout.split())
     last = max(losses(stopped))
     assert last in (3, 4)
@@ -136,9 +136,23 @@ def test_signal_finishes_the_update_and_saves(
 
 
 def test_second_signal_stops_at_once(workspace: Workspace, tmp_path: Path) -> None:
-    twice = "step == 3 and [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]"
+    # Any two: a scheduler warns with one and ends with another.
+    twice = "step == 3 and [os.kill(os.getpid(), s) for s in (signal.SIGUSR1, signal.SIGINT)]"
     done = train_with(twice, 0, workspace.recipe, "--run-dir", tmp_path / "run")
-    assert done.returncode == -signal.SIGTERM
+    assert done.returncode == -signal.SIGINT
+
+
+def test_wall_time_saves_and_stops(workspace: Workspace, tmp_path: Path) -> None:
+    straight, limited = tmp_path / "straight", tmp_path / "limited"
+    train(workspace.recipe, "--run-dir", straight)
+    # A millisecond is over when the first update is.
+    limit = ["--training.max-wall-time", 1e-3 / 60]
+    done = train_with("", 0, workspace.recipe, "--run-dir", limited, *limit)
+    assert done.returncode == 85, done.stderr
+    assert f"fastllama train --resume {limited}" in " ".join(done.stdout.split())
+    assert (limited / "checkpoints" / "latest").resolve().name == "step-00000001"
+    train("--resume", limited, "--training.max-wall-time", 10)
+    assert losses(limited) == losses(straight)
 
 
 def test_bad_update_is_skipped_and_counted(workspace: Workspace, tmp_path: Path) -> None:
@@ -157,7 +171,7 @@ def test_bad_updates_in_a_row_end_the_run(workspace: Workspace, tmp_path: Path) 
     options = ["--training.max-bad-updates", 3]
     done = train_with(poison, 0, workspace.recipe, "--run-dir", run, *options)
     assert done.returncode == 1
-    assert "The last 3 updates all had a non-finite loss" in done.stderr
+    assert "The last 3 updates were all refused" in done.stderr
     assert "positions 56 to 63 of the data order" in done.stderr
     assert "the weights are those of update 5" in done.stderr
     assert "Traceback" not in done.stderr
@@ -278,6 +292,26 @@ def test_ranks_train_the_same_model(workspace: Workspace, tmp_path: Path) -> Non
     # Written by two processes, read by one.
     train("--resume", double, "--training.training-tokens", 12 * 256)
     assert list(losses(double)) == list(range(1, 13))
+
+
+def test_ranks_stop_together(workspace: Workspace, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "fastllama", "train", str(workspace.recipe)]
+    done = subprocess.run(
+        [*command, "--run-dir", str(run), "--training.max-wall-time", "0.0001"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    # torchrun knows success and failure only.
+    assert done.returncode == 1
+    assert "no failure: stopped early and saved, exit code 85" in done.stderr
+    assert f"fastllama train --resume {run}" in " ".join(done.stdout.split())
+    latest = (run / "checkpoints" / "latest").resolve()
+    assert latest.name == "step-00000001"
+    assert len(list(latest.glob("*.safetensors"))) == 2
 
 
 def test_compiled_blocks_train_the_same_model(workspace: Workspace, tmp_path: Path) -> None:

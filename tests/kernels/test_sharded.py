@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from fastllama.model import Llama
 from fastllama.parallel import World, distributed, set_last_micro_batch, shard_model
+from fastllama.recompute import checkpoint_activations
 from fastllama_kernels import REFERENCE, TRITON, Operators
 from tests.compare import assert_as_exact_as
 from tests.kernels.small_model import GROUPED, MULTI_HEAD, TIED, random_tokens
@@ -34,6 +35,7 @@ class Case:
     model: ModelConfig = GROUPED
     dtype: str = "float32"
     reshard: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
     n_micro_batches: int = 1
     frozen: tuple[str, ...] = ()
     compile: bool = False
@@ -43,6 +45,7 @@ CASES = {
     "gathered once": Case(),
     "gathered twice": Case(reshard=True),
     "bfloat16": Case(dtype="bfloat16"),
+    "recomputed": Case(recompute="selective", reshard=True),
     "tied": Case(model=TIED),
     "accumulated": Case(n_micro_batches=2, reshard=True),
     "frozen": Case(frozen=("embedding", "blocks.0.attention.qkv", "blocks.1.mlp.down", "output")),
@@ -77,16 +80,18 @@ def test_gradients_are_those_of_one_process(name: str, failures: dict[str, str |
 
 def loss_and_gradients(case: Case, operators: Operators, world: World) -> dict[str, Tensor]:
     """Of one update over all sequences, the same on every process."""
-    training = TrainingConfig(dtype=case.dtype)
+    training = TrainingConfig(dtype=case.dtype, activation_checkpointing=case.recompute)
     parallel = ParallelConfig(reshard_after_forward=case.reshard)
+    config = Config(model=case.model, training=training, parallel=parallel)
     with torch.device("meta"):
         model = Llama(case.model, operators)
+    checkpoint_activations(model, config)
     for name in case.frozen:
         model.get_submodule(name).requires_grad_(False)
     if case.compile and operators is TRITON:
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
-    shard_model(model, Config(model=case.model, training=training, parallel=parallel), world)
+    shard_model(model, config, world)
     model.init_weights(seed=0)
     total = torch.zeros(())
     for micro_batch, sequences in enumerate(sequences_of(case)):

@@ -1,0 +1,135 @@
+"""Trainings of several processes in seconds: ranks forked from a parent that has imported PyTorch.
+
+Import this where no thread was started yet: in a script of its own, not in pytest's process.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch.distributed.checkpoint  # noqa: F401
+
+import fastllama.checkpoint_writer
+import fastllama.cli
+import fastllama.data.prepare
+import fastllama.train
+
+GRACE_SECONDS = 1.0
+"""Time the other ranks have to react to the end of one, until they are killed as well."""
+LIMIT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended."""
+
+    codes: tuple[int, ...]
+    """Exit code of each rank; negative for a signal."""
+    printed: str
+    """Everything all of them wrote."""
+
+
+def launch(
+    world_size: int,
+    arguments: Sequence[str | Path],
+    log: Path,
+    prepare: Callable[[int], None] = lambda rank: None,
+    kill_after: float | None = None,
+) -> Outcome:
+    """Run `fastllama ARGUMENTS` as `world_size` ranks, each after `prepare(rank)`.
+
+    When a rank fails, or after `kill_after` seconds, all are killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sys.stdout.flush()
+    ranks: list[int] = []
+    for rank in range(world_size):
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, ranks[0] if ranks else 0)
+            _run_rank(rank, world_size, port, arguments, log, prepare)
+        ranks.append(child)
+        os.setpgid(child, ranks[0])
+    codes = _wait(ranks, kill_after)
+    return Outcome(codes, log.read_text(errors="replace"))
+
+
+def _run_rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    arguments: Sequence[str | Path],
+    log: Path,
+    prepare: Callable[[int], None],
+) -> None:
+    code = 70
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        prepare(rank)
+        fastllama.cli.main([str(argument) for argument in arguments])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: what the parent would do at its end is not the child's to do.
+        os._exit(code)
+
+
+def _wait(ranks: list[int], kill_after: float | None) -> tuple[int, ...]:
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + (LIMIT_SECONDS if kill_after is None else kill_after)
+    while len(codes) < len(ranks):
+        for rank in ranks:
+            if rank not in codes:
+                done, status = os.waitpid(rank, os.WNOHANG)
+                if done:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+                    if codes[rank]:
+                        deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if time.monotonic() > deadline:
+            for rank in ranks:
+                if rank not in codes:
+                    os.kill(rank, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(0.005)
+    return tuple(codes[rank] for rank in ranks)
+
+
+def forked(compute: Callable[[], object]) -> None:
+    """Call `compute` in a child, so that the threads it starts are not the parent's.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            compute()
+            code = 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        raise RuntimeError(f"{compute} failed")
