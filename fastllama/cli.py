@@ -355,7 +355,7 @@ def parse_train(args: list[str]) -> tuple[TrainOptions, Path]:
 
 def print_config(config: Config) -> None:
     """Print a configuration as TOML, what follows from it as comments."""
-    from fastllama.estimate import flops_per_token, n_parameters
+    from fastllama.estimate import ASSUMED_RATES, bound, flops_per_token, n_parameters
     from fastllama.parallel import world_size
     from fastllama.run import resolved_toml
 
@@ -369,6 +369,10 @@ def print_config(config: Config) -> None:
     print(f"# accumulation steps     {config.accumulation_steps(world_size())}")
     print(f"# GFLOP/token, causal    {flops_per_token(model, causal=True) / 1e9:.3f}")
     print(f"# GFLOP/token, PaLM      {flops_per_token(model, causal=False) / 1e9:.3f}")
+    per_device = config.training.tokens_per_update // world_size()
+    for device, rates in ASSUMED_RATES.items():
+        most = bound(model, per_device, rates).tokens_per_second
+        print(f"# bound on one {device}      {most:,.0f} tok/s, assumed rates")
 
 
 def generate(args: list[str]) -> None:
