@@ -213,18 +213,44 @@ def table(title: str, runs: Sequence[TrainingRun]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     exit_when_terminated()
     on_gpu = has_gpu()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default_recipe = (GPU_RECIPES if on_gpu else REHEARSED_RECIPES)[0]
-    parser.add_argument("recipe", nargs="?", type=Path, default=default_recipe)
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        type=Path,
+        default=default_recipe,
+        metavar="RECIPE.toml",
+        help="default: the 1B; on a CPU the quickstart, shrunk",
+    )
     # To compile takes a CPU longer than all the rest of a rehearsal.
     default_variants = [name for name in VARIANTS if on_gpu or name != "compile"]
-    parser.add_argument("--without", nargs="+", choices=VARIANTS, default=default_variants)
-    parser.add_argument("--rounds", type=int, default=1, help="times each variant runs")
     parser.add_argument(
-        "--seconds", type=float, default=20.0 if on_gpu else 2.0, help="of steady state"
+        "--without",
+        metavar="NAME",
+        nargs="+",
+        choices=VARIANTS,
+        default=default_variants,
+        help=f"of {', '.join(VARIANTS)}; default: each of them",
     )
-    parser.add_argument("--batch-size", type=int, help="sequences of a micro-batch")
-    parser.add_argument("--out", type=Path, help="folder of results")
+    parser.add_argument(
+        "--rounds", metavar="N", type=int, default=1, help="times each variant runs; default: 1"
+    )
+    parser.add_argument(
+        "--seconds",
+        metavar="S",
+        type=float,
+        default=20.0 if on_gpu else 2.0,
+        help="of steady state, at least three updates; now %(default)s",
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, help="sequences of a micro-batch; the recipe's"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder of results; default: one by device"
+    )
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, not {options.rounds}")

@@ -142,8 +142,8 @@ def _attention(timer: Timer, shape: AttentionShape, backend: Backend) -> Iterato
         yield Ceiling(name, backend.name, sizes, _name(shape.dtype), _rate(seconds, count))
 
 
-def measure_ceilings(recipes: Sequence[Path]) -> Iterator[Ceiling]:
-    """All of them, the most important first."""
+def measure_ceilings(models: Sequence[ModelConfig]) -> Iterator[Ceiling]:
+    """All of them, the most important first; matrix products of `models`."""
     device = default_device()
     timer = make_timer(device)
     with timer.on_stream():
@@ -153,8 +153,8 @@ def measure_ceilings(recipes: Sequence[Path]) -> Iterator[Ceiling]:
         for head_dim in HEAD_DIMS:
             for seq_len in SEQUENCE_LENGTHS:
                 yield from attention_ceilings(timer, device, head_dim, seq_len)
-        for recipe in recipes:
-            yield from gemm_ceilings(timer, device, load_recipe(recipe).model)
+        for model in models:
+            yield from gemm_ceilings(timer, device, model)
 
 
 def measured_rates(ceilings: Sequence[Ceiling]) -> Rates | None:
@@ -193,17 +193,24 @@ def main() -> None:
         "recipes",
         nargs="*",
         type=Path,
+        metavar="RECIPE.toml",
         default=[CONFIGS / f"{name}.toml" for name in RECIPES],
         help="recipes whose matrix products are measured; default: the 1B and the 100M",
     )
     conditions = current_conditions()
     out = RESULTS / results_name(conditions)
-    parser.add_argument("--out", type=Path, default=out, help="folder of the results")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=out, help="folder of results; now %(default)s"
+    )
     options = parser.parse_args()
+    try:
+        models = [load_recipe(recipe).model for recipe in options.recipes]
+    except ValueError as error:
+        parser.error(str(error))
     table = Table(title=conditions.device + ", a rehearsal" * conditions.is_rehearsal)
     for heading in ("what", "shape", "type", "provider", "10^12 / s", "middle half"):
         table.add_column(heading)
-    for ceiling in measure_ceilings(options.recipes):
+    for ceiling in measure_ceilings(models):
         append(options.out, conditions, [ceiling])
         rate = ceiling.rate.map(lambda value: value / 1e12)
         table.add_row(

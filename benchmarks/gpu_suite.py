@@ -100,7 +100,8 @@ def checks(part: Part) -> None:
 
 def ceilings(part: Part) -> None:
     names = RECIPES if has_gpu() else ("quickstart",)
-    for ceiling in measure_ceilings([CONFIGS / f"{name}.toml" for name in names]):
+    models = [load_recipe(CONFIGS / f"{name}.toml").model for name in names]
+    for ceiling in measure_ceilings(models):
         part.add(ceiling)
 
 
@@ -251,9 +252,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="time in all, compiling too")
-    parser.add_argument("--out", type=Path, help="folder of the results, by default one by device")
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="run these alone"
+        "--out", metavar="DIR", type=Path, help="folder of results; default: one by device"
+    )
+    parser.add_argument(
+        "--parts",
+        metavar="NAME",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="run these alone",
     )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)

@@ -6,8 +6,8 @@
 The first writes report.md and its plots, from the files in DIR and nothing else. The second
 compares fastllama's own times, memory and checks in NEW with those in OLD, and exits with 1 where
 any became worse beyond noise, so that it can stand between a change and its merge. What counts as
-noise, and why, is in benchmarks/comparison.py. A mistake in the call, a damaged file, or folders of
-different devices exit with 2 before anything is written.
+noise, and why, is in benchmarks/reporting/comparison.py. A mistake in the call, a damaged file, or
+folders of different devices exit with 2 before anything is written.
 """
 
 import argparse

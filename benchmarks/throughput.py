@@ -198,18 +198,42 @@ def exit_when_terminated() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     exit_when_terminated()
     on_gpu = has_gpu()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE.toml")
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help=", ".join(CONTENDERS))
-    parser.add_argument(
-        "--seconds", type=float, default=20.0 if on_gpu else 2.0, help="of steady state"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--batch-size", type=parse_batch_size, help="sequences of a micro-batch, or auto"
+        "recipes",
+        nargs="*",
+        type=Path,
+        metavar="RECIPE.toml",
+        help="default: the 1B and the 100M; on a CPU the quickstart, shrunk",
     )
-    parser.add_argument("--tokens-per-update", type=int, help="default: the recipe's")
-    parser.add_argument("--data", type=Path, help="a prepared folder in place of synthetic tokens")
-    parser.add_argument("--out", type=Path, help="folder of results")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(CONTENDERS)}; default: all that can run here",
+    )
+    parser.add_argument(
+        "--seconds",
+        metavar="S",
+        type=float,
+        default=20.0 if on_gpu else 2.0,
+        help="of steady state, at least three updates; now %(default)s",
+    )
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=parse_batch_size,
+        help="sequences of a micro-batch, halved where they do not fit; default: auto",
+    )
+    parser.add_argument("--tokens-per-update", metavar="N", type=int, help="default: the recipe's")
+    parser.add_argument(
+        "--data", metavar="DIR", type=Path, help="a prepared folder in place of synthetic tokens"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder of results; default: one by device"
+    )
     options = parser.parse_args(arguments)
     console = open_console()
     conditions = current_conditions()
