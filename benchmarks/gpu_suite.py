@@ -124,10 +124,16 @@ def training(part: Part, recipe: str) -> None:
 
 def kernels(part: Part) -> None:
     floors = Floors.of([ceiling for _, ceiling in read(part.folder, Ceiling)])
-    # Ours first, then plain PyTorch, then who is installed: the last are cut off first.
+    # Ours first, then plain PyTorch, then who is installed: the last are cut off first. Where
+    # forward and backward compare, both together say nothing more.
     first = ("fastllama", "fastllama in place", "eager", "compiled")
     order = {name: place for place, name in enumerate(first)}
-    todo = cells(RECIPES, [torch.bfloat16])
+    in_one = ("cross_entropy", "linear_cross_entropy")
+    todo = [
+        cell
+        for cell in cells(RECIPES, [torch.bfloat16])
+        if cell.phase != "both" or cell.benchmark.operator in in_one
+    ]
     for cell in sorted(todo, key=lambda cell: order.get(cell.provider.name, len(first))):
         with contextlib.suppress(ImportError):  # Not installed.
             part.add(measure(cell, default_device(), floors))

@@ -61,7 +61,8 @@ def profile_updates(
     kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
     launches = []
     for event in profiler.events():
-        if event.device_type == kind:
+        # An annotation spans the kernels that are counted themselves.
+        if event.device_type == kind and not event.is_user_annotation:
             start = event.time_range.start
             # Operators contain one another on a CPU: what each does itself is work.
             end = event.time_range.end if on_cuda else start + event.self_cpu_time_total

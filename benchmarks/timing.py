@@ -11,9 +11,11 @@ the place of the events, and the rest is the same code.
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -27,22 +29,22 @@ SECONDS = 0.1 if torch.cuda.is_available() else 0.01
 """That one measurement takes."""
 
 
-class Timer(Protocol):
+class Timer(ABC):
     """Times a series of calls, each after a flush of the caches."""
 
     kind: str
     """As `KernelTime.timer`."""
 
+    @abstractmethod
     def series(self, calls: Sequence[Call]) -> Callable[[], float]:
         """Prepare `calls`; the result runs them and returns seconds of the device."""
-        ...
 
     def on_stream(self) -> AbstractContextManager[Any]:
         """Where all that is timed, and the forward of a backward, has to run."""
-        ...
+        return nullcontext()
 
 
-class GraphTimer:
+class GraphTimer(Timer):
     """Replays of a CUDA graph, between two events."""
 
     kind = "graph"
@@ -72,7 +74,7 @@ class GraphTimer:
         return torch.cuda.stream(self._stream)
 
 
-class EventTimer:
+class EventTimer(Timer):
     """Events around every call; a launch that the device waits for counts."""
 
     kind = "events"
@@ -95,11 +97,8 @@ class EventTimer:
 
         return run
 
-    def on_stream(self) -> AbstractContextManager[Any]:
-        return nullcontext()
 
-
-class HostTimer:
+class HostTimer(Timer):
     """A CPU's clock around every call."""
 
     kind = "host"
@@ -119,9 +118,6 @@ class HostTimer:
 
         return run
 
-    def on_stream(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
 
 class _Flush:
     """Fills the cache with clean lines of no use to anyone."""
@@ -137,6 +133,7 @@ class _Flush:
         torch.sum(self._buffer, dim=0, out=self._sum)
 
 
+@cache
 def make_timer(device: torch.device, *, waits_for_host: bool = False) -> Timer:
     """The best timer for calls on `device` that do, or do not, wait for their own results."""
     if device.type == "cpu":
@@ -152,7 +149,7 @@ def device_seconds(timer: Timer, calls: Sequence[Call], seconds: float = SECONDS
     for _ in range(2):
         for call in calls:
             call()
-    timed, idle = timer.series(calls), timer.series([_nothing] * len(calls))
+    timed, idle = timer.series(calls), _flushes_alone(timer, len(calls))
     timed()
     idle()
     n_samples = round(seconds / max(timed(), 1e-6))
@@ -196,5 +193,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _nothing() -> None:
-    pass
+@cache
+def _flushes_alone(timer: Timer, n: int) -> Callable[[], float]:
+    return timer.series([lambda: None] * n)

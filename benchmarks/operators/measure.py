@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,8 @@ def largest_error(cell: Cell, operator: Operator, device: torch.device) -> float
     return torch.tensor(errors).max().item()
 
 
-@cache
+# One, because in float64 a few would fill a small device.
+@lru_cache(maxsize=1)
 def _truths(
     benchmark: Benchmark,
     shape: tuple[tuple[str, int], ...],

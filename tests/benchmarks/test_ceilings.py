@@ -1,8 +1,6 @@
 """Rates of the bound from ceilings, and that a ceiling is work over time."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import pytest
 import torch
@@ -10,12 +8,12 @@ import torch
 from benchmarks import ceilings
 from benchmarks.ceilings import gemm_ceilings, measured_rates
 from benchmarks.results import Ceiling, Spread
-from benchmarks.timing import Call
+from benchmarks.timing import Call, Timer
 from fastllama.config import ModelConfig
 from fastllama.estimate import matmul_parameters
 
 
-class OneSecond:
+class OneSecond(Timer):
     """Every call takes a second, and is made."""
 
     kind = "pretended"
@@ -25,9 +23,6 @@ class OneSecond:
             return sum(1.0 for call in calls if call() is not None)
 
         return run
-
-    def on_stream(self) -> AbstractContextManager[Any]:
-        return nullcontext()
 
 
 def ceiling(name: str, rate: float, dtype: str = "bfloat16", **shape: int) -> Ceiling:

@@ -2,8 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from benchmarks.timing import (
     FEWEST_SAMPLES,
     MOST_SAMPLES,
     Call,
+    Timer,
     device_seconds,
     host_seconds,
     make_timer,
@@ -21,7 +20,7 @@ from tests.compare import DEVICE
 FLUSH_SECONDS = 0.25
 
 
-class PretendedTimer:
+class PretendedTimer(Timer):
     """A flush takes a quarter of a second, and a call what it returns, without waiting for it."""
 
     kind = "pretended"
@@ -35,9 +34,6 @@ class PretendedTimer:
             return sum(FLUSH_SECONDS + (call() or 0.0) for call in calls)  # type: ignore[misc]
 
         return run
-
-    def on_stream(self) -> AbstractContextManager[Any]:
-        return nullcontext()
 
 
 def test_flushes_are_subtracted_and_calls_averaged() -> None:
