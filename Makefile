@@ -13,8 +13,9 @@ RECIPE ?= configs/quickstart$(if $(shell nvidia-smi -L 2>/dev/null),-gpu).toml
 train: $(CORPUS)/manifest.json
 	$(BIN)/fastllama train $(RECIPE)
 
+# Two processes with a thread each finish sooner than one with two.
 test: $(VENV)/installed-dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults

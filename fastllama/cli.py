@@ -467,7 +467,7 @@ def with_python_booleans(args: list[str]) -> list[str]:
 
 def print_config(config: Config) -> None:
     """Print a configuration as TOML, what follows from it as comments."""
-    from fastllama.estimate import flops_per_token, n_parameters
+    from fastllama.estimate import ASSUMED_RATES, bound, flops_per_token, n_parameters
     from fastllama.memory import plan_memory
     from fastllama.parallel import world_size
     from fastllama.run import resolved_toml
@@ -485,6 +485,10 @@ def print_config(config: Config) -> None:
     for reshard, name in ((False, "kept"), (True, "resharded")):
         total = plan_memory(config, world_size(), reshard=reshard).total
         print(f"# GiB/device, {name:10} {total / 2**30:.1f}")
+    per_device = config.training.tokens_per_update // world_size()
+    for device, rates in ASSUMED_RATES.items():
+        most = bound(model, per_device, rates).tokens_per_second
+        print(f"# bound on one {device}      {most:,.0f} tok/s, assumed rates")
 
 
 def generate(args: list[str]) -> None:

@@ -1,0 +1,228 @@
+"""The ceilings of this device: copy, matrix products, attention, and the bound's rates from them.
+
+    python benchmarks/ceilings.py [RECIPE.toml …] [--out DIR]
+
+A copy far larger than any cache; a large square product of random numbers; the products of the
+recipes at their real shapes, forward and both of the backward; causal attention at the head widths
+64 and 128 and the recipes' lengths, by every backend present. Floors of kernels and the fraction
+of the bound H are of these, measured in the same run, and not of a data sheet.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.conditions import current_conditions, default_device, has_gpu, results_name
+from benchmarks.results import RESULTS, Ceiling, Spread, append
+from benchmarks.timing import SECONDS, Call, Timer, device_seconds, make_timer
+from fastllama.config import ModelConfig, load_recipe
+from fastllama.estimate import Rates
+from fastllama_kernels.attention_backends import BACKENDS, AttentionShape, Backend
+from fastllama_kernels.attention_choice import attention_operator
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = ("llama-1b", "llama-100m")
+
+# A rehearsal shows the way and needs no size.
+COPY_BYTES, WIDTH, N_TOKENS, ATTENTION_TOKENS = (
+    (2**32, 8192, 16384, 16384) if has_gpu() else (2**24, 256, 64, 64)
+)
+SEQUENCE_LENGTHS = (1024, 2048, 4096, 8192) if has_gpu() else (32, 64)
+HEAD_DIMS = (64, 128)
+
+
+def copy_ceiling(timer: Timer, device: torch.device) -> Ceiling:
+    """Bytes read and written a second by a copy from the device to itself."""
+    source = torch.randint(255, (COPY_BYTES // 2,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = device_seconds(timer, [lambda: target.copy_(source)])
+    return Ceiling("copy", "pytorch", {"bytes": COPY_BYTES}, "uint8", _rate(seconds, COPY_BYTES))
+
+
+def matmul_ceiling(timer: Timer, device: torch.device, dtype: torch.dtype) -> Ceiling:
+    """FLOP/s of a large square product, long enough for the power limit to act."""
+    return _product(timer, device, dtype, "matmul", WIDTH, WIDTH, WIDTH, 10 * SECONDS)
+
+
+def gemm_ceilings(timer: Timer, device: torch.device, model: ModelConfig) -> Iterator[Ceiling]:
+    """FLOP/s of every product of a training step of `model`, in bfloat16."""
+    width = model.n_embd
+    projections = {
+        "qkv": (width, (model.n_heads + 2 * model.kv_heads) * model.head_dim),
+        "attention output": (width, width),
+        "gate_up": (width, 2 * model.ffn_hidden),
+        "down": (model.ffn_hidden, width),
+        "output": (width, model.vocab_size),
+    }
+    for name, (n_in, n_out) in projections.items():
+        # y = x w^T, dx = dy w, dw = dy^T x.
+        for phase, shape in (
+            ("forward", (N_TOKENS, n_out, n_in)),
+            ("input gradient", (N_TOKENS, n_in, n_out)),
+            ("weight gradient", (n_out, n_in, N_TOKENS)),
+        ):
+            yield _product(timer, device, torch.bfloat16, f"gemm {name} {phase}", *shape)
+
+
+def _product(
+    timer: Timer,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str,
+    m: int,
+    n: int,
+    k: int,
+    seconds: float = SECONDS,
+) -> Ceiling:
+    """Of an (m, k) by a (k, n) matrix, with the layouts of a linear layer's three products."""
+
+    def multiply() -> Call:
+        left = torch.randn(m, k, device=device, dtype=dtype)
+        right = torch.randn(k, n, device=device, dtype=dtype)
+        if "weight gradient" in name:
+            left = left.t().contiguous().t()
+        elif "input gradient" not in name:
+            right = right.t().contiguous().t()
+        return lambda: torch.mm(left, right)
+
+    rate = _rate(device_seconds(timer, [multiply(), multiply()], seconds), 2 * m * n * k)
+    return Ceiling(name, "pytorch", {"M": m, "N": n, "K": k}, _name(dtype), rate)
+
+
+def attention_ceilings(
+    timer: Timer, device: torch.device, head_dim: int, seq_len: int
+) -> Iterator[Ceiling]:
+    """FLOP/s of causal attention of 2048 / head_dim heads, by every backend that can.
+
+    A forward counts 2 T^2 K FLOPs a head, which is what the mask leaves, a backward 2.5 times
+    that.
+    """
+    n_heads = 2048 // head_dim
+    shape = AttentionShape(
+        batch_size=max(1, ATTENTION_TOKENS // seq_len),
+        seq_len=seq_len,
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    for backend in BACKENDS:
+        if backend.obstacle(shape) is None:
+            yield from _attention(timer, shape, backend)
+
+
+def _attention(timer: Timer, shape: AttentionShape, backend: Backend) -> Iterator[Ceiling]:
+    operator = attention_operator(backend.name)
+    size = (shape.batch_size, shape.seq_len, shape.n_heads, shape.head_dim)
+    q, k, v, upstream = (
+        torch.randn(size, device=shape.device, dtype=shape.dtype) for _ in range(4)
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = operator(q, k, v)
+
+    def forward() -> object:
+        return operator(q, k, v)
+
+    def backward() -> object:
+        return torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+
+    sizes = dict(zip("BTHK", size, strict=True))
+    flops = 2.0 * shape.batch_size * shape.n_heads * shape.seq_len**2 * shape.head_dim
+    for name, call, count in (
+        ("attention forward", forward, flops),
+        ("attention backward", backward, 2.5 * flops),
+    ):
+        seconds = device_seconds(timer, [call])
+        yield Ceiling(name, backend.name, sizes, _name(shape.dtype), _rate(seconds, count))
+
+
+def measure_ceilings(models: Sequence[ModelConfig]) -> Iterator[Ceiling]:
+    """All of them, the most important first; matrix products of `models`."""
+    device = default_device()
+    timer = make_timer(device)
+    with timer.on_stream():
+        yield copy_ceiling(timer, device)
+        yield matmul_ceiling(timer, device, torch.bfloat16)
+        yield matmul_ceiling(timer, device, torch.float32)
+        for head_dim in HEAD_DIMS:
+            for seq_len in SEQUENCE_LENGTHS:
+                yield from attention_ceilings(timer, device, head_dim, seq_len)
+        for model in models:
+            yield from gemm_ceilings(timer, device, model)
+
+
+def measured_rates(ceilings: Sequence[Ceiling]) -> Rates | None:
+    """What the bound H needs, from what was measured; None where something is missing."""
+    best: dict[str, dict[tuple[int, int], float]] = defaultdict(lambda: defaultdict(float))
+    for ceiling in ceilings:
+        if ceiling.dtype == "bfloat16" or ceiling.name == "copy":
+            key = (ceiling.shape.get("K", 0), ceiling.shape.get("T", 0))
+            best[ceiling.name][key] = max(best[ceiling.name][key], ceiling.rate.median)
+    forward, backward = best["attention forward"], best["attention backward"]
+    if not (best["matmul"] and best["copy"] and forward.keys() == backward.keys() != set()):
+        return None
+    attention: dict[int, dict[int, tuple[float, float]]] = defaultdict(dict)
+    for head_dim, seq_len in sorted(forward):
+        rates = (forward[head_dim, seq_len], backward[head_dim, seq_len])
+        attention[head_dim][seq_len] = rates
+    return Rates(
+        matmul=max(best["matmul"].values()),
+        bandwidth=max(best["copy"].values()),
+        attention=dict(attention),
+        source="measured in the same run",
+    )
+
+
+def _rate(seconds: Spread, count: float) -> Spread:
+    return seconds.map(lambda second: count / second)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "recipes",
+        nargs="*",
+        type=Path,
+        metavar="RECIPE.toml",
+        default=[CONFIGS / f"{name}.toml" for name in RECIPES],
+        help="recipes whose matrix products are measured; default: the 1B and the 100M",
+    )
+    conditions = current_conditions()
+    out = RESULTS / results_name(conditions)
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=out, help="folder of results; now %(default)s"
+    )
+    options = parser.parse_args()
+    try:
+        models = [load_recipe(recipe).model for recipe in options.recipes]
+    except ValueError as error:
+        parser.error(str(error))
+    table = Table(title=conditions.device + ", a rehearsal" * conditions.is_rehearsal)
+    for heading in ("what", "shape", "type", "provider", "10^12 / s", "middle half"):
+        table.add_column(heading)
+    for ceiling in measure_ceilings(models):
+        append(options.out, conditions, [ceiling])
+        rate = ceiling.rate.map(lambda value: value / 1e12)
+        table.add_row(
+            ceiling.name,
+            " ".join(f"{name} {size}" for name, size in ceiling.shape.items()),
+            ceiling.dtype,
+            ceiling.provider,
+            f"{rate.median:.4g}",
+            f"{rate.low:.4g} to {rate.high:.4g}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

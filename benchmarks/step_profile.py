@@ -1,0 +1,130 @@
+"""Where the time of a training step goes, by class of kernels, beside what the bound allows each.
+
+Classes are told by the names of kernels, in the order below: the first pattern that fits counts.
+What fits none is `other`, which therefore has to be small for the table to mean anything. Idle is
+wall time less the time in which at least one kernel ran.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.results import ProfileShare
+from benchmarks.timing import synchronize
+from fastllama.estimate import Bound
+
+# Names of CUDA kernels, and for the rehearsal those of PyTorch's operators.
+CLASSES = {
+    "rms_norm": r"rms_norm",
+    "rope": r"rope",
+    "swiglu": r"swiglu|silu",
+    "cross_entropy": r"cross_entropy|_scale_kernel|log_softmax|nll_loss",
+    "attention": r"flash|fmha|sdpa|scaled_dot_product|attention",
+    "matmul": r"gemm|nvjet|cutlass|xmma|cublas|splitKreduce|aten::(mm|addmm|bmm|matmul)",
+    "embedding": r"embedding|indexSelect|index_select|index_put|gatherTopK",
+    "optimizer": r"adam|multi_tensor|foreach|norm_kernel|linalg_vector_norm",
+    "copy": r"memcpy|memset|copy_|CatArray|aten::(copy|cat|fill|zero)",
+    "communication": r"nccl|all_?gather|reduce_?scatter|all_?reduce",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel that ran."""
+
+    name: str
+    start_s: float
+    end_s: float
+
+
+def profile_updates(
+    update: Callable[[], object], n_updates: int, device: torch.device
+) -> tuple[list[Launch], float, str]:
+    """Run some updates under the profiler.
+
+    Returns:
+        What ran on the device, the wall seconds of all updates, and PyTorch's own table.
+    """
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    update()
+    synchronize(device)
+    with profile(activities=activities) as profiler:
+        for _ in range(n_updates):
+            update()
+        synchronize(device)
+    kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    launches = []
+    for event in profiler.events():
+        # An annotation spans the kernels that are counted themselves.
+        if event.device_type == kind and not event.is_user_annotation:
+            start = event.time_range.start
+            # Operators contain one another on a CPU: what each does itself is work.
+            end = event.time_range.end if on_cuda else start + event.self_cpu_time_total
+            launches.append(Launch(event.name, start / 1e6, end / 1e6))
+    wall = max(launch.end_s for launch in launches) - min(launch.start_s for launch in launches)
+    by = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    return launches, wall, profiler.key_averages().table(sort_by=by, row_limit=40)
+
+
+def operator_class(name: str) -> str:
+    """The class of a kernel by its name."""
+    for known, pattern in CLASSES.items():
+        if re.search(pattern, name, re.IGNORECASE):
+            return known
+    return "other"
+
+
+def profile_shares(
+    recipe: str,
+    launches: Sequence[Launch],
+    wall_s: float,
+    n_updates: int,
+    bound: Bound | None,
+    tokens_per_update: int,
+) -> list[ProfileShare]:
+    """A row a class, the longest first, and what is left of the wall time as `idle`."""
+    seconds: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    for launch in launches:
+        name = operator_class(launch.name)
+        seconds[name] += launch.end_s - launch.start_s
+        calls[name] += 1
+    seconds["idle"] = wall_s - busy_seconds(launches)
+    allowed = {} if bound is None else bound_by_class(bound, tokens_per_update)
+    return [
+        ProfileShare(
+            recipe=recipe,
+            operator_class=name,
+            seconds=seconds[name] / n_updates,
+            share=seconds[name] / wall_s,
+            calls=calls[name] // n_updates,
+            bound_s=allowed.get(name),
+        )
+        for name in sorted(seconds, key=lambda name: -seconds[name])
+    ]
+
+
+def busy_seconds(launches: Iterable[Launch]) -> float:
+    """Time in which at least one kernel ran, however many did at once."""
+    busy, until = 0.0, -1.0
+    for launch in sorted(launches, key=lambda launch: launch.start_s):
+        busy += max(0.0, launch.end_s - max(launch.start_s, until))
+        until = max(until, launch.end_s)
+    return busy
+
+
+def bound_by_class(bound: Bound, tokens_per_update: int) -> dict[str, float]:
+    """Seconds of an update that the bound allows each class."""
+    per_token = {
+        "matmul": bound.matmul,
+        "attention": bound.attention_forward + bound.attention_backward,
+        "optimizer": bound.optimizer,
+        **bound.memory,
+    }
+    return {name: seconds * tokens_per_update for name, seconds in per_token.items()}

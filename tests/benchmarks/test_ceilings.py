@@ -1,0 +1,61 @@
+"""Rates of the bound from ceilings, and that a ceiling is work over time."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from benchmarks import ceilings
+from benchmarks.ceilings import gemm_ceilings, measured_rates
+from benchmarks.results import Ceiling, Spread
+from benchmarks.timing import Call, Timer
+from fastllama.config import ModelConfig
+from fastllama.estimate import matmul_parameters
+
+
+class OneSecond(Timer):
+    """Every call takes a second, and is made."""
+
+    kind = "pretended"
+
+    def series(self, calls: Sequence[Call]) -> Callable[[], float]:
+        def run() -> float:
+            return sum(1.0 for call in calls if call() is not None)
+
+        return run
+
+
+def ceiling(name: str, rate: float, dtype: str = "bfloat16", **shape: int) -> Ceiling:
+    return Ceiling(name, "pytorch", shape, dtype, Spread(rate, rate, rate, 3))
+
+
+ALL = [
+    ceiling("copy", 4.0, "uint8", bytes=100),
+    ceiling("matmul", 7.0),
+    ceiling("matmul", 100.0, "float32"),
+    ceiling("gemm qkv forward", 50.0),
+    ceiling("attention forward", 2.0, T=1024, K=64),
+    ceiling("attention forward", 3.0, T=1024, K=64),
+    ceiling("attention backward", 1.0, T=1024, K=64),
+]
+
+
+def test_rates_are_the_best_of_each_in_bfloat16() -> None:
+    rates = measured_rates(ALL)
+    assert rates is not None
+    assert (rates.matmul, rates.bandwidth) == (7.0, 4.0)
+    assert rates.attention == {64: {1024: (3.0, 1.0)}}
+    assert rates.source == "measured in the same run"
+
+
+@pytest.mark.parametrize("missing", ["copy", "matmul", "attention forward", "attention backward"])
+def test_no_rates_where_one_is_missing(missing: str) -> None:
+    assert measured_rates([one for one in ALL if one.name != missing]) is None
+
+
+def test_products_are_all_of_a_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "N_TOKENS", 8)
+    model = ModelConfig(vocab_size=48, n_embd=32, n_layers=1, n_heads=4, multiple_of=16)
+    found = list(gemm_ceilings(OneSecond(), torch.device("cpu"), model))
+    # At a second each, the rate is the FLOPs.
+    assert sum(one.rate.median for one in found) == 6 * 8 * matmul_parameters(model)

@@ -1,0 +1,77 @@
+"""Kernels told apart by name, and time that is counted once."""
+
+from importlib import import_module
+
+import pytest
+
+from benchmarks.step_profile import (
+    CLASSES,
+    Launch,
+    bound_by_class,
+    busy_seconds,
+    operator_class,
+    profile_shares,
+)
+from fastllama.config import ModelConfig
+from fastllama.estimate import ASSUMED_RATES, bound
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmul"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128>", "matmul"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>", "matmul"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128", "attention"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", "attention"),
+        ("_add_rms_norm_bwd_kernel", "rms_norm"),
+        ("_rope_inplace_kernel", "rope"),
+        ("_swiglu_bwd_kernel", "swiglu"),
+        ("_cross_entropy_fwd_kernel", "cross_entropy"),
+        (
+            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam>",
+            "optimizer",
+        ),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", "communication"),
+        ("void at::native::elementwise_kernel<128, 4>(int, ...)", "other"),
+        ("aten::mm", "matmul"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+    ],
+)
+def test_class_of_a_kernel(kernel: str, name: str) -> None:
+    assert operator_class(kernel) == name
+
+
+def test_what_runs_at_once_is_busy_once() -> None:
+    launches = [Launch("b", 4.0, 6.0), Launch("a", 0.0, 3.0), Launch("c", 1.0, 2.0)]
+    assert busy_seconds(launches) == 5.0
+    assert busy_seconds([*launches, Launch("d", 5.0, 7.0)]) == 6.0
+
+
+def test_shares_are_of_the_wall_time_of_an_update() -> None:
+    launches = [
+        Launch("aten::mm", 0.0, 4.0),
+        Launch("_rope_", 4.0, 5.0),
+        Launch("_rope_", 8.0, 9.0),
+    ]
+    rows = profile_shares("tiny", launches, 10.0, 2, None, 100)
+    found = {row.operator_class: (row.seconds, row.share, row.calls) for row in rows}
+    assert found == {"matmul": (2.0, 0.4, 0), "rope": (1.0, 0.2, 1), "idle": (2.0, 0.4, 0)}
+    assert [row.seconds for row in rows] == sorted((row.seconds for row in rows), reverse=True)
+
+
+def test_bound_of_the_classes_adds_up_to_the_bound() -> None:
+    limit = bound(ModelConfig(), 2**16, ASSUMED_RATES["H200"])
+    allowed = bound_by_class(limit, 2**16)
+    assert sum(allowed.values()) == pytest.approx(2**16 * limit.seconds_per_token)
+    assert allowed.keys() <= CLASSES.keys()
+
+
+@pytest.mark.parametrize("operator", ["rms_norm", "rope", "swiglu", "cross_entropy"])
+def test_our_kernels_are_in_the_class_of_their_operator(operator: str) -> None:
+    module = import_module(f"fastllama_kernels.{operator}")
+    kernels = [name for name in vars(module) if name.endswith("_kernel")]
+    assert kernels
+    assert {operator_class(name) for name in kernels} == {operator}
