@@ -1,5 +1,6 @@
 """What a refused update was trained on, for whoever wants to see what is wrong with it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,26 @@ SHOWN = 4
 """Sequences of the batch whose text is given."""
 
 
-def batch_of(step: int, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """The batch of update `step`: its positions, its sequences, and the text of the first few.
+@dataclass(frozen=True)
+class RefusedSeries:
+    """Updates that were refused one after the other."""
+
+    first_step: int
+    last_step: int
+    next_position: int
+    """In the data order, after the last of them."""
+
+
+def batch_of(end: int, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """The batch of the update that ended at position `end` of the data order.
+
+    Its positions, its sequences, and the text of the first few.
 
     Raises:
         OSError: the shards can no longer be read.
     """
     seq_len = config.model.max_seq_len
-    first, last = batch_positions(step, config)
+    first, last = batch_positions(end, config)
     n_sequences = dataset.train.n_sequences(seq_len)
     positions = np.arange(first, last + 1, dtype=np.int64)
     sequences = sequence_indices(positions, n_sequences, config.training.seed).tolist()
@@ -32,7 +45,6 @@ def batch_of(step: int, config: Config, dataset: Dataset) -> dict[str, Any]:
     return {"positions": [first, last], "sequences": sequences, "texts": texts}
 
 
-def batch_positions(step: int, config: Config) -> tuple[int, int]:
-    """First and last position of update `step` in the data order."""
-    per_update = config.sequences_per_update
-    return (step - 1) * per_update, step * per_update - 1
+def batch_positions(end: int, config: Config) -> tuple[int, int]:
+    """First and last position in the data order of the update that ended before `end`."""
+    return end - config.sequences_per_update, end - 1

@@ -149,6 +149,9 @@ class TrainingConfig:
     mean; 0 refuses only what is not finite."""
     max_bad_updates: int = 10
     """Stop after this many refused updates in a row."""
+    rewind_after: int = 0
+    """After this many refused updates in a row go back to the checkpoint before them and on with
+    the data after them; 0 never does."""
     max_wall_time: float = 0.0
     """Minutes after which the run saves and stops with exit code 85; 0 sets no limit."""
 
@@ -357,6 +360,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _validate_model(config.model)
     _validate_optimizer(config)
     _validate_replicas(config, world_size)
+    _validate_refusals(config.training)
     _validate_batches(config, world_size)
 
 
@@ -399,6 +403,7 @@ _NOT_NEGATIVE = (
     "training.eval_tokens",
     "training.seed",
     "training.spike_z_score",
+    "training.rewind_after",
     "training.max_wall_time",
     "checkpoint.interval_tokens",
     "checkpoint.keep_every_tokens",
@@ -467,6 +472,15 @@ def _validate_replicas(config: Config, world_size: int) -> None:
         raise ValueError(
             f"parallel.replicate = {replicate} does not divide the {world_size} processes; each "
             "replica is a group of the same size, so choose a divisor, such as the number of nodes."
+        )
+
+
+def _validate_refusals(training: TrainingConfig) -> None:
+    if training.rewind_after > training.max_bad_updates:
+        raise ValueError(
+            f"training.rewind_after = {training.rewind_after} is never reached: the run stops "
+            f"after training.max_bad_updates = {training.max_bad_updates}; lower the one or raise "
+            "the other."
         )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastllama.bad_updates import batch_of, batch_positions
+from fastllama.bad_updates import RefusedSeries, batch_of, batch_positions
 from fastllama.checkpoint import Progress as RunProgress
 from fastllama.config import Config
 from fastllama.data.dataset import Dataset
@@ -44,6 +44,8 @@ class Recorder:
     ) -> None:
         """Open the logs of `run` where `progress` left them."""
         self.stop = False
+        self.refused_series: RefusedSeries | None = None
+        """Updates refused in a row, once they are `training.rewind_after`."""
         self.clock = Clock()
         self._config, self._progress, self._world = config, progress, world
         self._console, self._run, self._dataset = console, run, dataset
@@ -53,6 +55,8 @@ class Recorder:
         self._scalars = LateScalars()
         self._first_step = progress.step
         self._pending_step: int | None = None
+        # Where the data of the pending update ends.
+        self._pending_end = 0
         self._pending: Row | None = None
         # When the pending update was known to be done, and what stood at the last logged one.
         self._stamp, self._stamp_wait = 0.0, 0.0
@@ -78,7 +82,7 @@ class Recorder:
         self.flush()
         self._scalars.send(values)
         self._wait_seconds = wait_seconds
-        self._pending_step = self._progress.step
+        self._pending_step, self._pending_end = self._progress.step, self._progress.position
         if self._world.device.type == "cpu":
             self._receive()
 
@@ -173,7 +177,7 @@ class Recorder:
             return
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
-        first, last = batch_positions(step, self._config)
+        first, last = batch_positions(self._pending_end, self._config)
         batch = f"positions {first} to {last} of the data order"
         self._console.print(
             f"step {step}: {reason} (loss {loss:.4g}, gnorm {grad_norm:.4g}); the update was "
@@ -183,7 +187,12 @@ class Recorder:
         )
         if self._world.is_main:
             self._keep_batch(step, loss, grad_norm, reason)
-        if progress.skipped_in_a_row >= limit:
+        rewind_after = self._config.training.rewind_after
+        if rewind_after and progress.skipped_in_a_row >= rewind_after:
+            self.refused_series = self.refused_series or RefusedSeries(
+                step - progress.skipped_in_a_row + 1, step, self._pending_end
+            )
+        elif progress.skipped_in_a_row >= limit:
             raise TrainingFailedError(
                 f"The last {limit} updates were all refused, the last of them, at {batch}, because "
                 f"{reason}; the weights are those of update {step - limit}. Resume from the last "
@@ -198,7 +207,7 @@ class Recorder:
                 "loss": finite(loss),
                 "grad_norm": finite(grad_norm),
                 "reason": reason,
-                **batch_of(step, self._config, self._dataset),
+                **batch_of(self._pending_end, self._config, self._dataset),
             }
             append(self._run.bad_updates, json.dumps(record) + "\n")
 

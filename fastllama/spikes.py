@@ -34,6 +34,10 @@ class SpikeDetector:
         """Updates seen, means, and variances; (5,): two quantities."""
         self._z_score = z_score
 
+    def restore(self, seen: Sequence[float]) -> None:
+        """Go on from `seen`, the `state` of before as a list; from nothing where it is empty."""
+        self.state = torch.tensor(seen or [0.0] * 5, dtype=torch.float32, device=self.state.device)
+
     def observe(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Whether loss and gradient norm are spikes, bool (2,); both are learnt from.
 

@@ -50,6 +50,7 @@ from fastllama.parallel import (
 )
 from fastllama.recompute import checkpoint_activations
 from fastllama.recorder import Recorder
+from fastllama.rewind import Rewinder
 from fastllama.run import RunFolder
 from fastllama.schedule import learning_rate
 from fastllama.side_jobs import SideJobs, checkpoint_due, sample_due, validation_due
@@ -176,14 +177,21 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
             lambda sentence: console.print(sentence, highlight=False, soft_wrap=True, markup=False),
         )
         jobs = SideJobs(state, config, run, dataset, world, console, recorder, writer)
+        rewinder = Rewinder(state, writer, run.checkpoints, identity, world, console)
         deadline = began + 60 * (config.training.max_wall_time or math.inf)
-        with (
-            stop_signals(deadline) as stop,
-            writer,
-            open_loader(state, config, dataset, world) as loader,
-        ):
+        with stop_signals(deadline) as stop, writer:
             try:
-                return run_updates(state, loader, stop, resolved, world, watch, recorder, jobs)
+                while True:
+                    with open_loader(state, config, dataset, world) as loader:
+                        finished = run_updates(
+                            state, loader, stop, resolved, world, watch, recorder, jobs
+                        )
+                    if recorder.refused_series is None:
+                        return finished
+                    rewinder.go_back(recorder.refused_series)
+                    jobs.recorder = recorder = Recorder(
+                        config, run, dataset, progress, world, console
+                    )
             except torch.OutOfMemoryError as error:
                 raise TrainingFailedError(
                     f"Out of memory in update {progress.step + 1} ({error}); lower "
@@ -202,12 +210,12 @@ def run_updates(
     recorder: Recorder,
     jobs: SideJobs,
 ) -> bool:
-    """The loop; returns whether all updates are done."""
+    """The loop; returns whether all updates are done, which refused ones may have to be again."""
     progress = state.progress
     with recorder:
         if progress.step == 0:
             jobs.sample()
-        while progress.step < config.n_updates and not recorder.stop:
+        while progress.step < config.n_updates and not (recorder.stop or recorder.refused_series):
             with watch.update(progress.step + 1):
                 values = train_step(state, loader, stop, config, world)
             recorder.push(values, loader.wait_seconds)
@@ -217,7 +225,10 @@ def run_updates(
                 jobs.sample()
             if checkpoint_due(progress.step, config):
                 jobs.save()
-        jobs.finish()
+        # That of the last update may be under way still.
+        recorder.flush()
+        if recorder.refused_series is None:
+            jobs.finish()
     # Launchers end the other ranks when the first one leaves with a code that is not 0.
     dist.barrier()
     return progress.step == config.n_updates

@@ -32,7 +32,8 @@ OPTIONS = """
     training.batch_size training.tokens_per_update training.training_tokens training.eval_interval
     training.eval_tokens training.seed training.dtype training.device training.compile
     training.compile_scope training.activation_checkpointing training.kernels training.attention
-    training.deterministic training.spike_z_score training.max_bad_updates training.max_wall_time
+    training.deterministic training.spike_z_score training.max_bad_updates training.rewind_after
+    training.max_wall_time
     parallel.replicate parallel.reshard_after_forward parallel.reduce_dtype parallel.timeout_minutes
     checkpoint.interval_tokens checkpoint.keep_last checkpoint.keep_every_tokens
     logging.log_interval logging.sample_interval logging.sample_growth logging.sample_prompt
