@@ -5,6 +5,7 @@ another type from one to the next; and a checkpoint is complete only with its ch
 manifest and its rename, which need the same thread and the same process group once more.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -198,6 +199,14 @@ def point_latest(checkpoint: Path) -> None:
     aside.unlink(missing_ok=True)
     aside.symlink_to(checkpoint.name)
     os.replace(aside, checkpoint.with_name("latest"))
+
+
+def mend_latest(newest: Path) -> None:
+    """Point `latest` at the newest whole checkpoint, if a kill came between it and its link."""
+    if dist.get_rank() == 0 and newest.with_name("latest").resolve() != newest.resolve():
+        # A run that is done may lie on a disk that is read-only by now.
+        with contextlib.suppress(OSError):
+            point_latest(newest)
 
 
 def remove_old(newest: Path, config: Config) -> None:

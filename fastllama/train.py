@@ -27,7 +27,7 @@ from fastllama.checkpoint import (
     read_progress,
     set_aside,
 )
-from fastllama.checkpoint_writer import CheckpointWriter
+from fastllama.checkpoint_writer import CheckpointWriter, mend_latest
 from fastllama.compilation import CompileWatch, compile_model, refuse_missing_compiler
 from fastllama.config import Config, validate
 from fastllama.data.dataset import Dataset, open_dataset
@@ -143,6 +143,8 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
         deterministic_algorithms(config.training.deterministic),
     ):
         checkpoint, passed_over = newest_checkpoint(run.checkpoints, identity)
+        if checkpoint is not None:
+            mend_latest(checkpoint)
         progress = world.from_main(lambda: read_progress(checkpoint) if checkpoint else Progress())
         if progress.step >= config.n_updates:
             done = f"{run.path} has done all of its {config.n_updates} updates."

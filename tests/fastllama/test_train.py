@@ -92,6 +92,17 @@ def test_finished_run_is_left_alone(
     assert (run / "metrics.csv").read_bytes() == before
 
 
+def test_a_link_that_a_kill_left_behind_is_mended(workspace: Workspace, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(workspace.recipe, "--run-dir", run)
+    latest = run / "checkpoints" / "latest"
+    latest.unlink()
+    # As after a kill between the last checkpoint's rename and its link.
+    latest.symlink_to("step-00000005")
+    train(workspace.recipe, "--run-dir", run)
+    assert latest.resolve().name == "step-00000010"
+
+
 def test_same_command_is_bit_identical(workspace: Workspace, tmp_path: Path) -> None:
     for name in ("one", "two"):
         train(workspace.recipe, "--run-dir", tmp_path / name, "--model.dropout", "0.1")
