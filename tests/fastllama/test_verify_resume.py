@@ -21,7 +21,7 @@ DETERMINISTIC = Config(training=TrainingConfig(deterministic=True))
 def compare(changed: dict[int, float], allowed: float) -> Comparison:
     """`LOSSES` against themselves with those of some updates changed."""
     other = [changed.get(step, loss) for step, loss in enumerate(LOSSES, 1)]
-    return Comparison(LOSSES, other, allowed)
+    return Comparison(LOSSES, other, allowed, went_on_from=1)
 
 
 def test_the_same_bits() -> None:
@@ -35,19 +35,31 @@ def test_one_bit_is_a_difference_for_the_same_layout() -> None:
     comparison = compare({3: math.nextafter(2.0, 3.0)}, tolerance(FLOAT32, SAME))
     assert comparison.first_wrong == 3
     said = verdict(comparison, FLOAT32, SAME)
-    assert said.startswith("different: with 2 and then 2 processes losses differ by up to 2.2e-16")
-    assert "where none may, first in update 3." in said
+    assert said.startswith("different: with 2 and then 2 processes losses differ by 2.2e-16 in ")
+    assert "in update 3, where none may." in said
     assert said.endswith("On CUDA, try --training.deterministic true.")
     assert "deterministic" not in verdict(comparison, DETERMINISTIC, SAME)
 
 
 def test_another_layout_may_differ_by_rounding() -> None:
     allowed = tolerance(FLOAT32, OTHER)
-    near, far = compare({2: 3.0 + 2e-6}, allowed), compare({2: 3.0 + 2e-6, 4: 1.0 + 2e-6}, allowed)
+    near = compare({2: 3.0 + 2e-6}, allowed)
     assert near.first_wrong is None
-    assert "at most 6.7e-07 where 1e-06 is allowed" in verdict(near, FLOAT32, OTHER)
-    assert far.first_wrong == 4
-    assert "first in update 4" in verdict(far, FLOAT32, OTHER)
+    assert "at most 6.7e-07, in update 2, where 1e-06 is allowed" in verdict(near, FLOAT32, OTHER)
+    # In the first update that goes on it would be too much, two later it is not.
+    grown = compare({4: 1.0 + 3e-6}, allowed)
+    assert grown.first_wrong is None
+    far = compare({2: 3.0 + 6e-6, 4: 1.0 + 3e-6}, allowed)
+    assert far.first_wrong == 2
+    said = verdict(far, FLOAT32, OTHER)
+    assert "differ by 2e-06 in update 2, where 1e-06 is allowed" in said
+
+
+def test_what_is_allowed_grows_with_training_and_has_an_end() -> None:
+    comparison = Comparison([], [], 1e-6, went_on_from=4)
+    allowed = [comparison.allowed(step) for step in (1, 5, 6, 8, 100)]
+    assert allowed == pytest.approx([1e-6, 1e-6, 2e-6, 8e-6, 1e-2])
+    assert Comparison([], [], 0.0, went_on_from=4).allowed(100) == 0.0
 
 
 def test_bfloat16_anywhere_widens_what_is_allowed() -> None:
@@ -66,7 +78,7 @@ def test_losses_that_are_no_numbers() -> None:
         (1.0, math.inf, 1),
         (0.0, 1.0, 1),
     ):
-        assert Comparison([one], [other], 1e-3).first_wrong == wrong
+        assert Comparison([one], [other], 1e-3, went_on_from=0).first_wrong == wrong
 
 
 def test_the_table_has_a_line_an_update() -> None:
