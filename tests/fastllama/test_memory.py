@@ -12,7 +12,7 @@ from typing import Any, Self, cast
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -38,7 +38,7 @@ RECIPE = Path(__file__).parents[2] / "configs" / "llama-3.1-8b.toml"
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-@torch.library.custom_op("fastllama_test::attention", mutates_args=())
+@library.custom_op("fastllama_test::attention", mutates_args=())
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """A name to the policy of selective checkpointing; never computed."""
     raise NotImplementedError
