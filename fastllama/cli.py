@@ -21,6 +21,7 @@ import tyro
 from fastllama import __version__
 from fastllama.config import Config, load_recipe, nearest_key, validate
 from fastllama.errors import FailedElsewhereError, FailedFirstError, TrainingFailedError
+from fastllama.flight_recorder import dump_path
 
 Options = TypeVar("Options")
 
@@ -216,6 +217,10 @@ def tell_first_failure(failure: FailedFirstError, debug: bool) -> int:
     kind = "" if expected else f"{type(error).__name__}: "
     sentence = f"rank {failure.rank}: {kind}{textwrap.shorten(str(error), width=1000)}"
     print(f"error: {sentence}", file=sys.stderr)
+    if (dumps := dump_path()) and not expected:
+        print(
+            f"collectives: if one timed out, the last of each are in {dumps}RANK", file=sys.stderr
+        )
     if debug or not expected:
         traceback.print_exception(error)
     sys.stderr.flush()

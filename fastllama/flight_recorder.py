@@ -21,4 +21,9 @@ def record_collectives(folder: Path) -> str:
     for names, value in settings:
         if not any(name in os.environ for name in names):
             os.environ[names[0]] = value
-    return next(os.environ[name] for name in _DUMP_NAMES if name in os.environ)
+    return dump_path() or ""
+
+
+def dump_path() -> str | None:
+    """The path of the dumps without the rank, or None where nothing is recorded."""
+    return next((os.environ[name] for name in _DUMP_NAMES if name in os.environ), None)

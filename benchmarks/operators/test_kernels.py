@@ -47,6 +47,6 @@ def test_kernel(cell: Cell, benchmark: Any, floors: Floors, rows: list[KernelTim
     try:
         row = measure(cell, device, floors, time_host)
     except ImportError as error:
-        pytest.skip(f"{cell.provider.name} is not installed: {error}")
+        pytest.skip(f"pip install {cell.provider.package} brings {cell.provider.name}: {error}")
     rows.append(row)
     assert not row.failure or row.provider != "fastllama", row.failure

@@ -17,7 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastllama import flight_recorder
+from fastllama.cli import tell_first_failure
 from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig, load_recipe
+from fastllama.errors import FailedFirstError
 from fastllama.flight_recorder import record_collectives
 from fastllama.model import Llama
 from fastllama.parallel import (
@@ -199,3 +201,17 @@ def test_the_rank_that_fails_is_told_first_and_last(workspace: Workspace, tmp_pa
     # The other, which lost its peer, has nothing to add.
     assert done.stderr.count("error: rank") == 1
     assert "Connection closed" not in done.stderr
+
+
+def test_a_failure_tells_where_collectives_were_recorded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure, mistake = FailedFirstError(3), FailedFirstError(3)
+    failure.__cause__, mistake.__cause__ = RuntimeError("NCCL timed out"), ValueError("a mistake")
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "runs/x/flight-recorder-")
+    tell_first_failure(failure, debug=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: rank 3: RuntimeError: NCCL timed out"
+    assert "runs/x/flight-recorder-RANK" in lines[1]
+    tell_first_failure(mistake, debug=False)
+    assert "flight-recorder" not in capsys.readouterr().err
