@@ -1,10 +1,10 @@
 """Results: what was measured and under which conditions, as JSON that is read back years later.
 
 A folder of results holds one file a kind of record: ceilings.json, checks.json, kernels.json,
-training.json, profile.json. A file is a list of records, one a line; a record is the fields of its
-class below, `schema`, and the `conditions` it was measured under. Times are in seconds, sizes in
-bytes, rates in units a second. A field may be added with a default, so that older files can be
-read; `SCHEMA` grows with it, so that older code says why it cannot read newer ones.
+training.json, profile.json, tuning.json. A file is a list of records, one a line; a record is the
+fields of its class below, `schema`, and the `conditions` it was measured under. Times are in
+seconds, sizes in bytes, rates in units a second. A field may be added with a default, so that older
+files can be read; `SCHEMA` grows with it, so that older code says why it cannot read newer ones.
 """
 
 import dataclasses
@@ -205,15 +205,35 @@ class ProfileShare:
     """What the bound H allows this class; None where it has no part in it."""
 
 
-Record = Ceiling | Check | KernelTime | TrainingRun | ProfileShare
+@dataclass(frozen=True)
+class Tuning:
+    """One configuration of a kernel, as the search of benchmarks/tune.py tried it."""
+
+    name: str
+    """Of the configuration, in benchmarks/operators/pinned.py."""
+    recipe: str
+    n_tokens: int
+    dtype: str
+    config: dict[str, int]
+    role: str
+    """pinned: what the code has; tried: on the way; found: timed once more at the end."""
+    device_s: Spread | None
+    """Of the device, caches cold. None where `failure` says why."""
+    floor_s: float
+    """As of `KernelTime`."""
+    failure: str = ""
+
+
+Record = Ceiling | Check | KernelTime | TrainingRun | ProfileShare | Tuning
 FILES: dict[type, str] = {
     Ceiling: "ceilings.json",
     Check: "checks.json",
     KernelTime: "kernels.json",
     TrainingRun: "training.json",
     ProfileShare: "profile.json",
+    Tuning: "tuning.json",
 }
-Kind = TypeVar("Kind", Ceiling, Check, KernelTime, TrainingRun, ProfileShare)
+Kind = TypeVar("Kind", Ceiling, Check, KernelTime, TrainingRun, ProfileShare, Tuning)
 
 
 def append(folder: Path, conditions: Conditions, records: Sequence[Record]) -> None:

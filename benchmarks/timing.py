@@ -1,13 +1,14 @@
 """How long a call takes on the device, and on the host.
 
 On a GPU the calls are captured in a CUDA graph, so that launching costs nothing, and the graph is
-timed between two events. Before every call the L2 cache is flushed by reading a buffer four times
-its size: reading, because what writing leaves behind would be written back at the expense of the
-call. A second graph of the flushes alone is timed in turn, and the difference is the calls'. So
-what a call leaves in the cache, to be written back during the next flush, is charged to it.
-Calls use different inputs one after the other. A call that waits for the host cannot be captured;
-it is timed between events of its own, launches included. On a CPU, for a rehearsal, a clock takes
-the place of the events, and the rest is the same code.
+timed between two events. After every call the L2 cache is flushed by reading a buffer four times
+its size, in turn one of two, so that no flush finds its own. A second graph of the flushes alone is
+timed in turn, and the difference is the calls'. So what a call leaves in the cache, to be written
+back during the next flush, is charged to it. One more flush, which is not timed, comes before the
+first event: it has the device busy while the graph is launched. Calls use different inputs one
+after the other, and repeat, so that the clock's steps of half a microsecond do not count. A call
+that waits for the host cannot be captured; it is timed between events of its own, launches
+included. On a CPU, for a rehearsal, a clock takes the place of the events.
 """
 
 import time
@@ -15,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -24,13 +26,15 @@ from benchmarks.results import Spread
 Call = Callable[[], object]
 
 CPU_FLUSH_BYTES = 2**22
-FEWEST_SAMPLES, MOST_SAMPLES = (5, 50) if torch.cuda.is_available() else (2, 10)
+FEWEST_SAMPLES, MOST_SAMPLES = (5, 100) if torch.cuda.is_available() else (2, 10)
 SECONDS = 0.1 if torch.cuda.is_available() else 0.01
 """That one measurement takes."""
+N_REPEATS = 5 if torch.cuda.is_available() else 1
+"""Of every call in one sample."""
 
 
 class Timer(ABC):
-    """Times a series of calls, each after a flush of the caches."""
+    """Times a series of calls, each with cold caches."""
 
     kind: str
     """As `KernelTime.timer`."""
@@ -51,16 +55,17 @@ class GraphTimer(Timer):
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._flush = _Flush(device)
+        self._flush_before, self._flush = _Flush(device, 1), _Flush(device, 2)
 
     def series(self, calls: Sequence[Call]) -> Callable[[], float]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
             for call in calls:
-                self._flush()
                 call()
+                self._flush()
 
         def run() -> float:
+            self._flush_before()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
@@ -80,16 +85,17 @@ class EventTimer(Timer):
     kind = "events"
 
     def __init__(self, device: torch.device) -> None:
-        self._flush = _Flush(device)
+        self._flush_before, self._flush = _Flush(device, 1), _Flush(device, 2)
 
     def series(self, calls: Sequence[Call]) -> Callable[[], float]:
         def run() -> float:
             pairs = []
+            self._flush_before()
             for call in calls:
-                self._flush()
                 pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
                 pair[0].record()
                 call()
+                self._flush()
                 pair[1].record()
                 pairs.append(pair)
             torch.cuda.synchronize()
@@ -104,7 +110,7 @@ class HostTimer(Timer):
     kind = "host"
 
     def __init__(self) -> None:
-        self._flush = _Flush(torch.device("cpu"))
+        self._flush = _Flush(torch.device("cpu"), 1)
 
     def series(self, calls: Sequence[Call]) -> Callable[[], float]:
         def run() -> float:
@@ -120,17 +126,20 @@ class HostTimer(Timer):
 
 
 class _Flush:
-    """Fills the cache with clean lines of no use to anyone."""
+    """Fills the cache with lines of no use to anyone.
 
-    def __init__(self, device: torch.device) -> None:
+    Clean ones: what writing leaves behind would be written back at the expense of the next call.
+    """
+
+    def __init__(self, device: torch.device, n_buffers: int) -> None:
         size = CPU_FLUSH_BYTES
         if device.type == "cuda":
             size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
-        self._buffer = torch.ones(size // 4, device=device)
+        self._buffers = cycle([torch.ones(size // 4, device=device) for _ in range(n_buffers)])
         self._sum = torch.empty((), device=device)
 
     def __call__(self) -> None:
-        torch.sum(self._buffer, dim=0, out=self._sum)
+        torch.sum(next(self._buffers), dim=0, out=self._sum)
 
 
 @cache
@@ -146,19 +155,34 @@ def device_seconds(timer: Timer, calls: Sequence[Call], seconds: float = SECONDS
 
     The calls do the same on different inputs. Run inside `timer.on_stream()`.
     """
-    for _ in range(2):
-        for call in calls:
-            call()
-    timed, idle = timer.series(calls), _flushes_alone(timer, len(calls))
-    timed()
-    idle()
-    n_samples = round(seconds / max(timed(), 1e-6))
-    return Spread.of(
-        [
-            (timed() - idle()) / len(calls)
-            for _ in range(min(max(n_samples, FEWEST_SAMPLES), MOST_SAMPLES))
-        ]
-    )
+    (spread,) = side_by_side(timer, [calls], seconds)
+    return spread
+
+
+def side_by_side(
+    timer: Timer, variants: Sequence[Sequence[Call]], seconds: float = SECONDS
+) -> list[Spread]:
+    """Seconds of one call of each variant, over about `seconds` of measuring each.
+
+    Samples of the variants are taken in turn, so that a device that becomes hotter or slower in
+    the meantime does so for all of them. Run inside `timer.on_stream()`.
+    """
+    for calls in variants:
+        for _ in range(2):
+            for call in calls:
+                call()
+    variants = [[*calls] * N_REPEATS for calls in variants]
+    timed = [(timer.series(calls), _flushes_alone(timer, len(calls))) for calls in variants]
+    for run, idle in timed:
+        run()
+        idle()
+    longest = max(run() for run, _ in timed)
+    n_samples = min(max(round(seconds / max(longest, 1e-6)), FEWEST_SAMPLES), MOST_SAMPLES)
+    samples = [[run() - idle() for run, idle in timed] for _ in range(n_samples)]
+    return [
+        Spread.of([sample / len(calls) for sample in column])
+        for calls, column in zip(variants, zip(*samples, strict=True), strict=True)
+    ]
 
 
 def host_seconds(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from benchmarks.ceilings import copy_ceiling
 from benchmarks.timing import (
     FEWEST_SAMPLES,
     MOST_SAMPLES,
@@ -77,3 +78,16 @@ def test_a_call_takes_as_long_as_it_takes(waits_for_host: bool) -> None:
 
 def test_host_seconds_include_the_call() -> None:
     assert host_seconds([lambda: time.sleep(0.01)], torch.device(DEVICE)).low >= 0.01
+
+
+@pytest.mark.gpu
+def test_what_a_call_leaves_to_be_written_back_is_charged_to_it() -> None:
+    """Half of a cache of results: written into the cache alone, it would be several times as fast."""
+    device = torch.device("cuda")
+    timer = make_timer(device)
+    n_bytes = torch.cuda.get_device_properties(device).L2_cache_size // 2
+    results = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    with timer.on_stream():
+        copied = copy_ceiling(timer, device).rate.median
+        seconds = device_seconds(timer, [lambda: results.fill_(1), lambda: results.fill_(2)])
+    assert n_bytes / seconds.median < 1.2 * copied

@@ -1,0 +1,318 @@
+"""Search for faster configurations of the kernels than the pinned ones, on this device.
+
+    python benchmarks/tune.py [NAME ...] [--recipes NAME ...] [--minutes M] [--out DIR]
+
+From the pinned configuration the search goes to the fastest of its neighbours, which have one
+parameter a step larger or smaller, for as long as that one is faster beyond noise. Neighbours are
+timed side by side, as in benchmarks/timing.py; one that does not compile, or computes anything
+else, is passed over. What was found is timed once more against the pinned one. Nothing is changed:
+to pin it, edit the function that gives the configuration, and commit it with the results, which
+are in tuning.json.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.ceilings import copy_ceiling, matmul_ceiling
+from benchmarks.conditions import current_conditions, default_device, has_gpu, results_name
+from benchmarks.operators.case import Work
+from benchmarks.operators.measure import CONFIGS, N_INPUTS, N_TOKENS, RECIPES
+from benchmarks.operators.pinned import DTYPE, PINNED, LaunchConfig, Pinned
+from benchmarks.results import RESULTS, Spread, Tuning, append
+from benchmarks.throughput import REHEARSAL_TITLE, open_console
+from benchmarks.timing import SECONDS, Timer, make_timer, side_by_side
+from fastllama.config import ModelConfig, load_recipe
+
+DEFAULT_RECIPES = ["llama-1b", "llama-100m"] if has_gpu() else ["quickstart"]
+LIMITS = {
+    "BLOCK": (128, 2**15),
+    "num_warps": (1, 32),
+    "NUM_STAGES": (1, 6),
+    "programs_per_multiprocessor": (1, 32),
+    "BLOCK_ROWS": (1, 64),
+    "BLOCK_HEADS": (1, 64),
+    "chunk_length": (512, 2**15),
+}
+"""Of the parameters that are searched; what else a configuration holds follows from the shape."""
+ONE_BY_ONE = ("NUM_STAGES", "programs_per_multiprocessor")
+"""Parameters that need not be powers of two."""
+LEAST_GAIN = 0.01
+"""A configuration is not changed for less."""
+
+Measure = Callable[[Sequence[LaunchConfig]], list[Spread | None]]
+"""Device seconds of each configuration, None where it does not work."""
+
+
+def neighbours(config: LaunchConfig) -> Iterator[LaunchConfig]:
+    """Those with one parameter a step away, or block and warps alike: a thread has as much then."""
+    for name, (least, most) in LIMITS.items():
+        if name in config:
+            value = config[name]
+            steps = [value // 2, 2 * value]
+            if name in ONE_BY_ONE:
+                steps += [value - 1, value + 1]
+            for step in sorted({step for step in steps if least <= step <= most} - {value}):
+                yield config | {name: step}
+    if {"BLOCK", "num_warps"} <= config.keys():
+        for block, warps in (
+            (config["BLOCK"] // 2, config["num_warps"] // 2),
+            (2 * config["BLOCK"], 2 * config["num_warps"]),
+        ):
+            if _allowed("BLOCK", block) and _allowed("num_warps", warps):
+                yield config | {"BLOCK": block, "num_warps": warps}
+
+
+def _allowed(name: str, value: int) -> bool:
+    least, most = LIMITS[name]
+    return least <= value <= most
+
+
+def is_faster(new: Spread, old: Spread) -> bool:
+    """By more than `LEAST_GAIN`, and with the middle halves of the samples apart."""
+    return new.median < (1 - LEAST_GAIN) * old.median and new.high < old.low
+
+
+def climb(start: LaunchConfig, measure: Measure) -> LaunchConfig:
+    """The configuration none of whose neighbours is faster, going from `start` downhill.
+
+    `measure` is given the best so far, then its neighbours not tried yet; an empty answer ends the
+    search.
+    """
+    best, tried = start, [start]
+    while candidates := [config for config in neighbours(best) if config not in tried]:
+        tried += candidates
+        times = measure([best, *candidates])
+        if not times or times[0] is None:
+            break
+        timed = [
+            (seconds, config)
+            for seconds, config in zip(times[1:], candidates, strict=True)
+            if seconds is not None and is_faster(seconds, times[0])
+        ]
+        if not timed:
+            break
+        _, best = min(timed, key=lambda entry: entry[0].median)
+    return best
+
+
+class Search:
+    """The search for one pinned configuration, at the shape of one recipe."""
+
+    def __init__(
+        self,
+        pinned: Pinned,
+        recipe: str,
+        model: ModelConfig,
+        timer: Timer,
+        floor_s: Callable[[Work], float],
+        finished: Callable[[Tuning], None],
+    ) -> None:
+        """Run inside `timer.on_stream()`, as `run`.
+
+        Args:
+            pinned: what is searched for.
+            recipe: name of `model`.
+            model: gives the shape.
+            timer: times the launches.
+            floor_s: seconds that work takes at least.
+            finished: called with every record.
+        """
+        self._pinned, self._recipe, self._model = pinned, recipe, model
+        self._timer, self._finished = timer, finished
+        self._floor_s = floor_s(pinned.work(model, N_TOKENS))
+        self._start = pinned.config(model, N_TOKENS)
+        self._wanted = self._results(self._start)
+        self._inputs = [self._draw(seed) for seed in range(N_INPUTS)]
+
+    def run(self, deadline: float) -> tuple[Tuning, Tuning]:
+        """Return the pinned configuration and the one found, which may be the same.
+
+        `deadline` is a moment of time.time(), after which no more neighbours are tried.
+        """
+
+        def try_all(configs: Sequence[LaunchConfig]) -> list[Spread | None]:
+            if time.time() > deadline:
+                return []
+            return [row.device_s for row in self._measure(configs, "tried")]
+
+        best = climb(self._start, try_all)
+        if best == self._start:
+            (row,) = self._measure([best], "pinned", 5 * SECONDS)
+            return row, row
+        was, found = self._measure([self._start, best], "found", 5 * SECONDS)
+        return was, found
+
+    def _measure(
+        self, configs: Sequence[LaunchConfig], role: str, seconds: float = SECONDS
+    ) -> list[Tuning]:
+        """Time those configurations side by side that work."""
+        failures = [self._failure(config) for config in configs]
+        calls = [
+            [self._call(config, inputs) for inputs in self._inputs]
+            for config, failure in zip(configs, failures, strict=True)
+            if not failure
+        ]
+        times = iter(side_by_side(self._timer, calls, seconds) if calls else [])
+        rows = [
+            Tuning(
+                name=self._pinned.name,
+                recipe=self._recipe,
+                n_tokens=N_TOKENS,
+                dtype=str(DTYPE).removeprefix("torch."),
+                config=config,
+                role="pinned" if config == self._start else role,
+                device_s=None if failure else next(times),
+                floor_s=self._floor_s,
+                failure=failure,
+            )
+            for config, failure in zip(configs, failures, strict=True)
+        ]
+        for row in rows:
+            self._finished(row)
+        return rows
+
+    def _call(self, config: LaunchConfig, inputs: Sequence[object]) -> Callable[[], list[Tensor]]:
+        def launch() -> list[Tensor]:
+            with self._pinned.replaced_by(config):
+                return self._pinned.launch(*inputs)
+
+        return launch
+
+    def _draw(self, seed: int) -> Sequence[object]:
+        generator = torch.Generator(default_device()).manual_seed(seed)
+        return self._pinned.inputs(self._model, N_TOKENS, generator)
+
+    def _results(self, config: LaunchConfig) -> list[Tensor]:
+        """Of inputs drawn anew: some are written to."""
+        return self._call(config, self._draw(seed=0))()
+
+    def _failure(self, config: LaunchConfig) -> str:
+        """Why a configuration cannot take the place of the pinned one; empty if it can."""
+        try:
+            results = self._results(config)
+        except Exception as error:  # Of Triton, about what no GPU can run: it is reported.
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        for result, wanted in zip(results, self._wanted, strict=True):
+            largest = wanted.double().abs().max()
+            difference = ((result.double() - wanted.double()).abs().max() / largest).item()
+            # Sums in another order differ by a rounding of the result. NaN does not compare.
+            if not difference <= torch.finfo(DTYPE).eps:
+                return f"differs from the pinned one by {difference:.1e} of the largest value"
+        return ""
+
+
+def verdict(was: Tuning, found: Tuning) -> str:
+    """What to do with what was found."""
+    if was.device_s is None or found.device_s is None:
+        return f"the pinned one fails: {was.failure}"
+    if found.config == was.config:
+        return "keep"
+    return "pin" if is_faster(found.device_s, was.device_s) else "keep: no gain when measured again"
+
+
+def options_text(config: LaunchConfig) -> str:
+    """`BLOCK 2048, num_warps 8`."""
+    return ", ".join(f"{name} {value}" for name, value in config.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [pinned.name for pinned in PINNED]
+    parser.add_argument(
+        "names", metavar="NAME", nargs="*", help=f"of {', '.join(names)}; all unless given"
+    )
+    parser.add_argument(
+        "--recipes",
+        metavar="NAME",
+        nargs="+",
+        choices=RECIPES,
+        default=DEFAULT_RECIPES,
+        help=f"whose shapes, of {', '.join(RECIPES)}; unless given {' '.join(DEFAULT_RECIPES)}",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="time in all, compiling too; now %(default)g"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder of results; default: one by device"
+    )
+    options = parser.parse_args()
+    if unknown := sorted(set(options.names) - set(names)):
+        parser.error(f"{unknown[0]!r} is not pinned; choose from {', '.join(map(repr, names))}.")
+    if options.minutes <= 0:
+        parser.error(f"--minutes {options.minutes:g} is no time; give more than 0.")
+    search_all(
+        [pinned for pinned in PINNED if pinned.name in (options.names or names)],
+        options.recipes,
+        options.out,
+        time.time() + 60 * options.minutes,
+    )
+
+
+def search_all(
+    chosen: Sequence[Pinned], recipes: Sequence[str], out: Path | None, end: float
+) -> None:
+    """Search for each at the shape of each recipe, and print what was found."""
+    conditions, device, console = current_conditions(), default_device(), open_console()
+    folder = out or RESULTS / results_name(conditions)
+    timer = make_timer(device)
+    table = Table(title=conditions.device if has_gpu() else REHEARSAL_TITLE)
+    for heading in ("configuration", "recipe", "pinned", "us", "of floor", "found", "us", "gain"):
+        table.add_column(heading)
+    table.add_column("verdict")
+    searches = [(pinned, recipe) for recipe in recipes for pinned in chosen]
+    with timer.on_stream():
+        copied = copy_ceiling(timer, device)
+        multiplied = matmul_ceiling(timer, device, DTYPE)
+        append(folder, conditions, [copied, multiplied])
+
+        def floor_s(work: Work) -> float:
+            return work.bytes / copied.rate.median + work.flops / multiplied.rate.median
+
+        for number, (pinned, recipe) in enumerate(searches):
+            now = time.time()
+            model = load_recipe(CONFIGS / f"{recipe}.toml").model
+            if not has_gpu():
+                model = replace(model, vocab_size=256)
+            search = Search(
+                pinned,
+                recipe,
+                model,
+                timer,
+                floor_s,
+                lambda row: append(folder, conditions, [row]),
+            )
+            was, found = search.run(now + (end - now) / (len(searches) - number))
+            table.add_row(*_cells(was, found))
+            console.print(f"{pinned.name}, {recipe}: {verdict(was, found)}", highlight=False)
+    console.print(table)
+
+
+def _cells(was: Tuning, found: Tuning) -> list[str]:
+    if was.device_s is None or found.device_s is None:
+        return [was.name, was.recipe, options_text(was.config), *[""] * 5, verdict(was, found)]
+    changes = {name: value for name, value in found.config.items() if value != was.config[name]}
+    before, after = was.device_s.median, found.device_s.median
+    return [
+        was.name,
+        was.recipe,
+        options_text(was.config),
+        f"{before * 1e6:.1f}",
+        f"{was.floor_s / before:.0%}",
+        options_text(changes),
+        f"{after * 1e6:.1f}",
+        f"{before / after - 1:+.1%}",
+        verdict(was, found),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""That the search finds what is faster and nothing wrong, and that launches take what it tries."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import tune
+from benchmarks.operators.case import Work
+from benchmarks.operators.measure import N_TOKENS
+from benchmarks.operators.pinned import PINNED, LaunchConfig, Pinned
+from benchmarks.results import Spread, Tuning, read
+from benchmarks.timing import make_timer
+from benchmarks.tune import LIMITS, Search, climb, is_faster, neighbours, search_all, verdict
+from fastllama.config import ModelConfig
+from tests.compare import DEVICE
+
+MODEL = ModelConfig(
+    vocab_size=256, n_embd=64, n_layers=1, n_heads=4, n_kv_heads=2, multiple_of=32, max_seq_len=8
+)
+START = {"BLOCK": 1024, "num_warps": 4, "NUM_STAGES": 3, "HALF_BLOCK": 32}
+BEST = {"BLOCK": 4096, "num_warps": 16, "NUM_STAGES": 5, "HALF_BLOCK": 32}
+
+
+def steady(seconds: float) -> Spread:
+    return Spread(seconds, 0.999 * seconds, 1.001 * seconds, 5)
+
+
+def distance_to_best(config: LaunchConfig) -> float:
+    return 1.0 + sum(abs(value - config[name]) / value for name, value in BEST.items())
+
+
+def test_the_search_ends_at_the_fastest_and_tries_nothing_twice() -> None:
+    tried: list[LaunchConfig] = []
+
+    def measure(configs: Sequence[LaunchConfig]) -> list[Spread | None]:
+        best, *new = configs
+        assert all(distance_to_best(best) <= distance_to_best(other) for other in tried)
+        assert not any(config in tried for config in new)
+        tried.extend(new)
+        return [steady(distance_to_best(config)) for config in configs]
+
+    assert climb(START, measure) == BEST
+    # What follows from the shape is left alone.
+    assert {config["HALF_BLOCK"] for config in tried} == {32}
+
+
+def test_the_search_stays_where_nothing_is_faster_beyond_noise() -> None:
+    def measure(configs: Sequence[LaunchConfig]) -> list[Spread | None]:
+        return [Spread(1.0, 0.9, 1.1, 5), *(Spread(0.95, 0.85, 1.05, 5) for _ in configs[1:])]
+
+    assert climb(START, measure) == START
+
+
+def test_the_search_passes_over_what_fails_and_ends_with_the_time() -> None:
+    def half_fail(configs: Sequence[LaunchConfig]) -> list[Spread | None]:
+        return [
+            None if config["num_warps"] > 4 else steady(distance_to_best(config))
+            for config in configs
+        ]
+
+    assert climb(START, half_fail)["num_warps"] == 4
+    assert climb(START, lambda _: []) == START
+
+
+def test_neighbours_are_a_step_away_within_limits() -> None:
+    found = list(neighbours({"BLOCK": LIMITS["BLOCK"][1], "num_warps": 8, "NUM_STAGES": 1}))
+    blocks = {config["BLOCK"] for config in found}
+    assert blocks == {2**15, 2**14}
+    assert {"BLOCK": 2**14, "num_warps": 4, "NUM_STAGES": 1} in found
+    assert {config["NUM_STAGES"] for config in found} == {1, 2}
+    for config in found:
+        assert all(
+            least <= config[name] <= most
+            for name, (least, most) in LIMITS.items()
+            if name in config
+        )
+
+
+def test_faster_is_by_more_than_a_percent_and_than_the_spread() -> None:
+    old = steady(1.0)
+    assert is_faster(steady(0.98), old)
+    assert not is_faster(steady(0.995), old)
+    assert not is_faster(Spread(0.9, 0.8, 1.01, 5), old)
+
+
+@pytest.mark.parametrize("pinned", PINNED, ids=lambda pinned: pinned.name)
+def test_launches_take_the_configuration_in_place_of_the_pinned_one(pinned: Pinned) -> None:
+    inputs = pinned.inputs(MODEL, 8, torch.Generator(DEVICE).manual_seed(0))
+    config = pinned.config(MODEL, 8)
+    # Without any option no kernel can be launched.
+    with pinned.replaced_by({}), pytest.raises((KeyError, TypeError, RuntimeError)):
+        pinned.launch(*inputs)
+    assert pinned.config(MODEL, 8) == config
+    for other in neighbours(config):
+        with pinned.replaced_by(other):
+            assert pinned.config(MODEL, 8) == other
+
+
+@pytest.mark.parametrize("pinned", PINNED, ids=lambda pinned: pinned.name)
+def test_every_configuration_computes_the_same(pinned: Pinned) -> None:
+    rows: list[Tuning] = []
+    timer = make_timer(torch.device(DEVICE))
+    with timer.on_stream():
+        search = Search(pinned, "tiny", MODEL, timer, lambda work: work.bytes, rows.append)
+        # A block that is smaller than the row, and one that is larger.
+        start = pinned.config(MODEL, N_TOKENS)
+        others = [c for c in neighbours(start) if c.get("num_warps") == start.get("num_warps")]
+        search._measure(others, "tried")
+    assert [row.failure for row in rows] == [""] * len(others)
+    assert all(row.device_s and row.device_s.median > 0 for row in rows)
+
+
+def pretended(launch: dict[int, float]) -> Pinned:
+    """A kernel whose result depends on its warps, and that cannot be launched with others."""
+    module = ModuleType("pretended")
+    module.config = lambda _: {"num_warps": 4}  # type: ignore[attr-defined]
+
+    def run() -> list[Tensor]:
+        return [torch.tensor([launch[module.config(0)["num_warps"]]])]
+
+    return Pinned(
+        name="pretended",
+        module=module,
+        functions=("config",),
+        sizes=lambda *_: (0,),
+        inputs=lambda *_: (),
+        launch=run,
+        work=lambda *_: Work(4.0),
+    )
+
+
+def test_what_computes_anything_else_or_does_not_run_is_reported() -> None:
+    rows: list[Tuning] = []
+    timer = make_timer(torch.device("cpu"))
+    # 2 warps round otherwise, 8 are wrong, and 16 are unknown.
+    pinned = pretended({4: 1.0, 2: 1.001, 8: float("nan")})
+    search = Search(pinned, "tiny", MODEL, timer, lambda work: work.bytes, rows.append)
+    search._measure([{"num_warps": n} for n in (4, 2, 8, 16)], "tried")
+    assert [row.role for row in rows] == ["pinned", "tried", "tried", "tried"]
+    assert [row.failure for row in rows] == [
+        "",
+        "",
+        "differs from the pinned one by nan of the largest value",
+        "KeyError: 16",
+    ]
+    assert [row.device_s is None for row in rows] == [False, False, True, True]
+
+
+def row(seconds: float | None, **config: int) -> Tuning:
+    spread = None if seconds is None else steady(seconds)
+    return Tuning("swiglu", "tiny", 8, "bfloat16", config, "pinned", spread, 1.0, "broken")
+
+
+@pytest.mark.parametrize(
+    ("was", "found", "words"),
+    [
+        (row(1.0, BLOCK=1), row(1.0, BLOCK=1), "keep"),
+        (row(1.0, BLOCK=1), row(0.9, BLOCK=2), "pin"),
+        (row(1.0, BLOCK=1), row(1.0, BLOCK=2), "keep: no gain when measured again"),
+        (row(None, BLOCK=1), row(None, BLOCK=1), "the pinned one fails: broken"),
+    ],
+)
+def test_verdict(was: Tuning, found: Tuning, words: str) -> None:
+    assert verdict(was, found) == words
+
+
+def test_without_time_the_pinned_one_is_measured_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (swiglu,) = (pinned for pinned in PINNED if pinned.name == "swiglu")
+    search_all([swiglu], ["quickstart"], tmp_path, end=time.time())
+    ((conditions, only),) = read(tmp_path, Tuning)
+    assert (only.name, only.role, only.failure) == ("swiglu", "pinned", "")
+    assert only.device_s is not None
+    assert "swiglu, quickstart: keep" in capsys.readouterr().out
+    assert conditions.is_rehearsal == (DEVICE == "cpu")
+
+
+def test_an_unknown_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tune.py", "softmax"])
+    with pytest.raises(SystemExit) as stopped:
+        tune.main()
+    assert stopped.value.code == 2
+    assert "'softmax' is not pinned; choose from 'rms_norm forward'" in capsys.readouterr().err
