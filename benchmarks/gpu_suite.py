@@ -8,12 +8,13 @@ goes, so that a suite that is cut off, or a part that crashes, leaves what was m
     checks      operators and model against float64; no waiting, no broken graph, no recompilation
     ceilings    copy, matrix products, attention: the floors and the bound of this device
     train-1b    tokens a second of llama-1b, and of plain PyTorch, compiled, beside it
+    profile     where the time of an update of llama-1b goes
     kernels     every operator against its floor and its peers
     train-100m  as above for llama-100m
-    profile     where the time of an update of llama-1b goes
     tests       the tests of the kernels, on the device, where pytest is installed
 
-Each part may take its share of the time that is left. Needs torch, triton and this repository;
+Each part may take its share of the time that is left; a few at a time, with --parts, all get what
+they ask for. Needs this repository and what it depends on, but not tyro, and pytest for the tests;
 peers are measured where they are installed. Where there is no GPU it is a rehearsal: the same
 code at toy sizes on a CPU's clock.
 """
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,8 +40,17 @@ from benchmarks.ceilings import measure_ceilings, measured_rates
 from benchmarks.checks import model_check, operator_checks, step_checks
 from benchmarks.conditions import current_conditions, default_device, has_gpu, results_name
 from benchmarks.operators.measure import CONFIGS, Floors, cells, measure
-from benchmarks.results import RESULTS, Ceiling, Check, Conditions, Record, append, read
-from benchmarks.step_profile import profile_shares, profile_updates
+from benchmarks.results import (
+    RESULTS,
+    Ceiling,
+    Check,
+    Conditions,
+    KernelTime,
+    Record,
+    append,
+    read,
+)
+from benchmarks.step_profile import listing, profile_shares, profile_updates
 from benchmarks.throughput import exit_when_terminated
 from benchmarks.throughput import measure as measure_training
 from benchmarks.training.trainer import trainer_step
@@ -49,6 +59,7 @@ from fastllama.config import Config, load_recipe
 from fastllama.estimate import Rates, bound
 
 ROOT = Path(__file__).parents[1]
+KERNEL_TESTS = ROOT / "tests" / "kernels"
 RECIPES = ("llama-1b", "llama-100m")
 # Halved where they do not fit. Updates of the 1B are a quarter of the recipe's: as many of them as
 # tell a median have to fit into the time.
@@ -58,11 +69,15 @@ CONTENDERS = {
     "llama-1b": ("fastllama", "reference-compiled"),
     "llama-100m": ("fastllama", "reference-compiled", "tutorial"),
 }
-N_PROFILED = 2
+STEADY_SECONDS = 4.0 if has_gpu() else 1.0
+N_PROFILED = 1
+# Tests of kernels in another process, on a CPU or about no kernel: they show nothing of a GPU.
+TESTS_OF_NO_GPU = ("test_compile_ahead.py", "test_sharded.py", "test_attention_choice.py")
 # Seconds that importing, compiling and stopping may take beyond what a part plans.
 GRACE = 10.0
-# Exit code of a part that has measured for as long as it may.
-OUT_OF_TIME = 3
+# Exit codes of a part that has measured for as long as it may, and of one that cannot go on
+# measuring in the same process.
+OUT_OF_TIME, DEVICE_LOST = 3, 4
 
 
 @dataclass(frozen=True)
@@ -86,15 +101,18 @@ class Part:
 
 
 def checks(part: Part) -> None:
-    dtypes = (torch.bfloat16, torch.float32)
-    for check in operator_checks(RECIPES if has_gpu() else ["quickstart"], dtypes):
-        part.add(check)
-    for dtype in dtypes:
-        part.add(model_check(dtype))
     config = recipe_config("llama-100m")
     # Two micro-batches are enough to accumulate.
     tokens = 2 * config.training.batch_size * config.model.max_seq_len
-    for check in step_checks(workload(config, tokens)):
+    try:
+        for check in step_checks(workload(config, tokens)):
+            part.add(check)
+    except Exception as error:  # Whatever is wrong with the trainer, the operators are checked.
+        part.add(Check("an update of the trainer", False, f"{type(error).__name__}: {error}"))
+    dtypes = (torch.bfloat16, torch.float32)
+    for dtype in dtypes:
+        part.add(model_check(dtype))
+    for check in operator_checks(RECIPES if has_gpu() else ["quickstart"], dtypes):
         part.add(check)
 
 
@@ -112,7 +130,7 @@ def training(part: Part, recipe: str) -> None:
             config,
             recipe if has_gpu() else f"{recipe}, shrunk",
             CONTENDERS[recipe],
-            seconds=10.0 if has_gpu() else 1.0,
+            seconds=STEADY_SECONDS,
             batch_size=config.training.batch_size,
             tokens_per_update=config.training.tokens_per_update,
             deadline=part.deadline,
@@ -124,19 +142,28 @@ def training(part: Part, recipe: str) -> None:
 
 def kernels(part: Part) -> None:
     floors = Floors.of([ceiling for _, ceiling in read(part.folder, Ceiling)])
-    # Ours first, then plain PyTorch, then who is installed: the last are cut off first. Where
-    # forward and backward compare, both together say nothing more.
-    first = ("fastllama", "fastllama in place", "eager", "compiled")
-    order = {name: place for place, name in enumerate(first)}
+    # Ours first, then plain PyTorch, then who is installed; last what takes a compilation a cell.
+    # Where forward and backward compare, both together say nothing more.
+    order = {"fastllama": 0, "fastllama in place": 1, "eager": 2, "compiled": 4}
     in_one = ("cross_entropy", "linear_cross_entropy")
     todo = [
         cell
         for cell in cells(RECIPES, [torch.bfloat16])
         if cell.phase != "both" or cell.benchmark.operator in in_one
     ]
-    for cell in sorted(todo, key=lambda cell: order.get(cell.provider.name, len(first))):
+    done = {
+        (kernel.operator, kernel.recipe, kernel.phase, kernel.provider)
+        for _, kernel in read(part.folder, KernelTime)
+    }
+    for cell in sorted(todo, key=lambda cell: order.get(cell.provider.name, 3)):
+        key = (cell.benchmark.operator, cell.recipe, cell.phase, cell.provider.name)
+        if key in done:
+            continue
         with contextlib.suppress(ImportError):  # Not installed.
-            part.add(measure(cell, default_device(), floors))
+            kernel = measure(cell, default_device(), floors)
+            part.add(kernel)
+            if kernel.failure and not device_is_well():
+                sys.exit(DEVICE_LOST)
 
 
 def profile(part: Part) -> None:
@@ -147,44 +174,82 @@ def profile(part: Part) -> None:
         config = with_synthetic_data(workload(config, tokens), Path(data) / "data")
         with trainer_step(config) as (step, world):
             step()
-            launches, wall, table = profile_updates(step, N_PROFILED, world.device)
-    (part.folder / "profile.txt").write_text(table)
+            launches, wall = profile_updates(step, N_PROFILED, world.device)
     allowed = None if rates is None else bound(config.model, tokens, rates)
     name = recipe if has_gpu() else f"{recipe}, shrunk"
+    (part.folder / "profile.txt").write_text(listing(launches, N_PROFILED))
     for share in profile_shares(name, launches, wall, N_PROFILED, allowed, tokens):
         part.add(share)
 
 
 def tests(part: Part) -> None:
-    name, output = "tests of the kernels", part.folder / "tests.txt"
     if importlib.util.find_spec("pytest") is None:
-        part.add(Check(name, False, "not run: pytest is not installed"))
+        part.add(Check("tests of the kernels", False, "not run: pytest is not installed"))
         return
-    # What only a GPU can show comes first. A rehearsal runs one file: `make test` has the rest.
-    files = ["test_on_gpu.py", "test_model_parity.py", "."] if has_gpu() else ["test_swiglu.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += [str(ROOT / "tests" / "kernels" / file) for file in files]
-    left = max(1.0, part.deadline - time.time())
+    if not has_gpu():
+        # `make test` has the rest.
+        part.add(run_tests(part, "tests of the kernels", ["test_swiglu.py"], [], part.deadline))
+        return
+    # The widest last: attention by every backend.
+    order = {"test_on_gpu.py": -1, "test_attention_backends.py": 1}
+    files = sorted(file.name for file in KERNEL_TESTS.glob("test_*.py"))
+    files.sort(key=lambda file: order.get(file, 0))
+    half = (time.time() + part.deadline) / 2
+    # One at a time: those with offsets beyond 2^31 take tens of gigabytes each.
+    part.add(run_tests(part, "tests only a GPU can run", files, ["-m", "gpu"], half))
+    files = [file for file in files if file not in TESTS_OF_NO_GPU]
+    options = ["-m", "not gpu"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", "8", "--dist", "worksteal"]
+    part.add(run_tests(part, "tests of the kernels", files, options, part.deadline))
+
+
+def run_tests(
+    part: Part, name: str, files: Sequence[str], options: Sequence[str], deadline: float
+) -> Check:
+    """Run files of tests in their order; what failed until the deadline is in the output."""
+    output = part.folder / f"{name.replace(' ', '-')}.txt"
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command += [*options, *(str(KERNEL_TESTS / file) for file in files)]
     with output.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=left, check=False
-            ).returncode
+            code: int | None = process.wait(timeout=max(1.0, deadline - time.time()))
         except subprocess.TimeoutExpired:
+            # As Ctrl-C: pytest tells of what has failed so far.
+            process.send_signal(signal.SIGINT)
             code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE / 2)
+        process.kill()
     last = output.read_text().strip().splitlines()[-1:]
     detail = " ".join(["cut off:"] * (code is None) + last)
-    part.add(Check(name, code == 0, f"{detail}, see {output.name}"))
+    return Check(name, code == 0, f"{detail}, see {output.name}")
+
+
+def device_is_well() -> bool:
+    """Whether what failed left the device, and PyTorch's way of capturing graphs, in order."""
+    if not has_gpu():
+        return True
+    try:
+        torch.cuda.synchronize()
+        x = torch.zeros(1, device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.add_(1)
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
-    "checks": (checks, 60),
-    "ceilings": (ceilings, 45),
-    "train-1b": (partial(training, recipe="llama-1b"), 170),
-    "kernels": (kernels, 100),
+    "checks": (checks, 80),
+    "ceilings": (ceilings, 40),
+    "train-1b": (partial(training, recipe="llama-1b"), 160),
+    "profile": (profile, 40),
+    "kernels": (kernels, 80),
     "train-100m": (partial(training, recipe="llama-100m"), 80),
-    "profile": (profile, 45),
-    "tests": (tests, 50),
+    "tests": (tests, 60),
 }
 """What runs, and the seconds it asks for of nine minutes."""
 
@@ -213,11 +278,21 @@ def run_suite(names: list[str], folder: Path, minutes: float, console: Console) 
         wanted = [PARTS[other][1] for other in names[number:]]
         share = left * wanted[0] / sum(wanted)
         started = time.time()
-        failure = spawn_part(name, folder, started + share, started + share + GRACE)
+        failure = run_part(name, folder, started + share)
         seconds = time.time() - started
         console.print(f"{name}: {seconds:.0f} s of {share:.0f}" + (failure and f", {failure}"))
         append(folder, conditions, [Check(f"part {name}", not failure, failure)])
     return all(check.passed for _, check in read(folder, Check))
+
+
+def run_part(name: str, folder: Path, deadline: float) -> str:
+    """Run a part, anew as long as it lost the device but measured; what went wrong, or nothing."""
+    while True:
+        before = len(list(read(folder, KernelTime)))
+        failure = spawn_part(name, folder, deadline, deadline + GRACE)
+        gained = len(list(read(folder, KernelTime))) - before
+        if not failure.startswith(f"exit {DEVICE_LOST}") or not gained or time.time() > deadline:
+            return failure
 
 
 def spawn_part(name: str, folder: Path, deadline: float, limit: float) -> str:

@@ -33,20 +33,14 @@ from benchmarks.training.row import assumed_rates, baseline, parity, training_ru
 from benchmarks.training.workload import rehearsal, with_synthetic_data, workload
 from fastllama.config import Config, load_recipe, validate
 from fastllama.data.dataset import open_dataset
-from fastllama.estimate import (
-    Rates,
-)
+from fastllama.estimate import Rates
 
 ROOT = Path(__file__).parents[1]
-
-
 GPU_RECIPES = [ROOT / "configs" / "llama-1b.toml", ROOT / "configs" / "llama-100m.toml"]
-
-
 REHEARSED_RECIPES = [ROOT / "configs" / "quickstart.toml"]
-
-
 REHEARSAL_TITLE = "CPU rehearsal: shows that the measuring works, says nothing of speed"
+WHOLE_MODEL_WEIGHT = 1.5
+"""Share of the time of one that compiles a whole model, where another has a share of 1."""
 
 
 def measure(
@@ -77,7 +71,8 @@ def measure(
             that each contender looks for its best.
         tokens_per_update: of every contender.
         deadline: a moment of `time.time()` by which all are done; what is left until then is
-            divided among those still to run, and one that needs longer is stopped.
+            divided among those still to run. One that has measured an update hands back what it
+            has in time; one that has not is stopped.
         rates: of the device, for the bound.
         folder: an empty one, for what the children read and write.
         finished: called with each row as soon as it is there.
@@ -97,19 +92,24 @@ def measure(
         open_dataset(config)
     runs: list[TrainingRun] = []
     in_order = [name for name in CONTENDERS if name in contenders]
-    for n_left, name in zip(range(len(in_order), 0, -1), in_order, strict=True):
+    for number, name in enumerate(in_order):
         own_deadline = None
         if deadline is not None:
             left = deadline - time.time()
             if left <= 0:
                 break
-            own_deadline = time.time() + left / n_left
+            weights = [_weight(other) for other in in_order[number:]]
+            own_deadline = time.time() + left * weights[0] / sum(weights)
         child = Child(name, folder, seconds, own_deadline)
         size, outcome = child.train(config, search=batch_size is None)
         run = training_run(name, recipe, with_batch_size(config, size), outcome, rates)
         runs.append(replace(run, parity=parity(run, baseline(runs))))
         finished(runs[-1])
     return runs
+
+
+def _weight(contender: str) -> float:
+    return WHOLE_MODEL_WEIGHT if CONTENDERS[contender].compiles else 1.0
 
 
 def obstacle(contender: str) -> str | None:

@@ -16,28 +16,16 @@ from benchmarks.training.workload import workload
 from fastllama.config import Config
 
 ROOT = Path(__file__).parents[2]
-
-
 WARM_UPS, LEAST_UPDATES = 2, 3
-
-
 TRY_WARM_UPS, TRY_UPDATES = 1, 2
-
-
 TRY_FRACTION = 8
-
-
 """An update of a try is this part of a real one."""
-
 GAIN = 1.01
-
-
 """A larger micro-batch has to be this much faster to be worth its memory."""
-
 CHILD_SECONDS = 1200.0
-
-
 """Beyond what it measures, a child may take this long to import, compile and end."""
+END_SECONDS = 8.0
+"""Of a deadline, what a child needs to write what it measured and to end."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +75,7 @@ class Child:
             seconds=seconds,
             spawned_at=time.time(),
             plain_operators=list(self.plain_operators),
+            deadline=None if self.deadline is None else self.deadline - END_SECONDS,
         )
         timeout = CHILD_SECONDS + seconds
         if self.deadline is not None:

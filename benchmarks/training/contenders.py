@@ -41,8 +41,6 @@ class Contender:
 
 
 _TRANSFORMERS = {"transformers": "transformers"}
-
-
 CONTENDERS = {
     "reference-eager": Contender(lambda job: train_reference(job, compiled=False)),
     "reference-compiled": Contender(lambda job: train_reference(job, compiled=True), compiles=True),
@@ -59,8 +57,6 @@ CONTENDERS = {
     "torchtitan": Contender(train_torchtitan, {"torchtitan": "torchtitan"}),
     "tutorial": Contender(train_tutorial, compiles=True),
 }
-
-
 """In the order they run: first those whose losses the others are held to."""
 
 

@@ -31,6 +31,8 @@ class Spec:
     """When the parent started the process, `time.time()`."""
     plain_operators: list[str] = field(default_factory=list)
     """Fields of `Operators` that fastllama is to take from REFERENCE."""
+    deadline: float | None = None
+    """A moment of `time.time()`, towards which one timed update is enough."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Pace:
         self.seconds_to_first_update: float | None = None
         self.monitor = GpuMonitor()
         self._spec, self._held = spec, held
-        self._n_updates, self._begin = 0, 0.0
+        self._n_updates, self._begin, self._last = 0, 0.0, 0.0
 
     def enough(self) -> bool:
         """Count an update that is done, or that the device was handed."""
@@ -81,8 +83,14 @@ class Pace:
         if self._n_updates == self._spec.warm_ups:
             self._held.enter_context(self.monitor)
             self._begin = time.perf_counter()
+        last, self._last = self._last, time.perf_counter()
+        n_timed = self._n_updates - self._spec.warm_ups
+        # fastllama hears of the stop an update or two later.
+        end = time.time() + 2 * (self._last - last)
+        if n_timed >= 1 and self._spec.deadline is not None and end > self._spec.deadline:
+            return True
         return (
-            self._n_updates >= self._spec.warm_ups + self._spec.least_updates
+            n_timed >= self._spec.least_updates
             and time.perf_counter() - self._begin >= self._spec.seconds
         )
 

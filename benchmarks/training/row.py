@@ -20,18 +20,13 @@ from fastllama.estimate import (
 )
 
 PARITY_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
-
-
 """Relative, between losses of two contenders.
 
 A value in bfloat16 is off by up to 2^-9, but a loss is the mean over all tokens of an update, where
 such errors mostly cancel: four contenders of the rehearsal's shape, in bfloat16 on a CPU, stay
 within 1.3e-4 for 13 updates. Room is left for larger models, and float32 is where a test is sharp.
 """
-
 COMPARED_UPDATES = 20
-
-
 """Beyond these, rounding alone can take two runs apart."""
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from benchmarks import ceilings
-from benchmarks.ceilings import gemm_ceilings, measured_rates
+from benchmarks.ceilings import attention_ceilings, gemm_ceilings, measured_rates
 from benchmarks.results import Ceiling, Spread
 from benchmarks.timing import Call, Timer
 from fastllama.config import ModelConfig
 from fastllama.estimate import matmul_parameters
+from fastllama_kernels import REFERENCE
+from fastllama_kernels.attention_backends import Attention, Backend
 
 
 class OneSecond(Timer):
@@ -46,6 +48,26 @@ def test_rates_are_the_best_of_each_in_bfloat16() -> None:
     assert (rates.matmul, rates.bandwidth) == (7.0, 4.0)
     assert rates.attention == {64: {1024: (3.0, 1.0)}}
     assert rates.source == "measured in the same run"
+
+
+def test_a_backend_that_fails_is_passed_over_with_both_of_its_phases(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_backward(name: str) -> Attention:
+        def operator(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return REFERENCE.attention(q, k, v).detach().requires_grad_()
+
+        return operator if name == "b" else REFERENCE.attention
+
+    backends = [Backend(name, lambda shape: None, lambda: REFERENCE.attention) for name in "abc"]
+    monkeypatch.setattr(ceilings, "BACKENDS", backends)
+    monkeypatch.setattr(ceilings, "attention_operator", no_backward)
+    found = list(attention_ceilings(OneSecond(), torch.device("cpu"), 64, 8))
+    phases = ["attention forward", "attention backward"]
+    assert [(one.provider, one.name) for one in found] == [
+        (provider, name) for provider in "ac" for name in phases
+    ]
+    assert "no attention by b, head_dim 64, T 8: RuntimeError" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["copy", "matmul", "attention forward", "attention backward"])

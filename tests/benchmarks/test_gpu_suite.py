@@ -1,5 +1,6 @@
 """The suite keeps what it measured, whatever becomes of a part; rehearsed on a CPU."""
 
+import math
 import subprocess
 import sys
 import time
@@ -7,12 +8,22 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from benchmarks import gpu_suite
 from benchmarks.conditions import current_conditions
-from benchmarks.gpu_suite import PARTS, run_suite, spawn_part
-from benchmarks.results import Ceiling, Check, KernelTime, append, read
+from benchmarks.gpu_suite import (
+    DEVICE_LOST,
+    PARTS,
+    Part,
+    run_part,
+    run_suite,
+    run_tests,
+    spawn_part,
+)
+from benchmarks.operators.measure import Cell, cells
+from benchmarks.results import Ceiling, Check, KernelTime, Spread, append, read
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_suite.py"
 
@@ -57,12 +68,95 @@ def test_every_part_gets_its_share_of_what_is_left(
     # Nothing was used, so each part could have had all that the ones before it left.
     assert list(shares) == list(PARTS)
     assert shares["checks"] == pytest.approx(
-        530 * 60 / sum(weight for _, weight in PARTS.values()), rel=0.02
+        530 * PARTS["checks"][1] / sum(weight for _, weight in PARTS.values()), rel=0.02
     )
     assert shares["tests"] == pytest.approx(530, rel=0.02)
     assert "checks: 0 s" in shown.getvalue()
     failed = [check.name for _, check in read(tmp_path, Check) if not check.passed]
     assert failed == ["part checks"]
+
+
+def a_kernel(cell: Cell, failure: str = "") -> KernelTime:
+    return KernelTime(
+        operator=cell.benchmark.operator,
+        phase=cell.phase,
+        recipe=cell.recipe,
+        shape=cell.shape,
+        dtype="float32",
+        provider=cell.provider.name,
+        timer="graph",
+        device_s=None if failure else Spread(1.0, 1.0, 1.0, 1),
+        host_s=None,
+        peak_bytes=None,
+        error=None,
+        bytes=1.0,
+        flops=0.0,
+        floor_s=1.0,
+        failure=failure,
+    )
+
+
+def test_kernels_go_on_in_a_new_process_where_one_took_the_device_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conditions = current_conditions()
+    for name, dtype in (("copy", "uint8"), ("matmul", "bfloat16"), ("matmul", "float32")):
+        rate = Spread(1.0, 1.0, 1.0, 1)
+        append(tmp_path, conditions, [Ceiling(name, "pytorch", {}, dtype, rate)])
+    measured: list[str] = []
+
+    def measure(cell: Cell, device: object, floors: object) -> KernelTime:
+        measured.append(str(cell))
+        # The second cell breaks, and the fourth takes the device along.
+        return a_kernel(cell, "broken" if len(measured) in (2, 4) else "")
+
+    monkeypatch.setattr(gpu_suite, "measure", measure)
+    monkeypatch.setattr(gpu_suite, "device_is_well", lambda: len(measured) != 4)
+    part = Part(tmp_path, time.time() + 60, conditions)
+    with pytest.raises(SystemExit) as stopped:
+        gpu_suite.kernels(part)
+    assert stopped.value.code == DEVICE_LOST
+    assert len(measured) == 4
+    gpu_suite.kernels(part)
+    # Each once, and ours first.
+    assert len(measured) == len(set(measured)) == len(list(read(tmp_path, KernelTime)))
+    ours = [cell.endswith("-fastllama") for cell in measured]
+    assert ours == sorted(ours, reverse=True)
+
+
+def test_a_part_runs_anew_as_long_as_that_brings_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_cell = next(cells(["quickstart"], [torch.float32]))
+    n_runs = 0
+
+    def spawn(name: str, folder: Path, deadline: float, limit: float) -> str:
+        nonlocal n_runs
+        n_runs += 1
+        if n_runs < 3:
+            append(folder, current_conditions(), [a_kernel(some_cell, "broken")])
+        return f"exit {DEVICE_LOST}: illegal memory access"
+
+    monkeypatch.setattr(gpu_suite, "spawn_part", spawn)
+    assert "illegal memory access" in run_part("kernels", tmp_path, time.time() + 60)
+    assert n_runs == 3
+    monkeypatch.setattr(gpu_suite, "spawn_part", lambda *arguments: "exit 1: KeyError")
+    assert run_part("kernels", tmp_path, time.time() + 60) == "exit 1: KeyError"
+
+
+def test_tests_that_are_cut_off_tell_what_failed_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "test_wrong.py").write_text("def test_wrong():\n    assert 1 == 2\n")
+    (tmp_path / "test_long.py").write_text("import time\ndef test_long():\n    time.sleep(600)\n")
+    monkeypatch.setattr(gpu_suite, "KERNEL_TESTS", tmp_path)
+    part = Part(tmp_path, math.inf, current_conditions())
+    files = ["test_wrong.py", "test_long.py"]
+    check = run_tests(part, "some tests", files, [], time.time() + 8)
+    assert not check.passed
+    assert check.detail.startswith("cut off:")
+    assert "assert 1 == 2" in (tmp_path / "some-tests.txt").read_text()
+    assert run_tests(part, "no tests", ["test_wrong.py"], ["-k", "right"], math.inf).passed is False
 
 
 def test_no_time_left_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from benchmarks.step_profile import (
     Launch,
     bound_by_class,
     busy_seconds,
+    listing,
     operator_class,
     profile_shares,
 )
@@ -35,7 +36,14 @@ from fastllama.estimate import ASSUMED_RATES, bound
         ),
         ("Memcpy DtoD (Device -> Device)", "copy"),
         ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", "communication"),
-        ("void at::native::elementwise_kernel<128, 4>(int, ...)", "other"),
+        ("void at::native::elementwise_kernel<128, 4>(int, ...)", "elementwise"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, __nv_bfloat16>", "attention"),
+        ("void at::native::vectorized_gather_kernel<16, long>(char*, char*, long*)", "embedding"),
+        ("void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<...>", "embedding"),
+        ("void at::native::detail::chunk_cat_cuda_kernel<float, float>", "copy"),
+        ("triton_poi_fused_add_0", "elementwise"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "elementwise"),
+        ("_a_kernel_nobody_knows", "other"),
         ("aten::mm", "matmul"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
     ],
@@ -60,6 +68,17 @@ def test_shares_are_of_the_wall_time_of_an_update() -> None:
     found = {row.operator_class: (row.seconds, row.share, row.calls) for row in rows}
     assert found == {"matmul": (2.0, 0.4, 0), "rope": (1.0, 0.2, 1), "idle": (2.0, 0.4, 0)}
     assert [row.seconds for row in rows] == sorted((row.seconds for row in rows), reverse=True)
+
+
+def test_the_listing_tells_kernels_with_their_class_the_longest_first() -> None:
+    launches = [
+        Launch("_rope_", 0.0, 1e-3),
+        Launch("aten::mm", 1e-3, 5e-3),
+        Launch("_rope_", 5e-3, 6e-3),
+    ]
+    _, first, second = listing(launches, n_updates=2).splitlines()
+    assert first.split() == ["2.000", "0", "matmul", "aten::mm"]
+    assert second.split() == ["1.000", "1", "rope", "_rope_"]
 
 
 def test_bound_of_the_classes_adds_up_to_the_bound() -> None:

@@ -314,6 +314,22 @@ def test_void_and_failed_rows_get_no_ratio() -> None:
     assert throughput.ratios([replace(runs[0], parity="no"), *runs[1:]]) == []
 
 
+def test_towards_the_deadline_one_timed_update_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    asked = replace(specification("fastllama", tiny()), warm_ups=2, least_updates=50)
+    early, late = (
+        Pace(replace(asked, deadline=deadline), ExitStack()) for deadline in (None, 117.0)
+    )
+    answers = []
+    for _ in range(4):
+        now += 5.0
+        answers.append((early.enough(), late.enough()))
+    # The third update is the first one timed: two more like it would end at 125.
+    assert answers == [(False, False), (False, False), (False, True), (False, True)]
+
+
 def test_rows_come_as_they_end_and_none_starts_after_the_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,8 +356,8 @@ def test_rows_come_as_they_end_and_none_starts_after_the_deadline(
         finished=finished.append,
     )
     assert started == ["reference-eager", "fastllama"]
-    # Each may take an equal part of what those before it have left.
-    assert timeouts == pytest.approx([1000 / 3, 1000 / 2], rel=0.01)
+    # Each may take its part of what those before it have left; who compiles it all, a larger one.
+    assert timeouts == pytest.approx([1000 / 3.5, 1000 / 2.5], rel=0.01)
     assert [verdict(run) for run in runs] == ["valid", "void"]
     assert finished == runs
 

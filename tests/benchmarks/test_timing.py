@@ -82,7 +82,7 @@ def test_host_seconds_include_the_call() -> None:
 
 @pytest.mark.gpu
 def test_what_a_call_leaves_to_be_written_back_is_charged_to_it() -> None:
-    """Half of a cache of results: written into the cache alone, it would be several times as fast."""
+    """Half of a cache of results; written into the cache alone, they would be much faster."""
     device = torch.device("cuda")
     timer = make_timer(device)
     n_bytes = torch.cuda.get_device_properties(device).L2_cache_size // 2
