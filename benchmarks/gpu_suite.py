@@ -61,9 +61,8 @@ from fastllama.estimate import Rates, bound
 ROOT = Path(__file__).parents[1]
 KERNEL_TESTS = ROOT / "tests" / "kernels"
 RECIPES = ("llama-1b", "llama-100m")
-# Halved where they do not fit. Updates of the 1B are a quarter of the recipe's: as many of them as
-# tell a median have to fit into the time.
-BATCH_SIZES = {"llama-1b": 16, "llama-100m": 64}
+# Updates of the 1B are a quarter of the recipe's: as many of them as tell a median have to fit into
+# the time.
 TOKENS_PER_UPDATE = {"llama-1b": 2**17, "llama-100m": 2**19}
 CONTENDERS = {
     "llama-1b": ("fastllama", "reference-compiled"),
@@ -255,13 +254,11 @@ PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
 
 
 def recipe_config(name: str) -> Config:
-    """A recipe with the micro-batch the suite runs it with; a toy of it in a rehearsal."""
+    """A recipe with the updates the suite runs it with; a toy of it in a rehearsal."""
     config = load_recipe(CONFIGS / f"{name}.toml")
     if not has_gpu():
         return rehearsal(config)
-    training = replace(
-        config.training, batch_size=BATCH_SIZES[name], tokens_per_update=TOKENS_PER_UPDATE[name]
-    )
+    training = replace(config.training, tokens_per_update=TOKENS_PER_UPDATE[name])
     return replace(config, training=training)
 
 
