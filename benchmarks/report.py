@@ -25,6 +25,7 @@ from benchmarks.reporting.plots import figures
 from benchmarks.reporting.result_set import OURS, REHEARSAL, ResultSet, set_letter, undated
 from benchmarks.reporting.text import table
 from benchmarks.reporting.training import ablations_section, profile_section, training_section
+from benchmarks.reporting.tuning import tuning_section
 from benchmarks.results import FILES, RESULTS, Conditions
 from fastllama.atomic import write_atomic
 
@@ -47,6 +48,7 @@ def markdown(results: ResultSet, plots: Sequence[str]) -> str:
         ceilings_section(results),
         kernels_section(results),
         furthest_section(results),
+        tuning_section(results),
         training_section(results),
         ablations_section(results),
         profile_section(results),

@@ -25,6 +25,7 @@ from benchmarks.conditions import current_conditions, default_device, has_gpu, r
 from benchmarks.operators.case import Work
 from benchmarks.operators.measure import CONFIGS, N_INPUTS, N_TOKENS, RECIPES
 from benchmarks.operators.pinned import DTYPE, PINNED, LaunchConfig, Pinned
+from benchmarks.reporting.tuning import HEADINGS, cells, is_faster, verdict
 from benchmarks.results import RESULTS, Spread, Tuning, append
 from benchmarks.throughput import REHEARSAL_TITLE, open_console
 from benchmarks.timing import SECONDS, Timer, make_timer, side_by_side
@@ -43,8 +44,6 @@ LIMITS = {
 """Of the parameters that are searched; what else a configuration holds follows from the shape."""
 ONE_BY_ONE = ("NUM_STAGES", "programs_per_multiprocessor")
 """Parameters that need not be powers of two."""
-LEAST_GAIN = 0.01
-"""A configuration is not changed for less."""
 
 Measure = Callable[[Sequence[LaunchConfig]], list[Spread | None]]
 """Device seconds of each configuration, None where it does not work."""
@@ -72,11 +71,6 @@ def neighbours(config: LaunchConfig) -> Iterator[LaunchConfig]:
 def _allowed(name: str, value: int) -> bool:
     least, most = LIMITS[name]
     return least <= value <= most
-
-
-def is_faster(new: Spread, old: Spread) -> bool:
-    """By more than `LEAST_GAIN`, and with the middle halves of the samples apart."""
-    return new.median < (1 - LEAST_GAIN) * old.median and new.high < old.low
 
 
 def climb(start: LaunchConfig, measure: Measure) -> LaunchConfig:
@@ -208,20 +202,6 @@ class Search:
         return ""
 
 
-def verdict(was: Tuning, found: Tuning) -> str:
-    """What to do with what was found."""
-    if was.device_s is None or found.device_s is None:
-        return f"the pinned one fails: {was.failure}"
-    if found.config == was.config:
-        return "keep"
-    return "pin" if is_faster(found.device_s, was.device_s) else "keep: no gain when measured again"
-
-
-def options_text(config: LaunchConfig) -> str:
-    """`BLOCK 2048, num_warps 8`."""
-    return ", ".join(f"{name} {value}" for name, value in config.items())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -265,9 +245,8 @@ def search_all(
     folder = out or RESULTS / results_name(conditions)
     timer = make_timer(device)
     table = Table(title=conditions.device if has_gpu() else REHEARSAL_TITLE)
-    for heading in ("configuration", "recipe", "pinned", "us", "of floor", "found", "us", "gain"):
+    for heading in HEADINGS:
         table.add_column(heading)
-    table.add_column("verdict")
     searches = [(pinned, recipe) for recipe in recipes for pinned in chosen]
     with timer.on_stream():
         copied = copy_ceiling(timer, device)
@@ -291,27 +270,9 @@ def search_all(
                 lambda row: append(folder, conditions, [row]),
             )
             was, found = search.run(now + (end - now) / (len(searches) - number))
-            table.add_row(*_cells(was, found))
+            table.add_row(*cells(was, found))
             console.print(f"{pinned.name}, {recipe}: {verdict(was, found)}", highlight=False)
     console.print(table)
-
-
-def _cells(was: Tuning, found: Tuning) -> list[str]:
-    if was.device_s is None or found.device_s is None:
-        return [was.name, was.recipe, options_text(was.config), *[""] * 5, verdict(was, found)]
-    changes = {name: value for name, value in found.config.items() if value != was.config[name]}
-    before, after = was.device_s.median, found.device_s.median
-    return [
-        was.name,
-        was.recipe,
-        options_text(was.config),
-        f"{before * 1e6:.1f}",
-        f"{was.floor_s / before:.0%}",
-        options_text(changes),
-        f"{after * 1e6:.1f}",
-        f"{before / after - 1:+.1%}",
-        verdict(was, found),
-    ]
 
 
 if __name__ == "__main__":

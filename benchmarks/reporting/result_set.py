@@ -13,6 +13,7 @@ from benchmarks.results import (
     KernelTime,
     ProfileShare,
     TrainingRun,
+    Tuning,
     read,
 )
 
@@ -30,6 +31,7 @@ class ResultSet:
     kernels: list[tuple[Conditions, KernelTime]]
     training: list[tuple[Conditions, TrainingRun]]
     profile: list[tuple[Conditions, ProfileShare]]
+    tuning: list[tuple[Conditions, Tuning]]
 
     @classmethod
     def load(cls, folder: Path) -> "ResultSet":
@@ -45,6 +47,7 @@ class ResultSet:
             kernels=list(read(folder, KernelTime)),
             training=list(read(folder, TrainingRun)),
             profile=list(read(folder, ProfileShare)),
+            tuning=list(read(folder, Tuning)),
         )
         if not results.measured_under:
             raise ValueError(
@@ -55,7 +58,14 @@ class ResultSet:
     @cached_property
     def measured_under(self) -> list[Conditions]:
         """Conditions of every record."""
-        kinds = (self.ceilings, self.checks, self.kernels, self.training, self.profile)
+        kinds = (
+            self.ceilings,
+            self.checks,
+            self.kernels,
+            self.training,
+            self.profile,
+            self.tuning,
+        )
         return [conditions for records in kinds for conditions, _ in records]
 
     @cached_property

@@ -17,6 +17,7 @@ from benchmarks.results import (
     ProfileShare,
     Spread,
     TrainingRun,
+    Tuning,
     append,
     read,
 )
@@ -68,6 +69,12 @@ RECORDS: dict[type, list[Any]] = {
     KernelTime: [TIMED, FAILED],
     TrainingRun: [RUN],
     ProfileShare: [ProfileShare("llama-1b", "idle", 0.1, 0.05, 3, None)],
+    Tuning: [
+        Tuning("rope", "llama-1b", 2**14, "bfloat16", {"num_warps": 8}, "tried", SPREAD, 1e-5),
+        Tuning(
+            "rope", "llama-1b", 8, "bfloat16", {"num_warps": 64}, "tried", None, 1.0, "too many"
+        ),
+    ],
 }
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import tune
+from benchmarks.conditions import current_conditions
 from benchmarks.operators.case import Work
 from benchmarks.operators.measure import N_TOKENS
 from benchmarks.operators.pinned import PINNED, LaunchConfig, Pinned
-from benchmarks.results import Spread, Tuning, read
+from benchmarks.reporting.result_set import ResultSet
+from benchmarks.reporting.tuning import is_faster, tuning_section, verdict
+from benchmarks.results import Spread, Tuning, append, read
 from benchmarks.timing import make_timer
-from benchmarks.tune import LIMITS, Search, climb, is_faster, neighbours, search_all, verdict
+from benchmarks.tune import LIMITS, Search, climb, neighbours, search_all
 from fastllama.config import ModelConfig
 from tests.compare import DEVICE
 
@@ -167,6 +171,23 @@ def row(seconds: float | None, **config: int) -> Tuning:
 )
 def test_verdict(was: Tuning, found: Tuning, words: str) -> None:
     assert verdict(was, found) == words
+
+
+def test_the_report_has_the_last_search_of_each(tmp_path: Path) -> None:
+    before, after = steady(20e-6), steady(10e-6)
+    pinned = replace(row(1.0, BLOCK=1024, num_warps=4), device_s=before, floor_s=9e-6)
+    tried = replace(row(1.0, BLOCK=512, num_warps=4), role="tried")
+    found = replace(row(1.0, BLOCK=2048, num_warps=4), role="found", device_s=after)
+    kept = replace(pinned, name="rope", config={"num_warps": 8})
+    again = replace(pinned, recipe="small", floor_s=20e-6)
+    append(tmp_path, current_conditions(), [pinned, tried, pinned, found, kept, again])
+    *_, first, second, third = tuning_section(ResultSet.load(tmp_path)).splitlines()
+    options = "BLOCK 1,024, num_warps 4"
+    assert first == (
+        f"| swiglu | tiny | {options} | BLOCK 2,048 | pin | 20.0 | 45% | 10.0 | +100.0% |"
+    )
+    assert second == "| rope | tiny | num_warps 8 |  | keep | 20.0 | 45% | 20.0 | +0.0% |"
+    assert third == f"| swiglu | small | {options} |  | keep | 20.0 | 100% | 20.0 | +0.0% |"
 
 
 def test_without_time_the_pinned_one_is_measured_all_the_same(

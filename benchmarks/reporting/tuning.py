@@ -1,0 +1,71 @@
+"""What the search for configurations found."""
+
+from benchmarks.reporting.result_set import ResultSet, undated
+from benchmarks.reporting.text import number, table
+from benchmarks.results import Conditions, Spread, Tuning
+
+HEADINGS = (
+    "configuration",
+    "recipe",
+    "pinned",
+    "found",
+    "verdict",
+    "pinned µs",
+    "of floor",
+    "found µs",
+    "gain",
+)
+LEAST_GAIN = 0.01
+"""A configuration is not changed for less."""
+
+
+def is_faster(new: Spread, old: Spread) -> bool:
+    """By more than `LEAST_GAIN`, and with the middle halves of the samples apart."""
+    return new.median < (1 - LEAST_GAIN) * old.median and new.high < old.low
+
+
+def verdict(was: Tuning, found: Tuning) -> str:
+    """What to do with what was found."""
+    if was.device_s is None or found.device_s is None:
+        return f"the pinned one fails: {was.failure}"
+    if found.config == was.config:
+        return "keep"
+    return "pin" if is_faster(found.device_s, was.device_s) else "keep: no gain when measured again"
+
+
+def cells(was: Tuning, found: Tuning) -> tuple[str, ...]:
+    """One row under HEADINGS."""
+    changed = {name: value for name, value in found.config.items() if value != was.config[name]}
+    times = [""] * 4
+    if was.device_s is not None and found.device_s is not None:
+        before, after = was.device_s.median, found.device_s.median
+        times = [
+            number(before * 1e6),
+            f"{was.floor_s / before:.0%}",
+            number(after * 1e6),
+            f"{before / after - 1:+.1%}",
+        ]
+    options = (_options(config) for config in (was.config, changed))
+    return (was.name, was.recipe, *options, verdict(was, found), *times)
+
+
+def _options(config: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value:,}" for name, value in config.items())
+
+
+def tuning_section(results: ResultSet) -> str:
+    """A row for each configuration that was searched for, by its last search."""
+    searched: dict[tuple[Conditions, str, str], tuple[Conditions, Tuning, Tuning]] = {}
+    for conditions, row in results.tuning:
+        key = (undated(conditions), row.name, row.recipe)
+        if row.role == "pinned":
+            searched[key] = (conditions, row, row)
+        elif row.role == "found":
+            searched[key] = (conditions, searched[key][1], row)
+    if not searched:
+        return ""
+    rows = []
+    for conditions, was, found in searched.values():
+        name, *others = cells(was, found)
+        rows.append((name + results.mark(conditions), *others))
+    return "## Configurations\n\n" + table(HEADINGS, rows, n_text=5)
