@@ -31,6 +31,9 @@ class _Slot:
         self.device = torch.empty_like(self.host, device=device) if on_cuda else self.host
         self.copied = torch.cuda.Event() if on_cuda else None
         self.used = torch.cuda.Event() if on_cuda else None
+        if self.used is not None:
+            # The memory may be that of a tensor the stream of the allocation has still to read.
+            self.used.record(torch.cuda.current_stream(device))
 
 
 class BatchLoader:
@@ -60,6 +63,7 @@ class BatchLoader:
         self._first = position + rank * batch_size
         self._stride = batch_size * world_size
         self._device = device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Slot | Exception] = queue.SimpleQueue()
         self._current: _Slot | None = None
@@ -100,11 +104,10 @@ class BatchLoader:
 
     def _read_ahead(self) -> None:
         try:
-            side = None
-            if self._device.type == "cuda":
+            side = self._side
+            if side is not None:
                 # A new thread starts on GPU 0 and would make a context there.
                 torch.cuda.set_device(self._device)
-                side = torch.cuda.Stream(self._device)
             first = self._first
             while (slot := self._free.get()) is not None:
                 if slot.copied is not None:
@@ -132,6 +135,9 @@ class BatchLoader:
         """Stop the reader."""
         self._free.put(None)
         self._thread.join()
+        if self._side is not None:
+            # The allocator knows nothing of copies that are still to come to the buffers.
+            self._side.synchronize()
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,7 @@
 import itertools
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,85 @@ def test_reading_ahead_saves_the_wait(slow_stream: TokenStream) -> None:
         read(loader, 4)
     # The eight reads took 0.16 s.
     assert loader.wait_seconds < 0.08
+
+
+class Stream:
+    """A CUDA stream that remembers what was asked of it."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.calls: list[str] = []
+
+    def wait_event(self, event: "Event") -> None:
+        # CUDA would wait for nothing.
+        assert event.streams, "the event was never recorded"
+        self.calls.append("wait")
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+
+class Event:
+    """A CUDA event that remembers the streams it was recorded on."""
+
+    def __init__(self) -> None:
+        self.streams: list[Stream] = []
+
+    def record(self, stream: Stream) -> None:
+        self.streams.append(stream)
+        stream.calls.append("record")
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Cuda:
+    """A device that is the CPU, with streams and events that keep a record."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.training, self.side = Stream(), Stream()
+        empty, empty_like = torch.empty, torch.empty_like
+        monkeypatch.setattr(
+            torch, "empty", lambda *shape, pin_memory, **rest: empty(*shape, **rest)
+        )
+        monkeypatch.setattr(torch, "empty_like", lambda like, device: empty_like(like))
+        for name, fake in {
+            "Event": Event,
+            "Stream": lambda device: self.side,
+            "current_stream": lambda device: self.training,
+            "set_device": lambda device: None,
+            "stream": lambda stream: nullcontext(),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_the_first_copy_to_a_buffer_waits_for_what_its_memory_was_used_for(
+    stream: TokenStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = Cuda(monkeypatch)
+    with open_loader(stream, device=torch.device("cuda"), depth=3) as loader:
+        assert cuda.training.calls == ["record"] * 3
+        read(loader, 4)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_closing_waits_for_the_copies(
+    stream: TokenStream, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    cuda, reads, read_sequence = Cuda(monkeypatch), itertools.count(), stream.read
+
+    def break_down(index: int, seq_len: int) -> NDArray[np.integer]:
+        if fails and next(reads) == 4:
+            raise OSError("the disk is gone")
+        return read_sequence(index, seq_len)
+
+    monkeypatch.setattr(stream, "read", break_down)
+    with open_loader(stream, device=torch.device("cuda")) as loader:
+        read(loader, 2)
+    assert cuda.side.calls.count("record") >= 2
+    assert cuda.side.calls[-1] == "synchronize"
 
 
 @pytest.mark.parametrize("n_batches", [0, 3])
