@@ -1,7 +1,7 @@
 """Text from a model: one token at a time over a key/value cache."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from fastllama.data.tokenizer import load_tokenizer
 from fastllama.model import KVCache, Llama
 from fastllama.run import RunFolder
 from fastllama_kernels import REFERENCE
+from fastllama_kernels.attention_backends import attention_without_cudnn
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
     if checkpoint is None:
         raise ValueError(f"{path} has no complete checkpoint yet; train on, or wait for the first.")
     with torch.device("meta"):
-        model = Llama(config.model, REFERENCE)
+        # cuDNN would build a plan for every token, as each has another number of keys.
+        model = Llama(config.model, replace(REFERENCE, attention=attention_without_cudnn))
     if device.type == "cuda":
         # Parameters only: the rotary tables stay float32.
         for parameter in model.parameters():

@@ -12,7 +12,8 @@
 SDPA is pinned to one kernel, so a shape it cannot take is an error and not a slower kernel. What
 training does, T == S > 1, runs on the kernels; decoding, T != S or a single token, runs on the
 reference: a choice by shape alone. cuDNN never sees a mask, which it turns into NaN for some
-lengths (https://github.com/pytorch/pytorch/issues/196678).
+lengths (https://github.com/pytorch/pytorch/issues/196678), nor decoding, where it would build a
+plan for every number of keys.
 Source: Dao 2023, https://arxiv.org/abs/2307.08691; Shah et al. 2024,
 https://arxiv.org/abs/2407.08608.
 """
@@ -45,7 +46,7 @@ Dense = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 Packed = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
 
 _FROM_AMPERE = range(8, 100)
-_TAKE_MASKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # PyTorch 2.11 takes grouped heads unasked and has no such argument.
 _GROUPED: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -89,10 +90,24 @@ def reference_attention(
     causal: bool = True,
     cu_seqlens_BD: Tensor | None = None,
 ) -> Tensor:
-    """`attention_reference`, with its masks kept from cuDNN."""
-    if cu_seqlens_BD is None and q_BTHK.shape[1] in (1, k_BSGK.shape[1]):
+    """`attention_reference`, of which cuDNN may serve training without a mask and nothing else."""
+    if cu_seqlens_BD is None and q_BTHK.shape[1] == k_BSGK.shape[1] > 1:
         return attention_reference(q_BTHK, k_BSGK, v_BSGK, causal=causal)
-    with sdpa_kernel(_TAKE_MASKS):
+    return attention_without_cudnn(
+        q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens_BD=cu_seqlens_BD
+    )
+
+
+def attention_without_cudnn(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    *,
+    causal: bool = True,
+    cu_seqlens_BD: Tensor | None = None,
+) -> Tensor:
+    """`attention_reference` on kernels that take masks, and any length without a plan for it."""
+    with sdpa_kernel(_NOT_CUDNN):
         return attention_reference(
             q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens_BD=cu_seqlens_BD
         )
@@ -116,7 +131,7 @@ def fused_attention(dense: Dense, packed: Packed) -> Attention:
     ) -> Tensor:
         batch_size, n_queries = q_BTHK.shape[:2]
         if n_queries != k_BSGK.shape[1] or n_queries == 1:
-            return reference_attention(
+            return attention_without_cudnn(
                 q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens_BD=cu_seqlens_BD
             )
         if cu_seqlens_BD is None:

@@ -1,16 +1,20 @@
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from fastllama.cli import main
 from fastllama.config import ModelConfig
 from fastllama.data.tokenizer import train_tokenizer
-from fastllama.generate import Sampling, generate_text, generate_tokens, sample_token
+from fastllama.generate import Sampling, generate_text, generate_tokens, load_run, sample_token
 from fastllama.model import Llama
 from fastllama_kernels import REFERENCE
 from tests.compare import randn
+from tests.fastllama.conftest import Workspace
 
 V = 12
 END = 1
@@ -75,6 +79,26 @@ def test_frequencies_are_the_softmax(temperature: float) -> None:
     # Four deviations of a binomial count, and a token for the rarest.
     bound = 4 * (n * expected * (1 - expected)).sqrt() + 1
     assert ((counts - n * expected).abs() <= bound).all()
+
+
+def test_no_length_of_a_text_reaches_cudnn(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, sdpa = tmp_path / "run", F.scaled_dot_product_attention
+    main(["train", str(workspace.recipe), "--run-dir", str(run)])
+    lengths = []
+
+    def remember(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Tensor:
+        lengths.append((query.shape[2], key.shape[2]))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        return sdpa(query, key, *rest, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", remember)
+    loaded = load_run(run, torch.device("cpu"))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    list(generate_tokens(loaded.model, [5, 6, 7], Sampling(3, temperature=0), end_token=-1))
+    # Of two layers.
+    assert lengths[::2] == lengths[1::2] == [(3, 3), (1, 4), (1, 5)]
 
 
 def test_the_seed_decides_the_text(model: Llama) -> None:

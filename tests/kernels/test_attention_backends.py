@@ -20,6 +20,7 @@ from fastllama_kernels.attention_backends import (
     Attention,
     AttentionShape,
     Backend,
+    attention_without_cudnn,
     backends_for,
     fused_attention,
     pinned_sdpa,
@@ -362,6 +363,30 @@ def test_cudnn_sees_no_mask(
     operator(*qkv(n_queries, 9), causal=causal, cu_seqlens_BD=cu_seqlens)
     assert calls.seen or (pinned and cu_seqlens is not None)
     assert not any("cudnn" in kernels and masked for kernels, masked in calls.seen)
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 1), (1, 9), (4, 9), (9, 9)])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_cudnn_sees_training_but_no_decoding(
+    pinned: bool, n_queries: int, n_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(monkeypatch)
+    operator = pinned_sdpa(SDPBackend.CUDNN_ATTENTION) if pinned else reference_attention
+    operator(*qkv(n_queries, n_keys))
+    ((kernels, _),) = calls.seen
+    assert ("cudnn" in kernels) == (n_queries == 9)
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 1), (1, 9), (4, 9), (9, 9)])
+def test_generation_is_the_reference_without_cudnn(
+    n_queries: int, n_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, before = qkv(n_queries, n_keys), enabled_kernels()
+    assert torch.equal(attention_without_cudnn(*inputs), attention_reference(*inputs))
+    calls = Calls(monkeypatch)
+    attention_without_cudnn(*inputs)
+    assert [kernels for kernels, _ in calls.seen] == [before - {"cudnn"}]
+    assert enabled_kernels() == before
 
 
 def test_a_kernel_that_cannot_is_an_error() -> None:
