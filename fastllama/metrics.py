@@ -102,7 +102,11 @@ class Clock:
     def wall(self) -> float:
         return time.perf_counter() - self._start
 
+    def launched(self) -> None:
+        """Note that the whole of an update was handed to the device."""
+
     def training(self) -> float:
+        """Those of the updates; to be asked where the last one launched is known to be done."""
         return self.wall() - self._aside
 
     @contextmanager
@@ -113,6 +117,40 @@ class Clock:
             yield
         finally:
             self._aside += self.wall() - before
+
+
+class DeviceClock(Clock):
+    """A `Clock` whose training time is that between events on the current CUDA stream.
+
+    The host notices the end of an update when it has launched the next one, but before a side job
+    at once: by its own clock the update before one is too short, and the one after it too long.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seconds = 0.0
+        self._begin = self._end = self._record()
+
+    def launched(self) -> None:
+        self._end = self._record()
+
+    def training(self) -> float:
+        self._end.synchronize()
+        self._seconds += self._begin.elapsed_time(self._end) / 1000
+        self._begin = self._end
+        return self._seconds
+
+    @contextmanager
+    def side_job(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._begin = self._record()
+
+    def _record(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class LateScalars:

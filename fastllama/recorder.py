@@ -19,7 +19,7 @@ from fastllama.data.dataset import Dataset
 from fastllama.errors import TrainingFailedError
 from fastllama.estimate import flops_per_token, peak_flops
 from fastllama.logs import MetricsLog, append, finite, outlived
-from fastllama.metrics import Clock, LateScalars, Row
+from fastllama.metrics import Clock, DeviceClock, LateScalars, Row
 from fastllama.optimizer import REFUSALS
 from fastllama.parallel import World
 from fastllama.run import RunFolder
@@ -46,7 +46,7 @@ class Recorder:
         self.stop = False
         self.refused_series: RefusedSeries | None = None
         """Updates refused in a row, once they are `training.rewind_after`."""
-        self.clock = Clock()
+        self.clock = DeviceClock() if world.device.type == "cuda" else Clock()
         self._config, self._progress, self._world = config, progress, world
         self._console, self._run, self._dataset = console, run, dataset
         self._log = None
@@ -80,6 +80,7 @@ class Recorder:
             TrainingFailedError: too many updates in a row were refused.
         """
         self.flush()
+        self.clock.launched()
         self._scalars.send(values)
         self._wait_seconds = wait_seconds
         self._pending_step, self._pending_end = self._progress.step, self._progress.position

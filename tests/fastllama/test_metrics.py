@@ -4,12 +4,19 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from rich.console import Console
 
+from fastllama.checkpoint import Progress
+from fastllama.config import Config, LoggingConfig, TrainingConfig
 from fastllama.logs import MetricsLog, plot_loss, read_rows
 from fastllama.metrics import COLUMNS, Clock, LateScalars, Row, duration, human
+from fastllama.parallel import World
+from fastllama.recorder import Recorder
+from fastllama.run import RunFolder
 
 HEADER = (
     "step,tokens,tokens_total,loss,perplexity,lr,grad_norm,tok_per_s,time_s,data_wait_s,"
@@ -100,6 +107,66 @@ def test_clock_leaves_side_jobs_out_even_when_they_fail(monkeypatch: pytest.Monk
         raise OSError("the disk is full")
     now = 120.0
     assert (clock.wall(), clock.training()) == (20.0, 14.0)
+
+
+class Device:
+    """A GPU and its host, each with a time of its own in seconds; the events are the GPU's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.busy_until = 100.0
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.reached = max(device.host, device.busy_until)
+
+            def synchronize(self) -> None:
+                device.host = max(device.host, self.reached)
+
+            def elapsed_time(self, end: "Event") -> float:
+                assert device.host >= end.reached, "CUDA does not know yet"
+                return (end.reached - self.reached) * 1000
+
+        monkeypatch.setattr(time, "perf_counter", lambda: self.host)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unheard of")
+
+    def launch(self, seconds: float) -> None:
+        self.busy_until = max(self.host, self.busy_until) + seconds
+        # A quarter of an update is as far as the host gets ahead, for want of a free buffer.
+        self.host = max(self.host, self.busy_until - 2.5)
+
+
+def test_rows_beside_side_jobs_tell_the_pace_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(monkeypatch)
+    config = Config(
+        training=TrainingConfig(tokens_per_update=8_192, training_tokens=8 * 8_192),
+        logging=LoggingConfig(log_interval=1, tensorboard=False),
+    )
+    nothing, progress = cast(Any, None), Progress()
+    world = World(0, 1, torch.device("cuda"), nothing)
+    console = Console(quiet=True)
+    recorder = Recorder(config, RunFolder(tmp_path), nothing, progress, world, console)
+    for step in range(1, 9):
+        if step == 6:
+            # The data comes 3 seconds after the device is done with what it was handed.
+            device.host = device.busy_until + 3.0
+        device.launch(10.0)
+        progress.step = step
+        recorder.push(torch.tensor([2.0, 1.0, 0.0, 0.0]), wait_seconds=0.0)
+        if step in (3, 4):
+            with recorder.side_job():
+                device.launch(7.0)
+                device.host = device.busy_until + 2.0
+                recorder.add_validation(2.5, 1.0)
+    recorder.flush()
+    seconds = [8_192 / row["tok_per_s"] for row in read_rows(tmp_path / "metrics.csv")]
+    assert seconds == pytest.approx([10, 10, 10, 10, 10, 13, 10, 10])
 
 
 def test_late_scalars_are_the_last_sent() -> None:
