@@ -1,7 +1,7 @@
 """Checkpoints: what is in one, whether it is whole, and how it is loaded.
 
     checkpoints/step-00000512/
-        shard-00001-model-….safetensors   the part of rank 0, and so on; any number of ranks reads
+        shard-00001-model-….safetensors   of rank 0, one or more; any number of ranks reads them
         progress.json                     step, position in the data, counters, identity
         manifest.json                     size and SHA-256 of each file; written last
     checkpoints/latest -> step-00000512

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import shutil
 import threading
@@ -24,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from fastllama.atomic import fsync_folder, write_atomic
 from fastllama.checkpoint import (
@@ -36,6 +38,13 @@ from fastllama.checkpoint import (
 from fastllama.config import Config
 
 Result = TypeVar("Result")
+
+FILE_BYTES = 128 * 2**20
+"""What a rank puts into one file, unless a single tensor is larger.
+
+PyTorch's writer serialises a file as a whole, with Python's lock held and two copies in memory:
+training launches nothing meanwhile.
+"""
 
 
 class CheckpointWriter:
@@ -126,10 +135,13 @@ class CheckpointWriter:
         self, staged: dict[str, Tensor], progress: Progress, aside: Path, final: Path
     ) -> None:
         self._on_main(lambda: self._make_room(aside))
-        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        writer = HuggingFaceStorageWriter(
+            str(aside), fqn_to_index_mapping=file_numbers(staged), save_distributed=True
+        )
         try:
             # Of equal replicas one writes, by the planner's choice; the files are durable then.
-            dcp.save(staged, storage_writer=writer, process_group=self._group)
+            with stream_of_its_own(self._device):
+                dcp.save(staged, storage_writer=writer, process_group=self._group)
         except CheckpointException as error:
             raise OSError(str(first_failure(error))) from None
         shard = f"shard-{dist.get_rank() + 1:05d}-*"
@@ -191,6 +203,36 @@ class CheckpointWriter:
         # Whatever ended the run, what was staged before it is good.
         if self._thread is not None:
             self._thread.join()
+
+
+def file_numbers(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The number, from 1, of the file of each tensor among those of a rank; alike on every rank."""
+    numbers = {}
+    number, filled = 1, 0
+    for name, tensor in sorted(tensors.items()):
+        # Not the local size, which differs between ranks where a split is uneven.
+        size = tensor.nbytes // _n_shards(tensor)
+        if filled and filled + size > FILE_BYTES:
+            number, filled = number + 1, 0
+        numbers[name] = number
+        filled += size
+    return numbers
+
+
+def _n_shards(tensor: Tensor) -> int:
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_shard())
+
+
+def stream_of_its_own(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What a thread does inside waits for nothing that another one launched on `device`."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    # PyTorch's writer waits for the current stream every 10 MB, even where all is in host memory,
+    # and that of a new thread is the one training launches on.
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 def point_latest(checkpoint: Path) -> None:

@@ -1,6 +1,7 @@
 """Saving while training goes on: what is written, one at a time, and disks that refuse."""
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -8,18 +9,23 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fastllama.checkpoint_writer as module
 import fastllama.logs as logs
 from fastllama.checkpoint import Progress, find_damage, load_tensors, read_progress
-from fastllama.checkpoint_writer import CheckpointWriter
+from fastllama.checkpoint_writer import CheckpointWriter, file_numbers
 from fastllama.cli import main
 from fastllama.config import Config, load_recipe
 from fastllama.parallel import World, distributed, resolve_resharding
@@ -89,6 +95,92 @@ def test_what_changes_after_save_is_not_written(
     assert sentence.startswith(f"saved {path} (")
     assert sentence.endswith(" s written)")
     assert " s staged, " in sentence
+
+
+def test_tensors_are_spread_over_files(
+    state: TrainState,
+    config: Config,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limit = 10_000
+    monkeypatch.setattr(module, "FILE_BYTES", limit)
+    before = whole(state.tensors())
+    assert sum(tensor.nbytes for tensor in before.values()) > 20 * limit
+    with CheckpointWriter(tmp_path, config, {}, world.device, lambda sentence: None) as writer:
+        writer.save(state.tensors(), state.progress)
+    path = tmp_path / "step-00000003"
+    assert find_damage(path) is None
+    files = sorted(path.glob("*.safetensors"))
+    n = len(files)
+    assert [file.name for file in files] == [
+        f"shard-00001-model-{number:05d}-of-{n:05d}.safetensors" for number in range(1, n + 1)
+    ]
+    held: list[str] = []
+    sizes = []
+    for file in files:
+        with safe_open(str(file), framework="pt") as tensors:
+            names = list(tensors.keys())
+            assert set(json.loads(tensors.metadata()["DCP_SHARDING_INFO"])) == set(names)
+        held += names
+        sizes.append(sum(before[name].nbytes for name in names))
+        assert sizes[-1] <= limit or len(names) == 1
+    assert sorted(held) == sorted(before)
+    # None could have been joined with the next one.
+    assert all(sum(pair) > limit for pair in itertools.pairwise(sizes))
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
+    load_tensors(path, loaded)
+    for name, tensor in before.items():
+        assert torch.equal(loaded[name], tensor), name
+    files[n // 2].unlink()
+    assert find_damage(path) == f"{files[n // 2]} is missing"
+
+
+def test_every_rank_numbers_the_files_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FILE_BYTES", 100)
+    for rank in range(8):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+        mesh = init_device_mesh("cpu", (2, 4))
+        # 200 bytes over 4 shards, of which the ranks hold 80, 80, 40 and none.
+        split = {
+            name: distribute_tensor(torch.zeros(5, 10), mesh, (Replicate(), Shard(0)))
+            for name in ("c", "d", "e")
+        }
+        numbers = file_numbers({"b": torch.zeros(25), **split, "a": torch.zeros(100)})
+        dist.destroy_process_group()
+        assert numbers == {"a": 1, "b": 2, "c": 3, "d": 3, "e": 4}, rank
+
+
+def test_the_write_waits_for_no_stream_but_its_own(
+    state: TrainState,
+    config: Config,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current, seen, real = ["training"], [], module.dcp.save
+
+    @contextmanager
+    def stream(name: str) -> Iterator[None]:
+        current.append(name)
+        yield
+        current.pop()
+
+    def save(*args: Any, **keywords: Any) -> Any:
+        seen.append(current[-1])
+        return real(*args, **keywords)
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"another of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(module.dcp, "save", save)
+    writer = CheckpointWriter(tmp_path, config, {}, gpu, lambda sentence: None)
+    writer._run(whole(state.tensors()), state.progress, 0.0)
+    writer.wait()
+    assert writer.saved_step == 3
+    assert (seen, current) == (["another of cuda:0"], ["training"])
 
 
 def test_a_save_waits_for_the_one_before(
