@@ -29,8 +29,9 @@ lint: $(VENV)/installed-dev
 bench: $(CORPUS)/manifest.json
 	$(BIN)/python benchmarks/compare_plain_loop.py
 
+# What these rules made. Never runs, or data of the user's own: both may have taken weeks.
 clean:
-	rm -rf $(VENV) data runs
+	rm -rf $(VENV) $(CORPUS) $(CORPUS).jsonl $(CORPUS)-tokenizer.json
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,5 +1,6 @@
 """Activation checkpointing: what a block computes again in its backward instead of keeping it."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -28,12 +29,25 @@ def checkpoint_activations(model: Llama, config: Config) -> None:
         # Nothing is random without dropout, and reading the generators' states takes time.
         "preserve_rng_state": config.model.dropout > 0,
     }
+    policy: Callable[..., CheckpointPolicy] | None = None
     if mode == "selective":
         policy = partial(keep_what_is_dear, 2 * config.model.ffn_hidden)
+    elif config.training.compile:
+        policy = keep_nothing
+    if policy is not None:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     run = partial(checkpoint, **options)
     for block in model.blocks:
         cast(Block, block).checkpoint = run
+
+
+def keep_nothing(*operation: Any, **options: Any) -> CheckpointPolicy:
+    """Compute everything again.
+
+    For the compiler of PyTorch 2.11, which without a policy keeps what autograd Functions hold for
+    their backwards: of a block of fused operators nearly all.
+    """
+    return CheckpointPolicy.MUST_RECOMPUTE
 
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)

@@ -44,3 +44,11 @@ def test_readme_shows_the_tree_on_disk() -> None:
         and path.endswith((".py", ".toml", ".md"))
     }
     assert code <= shown, f"README leaves out {sorted(code - shown)}"
+
+
+def test_clean_leaves_what_the_user_made() -> None:
+    command = ["make", "--dry-run", "--no-print-directory", "clean"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    corpus = "data/python-stdlib"
+    rebuilt = [".venv", corpus, f"{corpus}.jsonl", f"{corpus}-tokenizer.json"]
+    assert done.stdout.split() == ["rm", "-rf", *rebuilt]

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,15 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert len({weight.flatten()[0].item() for weight in matrices}) == len(matrices)
     second.init_weights(seed=1)
     assert not torch.equal(ours["embedding.weight"], theirs["embedding.weight"])
+
+
+def test_the_page_on_checkpoints_names_every_weight() -> None:
+    with torch.device("meta"):
+        model = Llama(dataclasses.replace(SMALL, n_layers=1), REFERENCE)
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    table = page.partition("| `model.…` |")[2]
+    shown = set(re.findall(r"^\| `([\w.]+)`", table, re.MULTILINE))
+    assert shown == {name.replace("blocks.0.", "blocks.N.") for name, _ in model.named_parameters()}
 
 
 def test_initial_deviations_are_those_of_the_table() -> None:

@@ -21,10 +21,12 @@ BACKEND = "aot_eager_decomp_partition"
 OPERATORS = pytest.mark.parametrize("operators", [REFERENCE, TRITON], ids=lambda x: x.name)
 
 
-def model_with(operators: Operators, mode: str, dropout: float = 0.0) -> Llama:
+def model_with(
+    operators: Operators, mode: str, dropout: float = 0.0, *, compile: bool = False
+) -> Llama:
     config = dataclasses.replace(GROUPED, dropout=dropout)
     model = small_model(config, operators)
-    training = TrainingConfig(activation_checkpointing=mode)  # type: ignore[arg-type]
+    training = TrainingConfig(activation_checkpointing=mode, compile=compile)  # type: ignore[arg-type]
     checkpoint_activations(model, Config(model=config, training=training))
     return model
 
@@ -86,7 +88,7 @@ def bytes_kept_by_graphs(model: Llama) -> int:
 
 def compiled(operators: Operators, mode: str) -> Llama:
     torch._dynamo.reset()
-    model = model_with(operators, mode)
+    model = model_with(operators, mode, compile=True)
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=False, backend=BACKEND)
     return model

@@ -132,19 +132,7 @@ def test_large_and_forbidden_logits_stay_finite() -> None:
 IN_BOTH_MODES = pytest.mark.parametrize("inplace", [False, True])
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a launcher allocates and no kernel writes is NaN."""
-
-    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def allocate_nan(*arguments: object, **options: object) -> Tensor:
-            x = allocate(*arguments, **options)
-            return x.fill_(torch.nan) if x.is_floating_point() else x
-
-        return allocate_nan
-
-    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like"), (torch, "empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def loss_of(

@@ -104,19 +104,7 @@ def test_options_are_those_of_cross_entropy(options: dict[str, Any]) -> None:
 # From here on the kernels.
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a launcher allocates and no kernel writes is NaN."""
-
-    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def allocate_nan(*arguments: object, **options: object) -> Tensor:
-            x = allocate(*arguments, **options)
-            return x.fill_(torch.nan) if x.is_floating_point() else x
-
-        return allocate_nan
-
-    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like"), (torch, "empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def in_chunks_of(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
