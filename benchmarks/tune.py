@@ -34,12 +34,12 @@ from fastllama.config import ModelConfig, load_recipe
 DEFAULT_RECIPES = ["llama-1b", "llama-100m"] if has_gpu() else ["quickstart"]
 LIMITS = {
     "BLOCK": (128, 2**15),
-    "num_warps": (1, 32),
-    "NUM_STAGES": (1, 6),
-    "programs_per_multiprocessor": (1, 32),
     "BLOCK_ROWS": (1, 64),
     "BLOCK_HEADS": (1, 64),
     "chunk_length": (512, 2**15),
+    "programs_per_multiprocessor": (1, 32),
+    "NUM_STAGES": (1, 6),
+    "num_warps": (1, 32),
 }
 """Of the parameters that are searched; what else a configuration holds follows from the shape."""
 ONE_BY_ONE = ("NUM_STAGES", "programs_per_multiprocessor")

@@ -23,7 +23,8 @@ from fastllama.parallel import World, distributed, resolve_resharding
 from fastllama.recorder import Recorder
 from fastllama.run import RunFolder
 from fastllama.side_jobs import SideJobs
-from fastllama.train import StopSignal, build_state, open_loader, run_updates, train_step
+from fastllama.stopping import StopSignal
+from fastllama.train import build_state, open_loader, run_updates, train_step
 from fastllama_kernels import REFERENCE
 
 
