@@ -243,8 +243,12 @@ def _scale_kernel(
 
 
 def forward_config(vocab_size: int) -> dict[str, int]:
-    """Entries of a row in registers at a time, 16 a thread, and warps; 32 a thread would spill."""
-    block = min(triton.next_power_of_2(vocab_size), 16_384)
+    """Entries of a row in registers at a time, 16 a thread, and warps; 32 a thread would spill.
+
+    A row of more than 16,384 is looped over in small blocks: more programs fit at a time, and one
+    of 32 warps, which leave 64 registers a thread, spills in Triton 3.9.
+    """
+    block = triton.next_power_of_2(vocab_size) if vocab_size <= 16_384 else 4_096
     return {"BLOCK": block, "num_warps": max(block // 512, 1)}
 
 
