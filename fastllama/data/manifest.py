@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from fastllama.atomic import write_atomic
+from fastllama.data.token_file import TokenFile
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
+# At a time, so that a check of any shard takes little memory.
+CHECKED_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,11 @@ class Manifest:
             found = sha256_of(path)
             if found != shard.sha256:
                 raise _damage(path, f"SHA-256 {found}", shard.sha256)
-            largest = int(tokens.max())
+            starts = range(0, shard.tokens, CHECKED_TOKENS)
+            largest = max(
+                int(tokens.read(start, min(CHECKED_TOKENS, shard.tokens - start)).max())
+                for start in starts
+            )
             if largest >= self.vocab_size:
                 raise _damage(path, f"token id {largest}", f"ids below {self.vocab_size}")
 
@@ -119,21 +126,21 @@ class Manifest:
         for split in self.splits.values():
             yield from split.shards
 
-    def _open(self, folder: Path, shard: Shard) -> np.memmap:
+    def _open(self, folder: Path, shard: Shard) -> TokenFile:
         path = folder / shard.file
         dtype = np.dtype(self.dtype)
         expected = f"{shard.tokens} {dtype} tokens"
         try:
-            tokens = np.lib.format.open_memmap(path, mode="r")
+            tokens = TokenFile(path)
         except FileNotFoundError:
             raise _damage(path, "no such file", expected) from None
         except ValueError as error:
             raise _damage(path, f"no whole .npy file ({error})", expected) from error
         if tokens.dtype != dtype or tokens.shape != (shard.tokens,):
             raise _damage(path, f"{tokens.dtype} of shape {tokens.shape}", expected)
-        size = path.stat().st_size
-        if size != tokens.offset + tokens.nbytes:
-            raise _damage(path, f"{size} bytes", f"{tokens.offset + tokens.nbytes}")
+        size, whole = path.stat().st_size, tokens.offset + shard.tokens * dtype.itemsize
+        if size != whole:
+            raise _damage(path, f"{size} bytes", f"{whole}")
         return tokens
 
 

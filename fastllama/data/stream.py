@@ -1,4 +1,4 @@
-"""The shards of one split as one memory-mapped stream of tokens, cut into sequences."""
+"""The shards of one split as one stream of tokens, cut into sequences."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastllama.data.manifest import Manifest
+from fastllama.data.token_file import TokenFile
 
 
 class TokenStream:
@@ -15,9 +16,9 @@ class TokenStream:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
-        """Map the shards of `split`; `manifest.check_files` has found them whole."""
+        """Open the shards of `split`; `manifest.check_files` has found them whole."""
         shards = manifest.splits[split].shards
-        self._shards = [np.load(folder / shard.file, mmap_mode="r") for shard in shards]
+        self._shards = [TokenFile(folder / shard.file) for shard in shards]
         self._starts = np.cumsum([0] + [shard.tokens for shard in shards])
         self.n_tokens = int(self._starts[-1])
 
@@ -26,13 +27,17 @@ class TokenStream:
         return max(0, (self.n_tokens - 1) // seq_len)
 
     def read(self, index: int, seq_len: int) -> NDArray[np.integer]:
-        """Tokens of one sequence, (seq_len + 1,), in the type of the shards."""
+        """Tokens of one sequence, (seq_len + 1,), in the type of the shards.
+
+        Raises:
+            OSError: a shard can no longer be read.
+        """
         position, end = index * seq_len, index * seq_len + seq_len + 1
         shard = int(np.searchsorted(self._starts, position, side="right")) - 1
         pieces = []
         while position < end:
             stop = min(end, int(self._starts[shard + 1]))
-            offset = int(self._starts[shard])
-            pieces.append(self._shards[shard][position - offset : stop - offset])
+            start = int(self._starts[shard])
+            pieces.append(self._shards[shard].read(position - start, stop - position))
             position, shard = stop, shard + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

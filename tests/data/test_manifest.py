@@ -125,6 +125,11 @@ def test_changed_content_is_found_by_reading(folder: Path) -> None:
         manifest.check_contents(folder)
 
 
-def test_token_ids_beyond_the_vocabulary_are_found(folder: Path) -> None:
+@pytest.mark.parametrize("at_a_time", [1, 3, 4, 5])
+def test_token_ids_beyond_the_vocabulary_are_found(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+) -> None:
+    monkeypatch.setattr("fastllama.data.manifest.CHECKED_TOKENS", at_a_time)
+    make_manifest(folder).check_contents(folder)
     with pytest.raises(ValueError, match="token id 299, expected ids below 299"):
         make_manifest(folder, vocab_size=299).check_contents(folder)

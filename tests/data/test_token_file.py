@@ -1,0 +1,93 @@
+import errno
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastllama.data.token_file import TokenFile
+from tests.data.folder import make_stream
+
+# Of several pages: in the last one a map would give zeros where the file ends.
+TOKENS = np.arange(10_000, dtype=np.uint16)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "train-00000.npy"
+    np.save(path, TOKENS)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_reads_what_numpy_wrote(path: Path, dtype: str) -> None:
+    np.save(path, TOKENS.astype(dtype))
+    file = TokenFile(path)
+    assert (file.dtype, file.shape) == (np.dtype(dtype), (10_000,))
+    for first, n in ((0, 1), (0, 10_000), (9_999, 1), (137, 2048)):
+        tokens = file.read(first, n)
+        assert tokens.dtype == np.dtype(dtype)
+        assert np.array_equal(tokens, TOKENS[first : first + n])
+
+
+def test_a_shard_cut_short_while_in_use_is_named(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, TOKENS.tolist(), TOKENS.tolist())
+    shard = tmp_path / "train-00001.npy"
+    os.truncate(shard, 128 + 2 * 5000)
+    assert stream.read(1, 5000).tolist() == [*range(5000, 10_000), 0]
+    with pytest.raises(OSError, match=rf"^{shard} ends at byte 10128 now, .*; restore .* command$"):
+        stream.read(2, 5000)
+
+
+def test_a_disk_that_fails_names_the_shard(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int, n: int, at: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    file = TokenFile(path)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(OSError, match=rf"Input/output error: '{path}'") as failure:
+        file.read(0, 1)
+    assert failure.value.errno == errno.EIO
+
+
+def test_pieces_are_put_together(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pread = os.pread
+    # Network file systems may give less than was asked for, half a token too.
+    monkeypatch.setattr(os, "pread", lambda descriptor, n, at: pread(descriptor, min(n, 3), at))
+    assert np.array_equal(TokenFile(path).read(7, 100), TOKENS[7:107])
+
+
+def test_threads_read_at_the_same_time(path: Path) -> None:
+    file, firsts = TokenFile(path), range(0, 9000, 9)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda first: file.read(first, 1000), firsts))
+    for first, tokens in zip(firsts, found, strict=True):
+        assert np.array_equal(tokens, TOKENS[first : first + 1000])
+
+
+def test_a_forked_process_reads_on(path: Path) -> None:
+    file = TokenFile(path)
+    child = os.fork()
+    if not child:
+        os._exit(0 if np.array_equal(file.read(5, 3000), TOKENS[5:3005]) else 1)
+    assert np.array_equal(file.read(5000, 5000), TOKENS[5000:])
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_is_never_a_number_in_a_process_that_did_not_open_it(path: Path) -> None:
+    with pytest.raises(TypeError, match="cannot pickle"):
+        pickle.dumps(TokenFile(path))
+
+
+def test_is_closed_with_its_last_user(path: Path) -> None:
+    def opened() -> int:
+        links = Path("/proc/self/fd").iterdir()
+        return sum(os.path.lexists(link) and os.readlink(link) == str(path) for link in links)
+
+    file = TokenFile(path)
+    # The map of the header is gone.
+    assert opened() == 1
+    del file
+    assert opened() == 0
