@@ -21,8 +21,10 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
 # One task a GPU and no torchrun, which would make every exit code a 1.
+# Since SLURM 22.05 srun does not take --cpus-per-task from sbatch: each task would get one core for
+# its loader, its checkpoint and all it launches.
 # shellcheck disable=SC2016
-srun --kill-on-bad-exit=1 bash -c '
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS
   export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
   exec .venv/bin/python -m fastllama train "$@"

@@ -36,7 +36,9 @@ class MetricsLog:
             (run / "samples.jsonl", last_step or -1),
         ):
             keep_rows_until(log, last, lambda line: int(json.loads(line)["step"]))
-        if not self._csv.exists():
+        if self._csv.exists():
+            add_columns(self._csv)
+        else:
             write_atomic(self._csv, ",".join(COLUMNS) + "\n")
         self._waiting = {self._csv: "", self._jsonl: ""}
         self._writer = None
@@ -130,6 +132,15 @@ def keep_rows_until(
     if moved:
         append(path.with_name(f"superseded-{path.name}"), "".join(moved).rstrip("\n") + "\n")
         write_atomic(path, "".join(kept))
+
+
+def add_columns(path: Path) -> None:
+    """Give a metrics.csv from before some of the last columns those it lacks, empty in its rows."""
+    header, *rows = path.read_text(encoding="utf-8").splitlines()
+    missing = len(COLUMNS) - len(header.split(","))
+    if missing > 0:
+        lines = [",".join(COLUMNS), *(row + "," * missing for row in rows)]
+        write_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:

@@ -16,7 +16,7 @@ class Row:
     step: int
     """Optimizer updates since the run began, from 1."""
     tokens: int
-    """Tokens trained on by this process group, since it started."""
+    """Tokens trained on by this process group, since it started; after a rewind again."""
     tokens_total: int
     """Tokens trained on since the run began."""
     loss: float
@@ -47,6 +47,8 @@ class Row:
     """Loss on the held-out split after this update."""
     val_bits_per_byte: float | None = None
     """val_loss in bits over the bytes of text a token stands for: the same for any tokenizer."""
+    peak_gib: float | None = None
+    """Most memory PyTorch has had allocated on the main process's GPU so far, in GiB."""
 
     def line(self) -> str:
         """The row for the console."""
@@ -57,7 +59,7 @@ class Row:
             f"ppl {self.perplexity:.1f}",
             f"lr {self.lr:.2e}",
             f"gnorm {self.grad_norm:.2f}",
-            f"tok {human(self.tokens)} of {human(self.tokens_total)}",
+            f"tok {human(self.tokens_total)}",
             f"{self.tok_per_s:,.0f} tok/s",
             f"{duration(self.time_s)}",
             f"eta {duration(self.eta_s)}",
@@ -65,6 +67,8 @@ class Row:
         ]
         if self.mfu_causal is not None and self.mfu_palm is not None:
             parts.append(f"mfu {self.mfu_causal:.1%} causal {self.mfu_palm:.1%} palm")
+        if self.peak_gib is not None:
+            parts.append(f"peak {self.peak_gib:.1f} GiB")
         if self.skipped_steps:
             parts.append(f"skipped {self.skipped_steps}")
         if self.val_loss is not None and self.val_bits_per_byte is not None:

@@ -82,6 +82,9 @@ def world_size() -> int:
 def choose_device(kind: str) -> torch.device:
     """The device of this process for "auto", "cuda" or "cpu".
 
+    On a node whose GPUs all processes see it is the one of the local rank; where the launcher shows
+    each process a GPU of its own, it is that one.
+
     Raises:
         ValueError: CUDA is asked for and missing, or has fewer devices than local processes.
     """
@@ -94,10 +97,13 @@ def choose_device(kind: str) -> torch.device:
             "The device cuda was asked for, but PyTorch sees none here; use auto or cpu."
         )
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    visible = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+    if gpus == 1 and len(visible) == 1:
+        return torch.device("cuda", 0)
     if processes > gpus:
         raise ValueError(
             f"{processes} processes were started on a node with {gpus} GPUs, and each needs one; "
-            "lower --nproc-per-node."
+            "lower --nproc-per-node, or let each process see all GPUs of its node."
         )
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 

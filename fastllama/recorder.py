@@ -49,11 +49,10 @@ class Recorder:
         self.clock = DeviceClock() if world.device.type == "cuda" else Clock()
         self._config, self._progress, self._world = config, progress, world
         self._console, self._run, self._dataset = console, run, dataset
-        self._log = None
-        if world.is_main:
-            self._log = MetricsLog(run.path, progress.step, config.logging.tensorboard)
+        self._log = self._open_log()
         self._scalars = LateScalars()
-        self._first_step = progress.step
+        # Updates of this session, those after a rewind that are done again counted again.
+        self._n_done = 0
         self._pending_step: int | None = None
         # Where the data of the pending update ends.
         self._pending_end = 0
@@ -87,6 +86,16 @@ class Recorder:
         if self._world.device.type == "cpu":
             self._receive()
 
+    def rewind(self) -> None:
+        """Go on where `progress` was taken back to; what counts the session counts on."""
+        self.refused_series = None
+        # Whoever was asked to stop says so in the next update again.
+        self.stop = False
+        self._log = self._open_log()
+        # The next loader counts its waits from 0.
+        self._stamp_wait = self._last_wait = 0.0
+        self._bar.reset(self._task, completed=self._progress.step)
+
     @contextmanager
     def side_job(self) -> Iterator[None]:
         """Keep what happens inside out of the training time."""
@@ -111,10 +120,11 @@ class Recorder:
             return
         self._last_tokens, self._last_training = row.tokens, self._stamp
         self._last_wait = self._stamp_wait
+        row.peak_gib = self._peak_gib()
         if self._log is not None:
             with outlived(self._console, f"The row of update {row.step}"):
                 self._log.write(row)
-        self._console.print(row.line(), highlight=False, soft_wrap=True)
+        self._console.print(row.line())
 
     def sync(self) -> None:
         """Write the row of the last update and make all rows durable."""
@@ -123,11 +133,17 @@ class Recorder:
             with outlived(self._console, "The rows so far"):
                 self._log.sync()
 
+    def _open_log(self) -> MetricsLog | None:
+        if not self._world.is_main:
+            return None
+        return MetricsLog(self._run.path, self._progress.step, self._config.logging.tensorboard)
+
     def _receive(self) -> None:
         if self._pending_step is None:
             return
         loss, grad_norm, refused, stop = self._scalars.receive()
         step, self._pending_step = self._pending_step, None
+        self._n_done += 1
         self._stamp, self._stamp_wait = self.clock.training(), self._wait_seconds
         self.stop = self.stop or stop > 0
         self._pending = self._row(step, loss, grad_norm)
@@ -136,13 +152,13 @@ class Recorder:
 
     def _row(self, step: int, loss: float, grad_norm: float) -> Row:
         per_update = self._config.training.tokens_per_update
-        done = step - self._first_step
+        tokens = self._n_done * per_update
         wall = self.clock.wall()
-        tok_per_s = (done * per_update - self._last_tokens) / (self._stamp - self._last_training)
+        tok_per_s = (tokens - self._last_tokens) / (self._stamp - self._last_training)
         mfu_causal, mfu_palm = self._mfu(tok_per_s)
         return Row(
             step=step,
-            tokens=done * per_update,
+            tokens=tokens,
             tokens_total=step * per_update,
             loss=loss,
             perplexity=math.exp(loss) if loss < 700 else math.inf,
@@ -153,7 +169,7 @@ class Recorder:
             data_wait_s=self._stamp_wait - self._last_wait,
             skipped_steps=0,
             progress=step / self._config.n_updates,
-            eta_s=(self._config.n_updates - step) * wall / done,
+            eta_s=(self._config.n_updates - step) * wall / self._n_done,
             mfu_causal=mfu_causal,
             mfu_palm=mfu_palm,
         )
@@ -171,6 +187,11 @@ class Recorder:
             flops_per_token(model, causal=False) * per_flop,
         )
 
+    def _peak_gib(self) -> float | None:
+        if self._world.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self._world.device) / 2**30
+
     def _count_refused(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
         progress, limit = self._progress, self._config.training.max_bad_updates
         if not reason:
@@ -182,9 +203,7 @@ class Recorder:
         batch = f"positions {first} to {last} of the data order"
         self._console.print(
             f"step {step}: {reason} (loss {loss:.4g}, gnorm {grad_norm:.4g}); the update was "
-            f"skipped ({batch})",
-            highlight=False,
-            soft_wrap=True,
+            f"skipped ({batch})"
         )
         if self._world.is_main:
             self._keep_batch(step, loss, grad_norm, reason)

@@ -79,10 +79,7 @@ class Rewinder:
         self.world.from_main(lambda: point_latest(checkpoint))
         self.console.print(
             f"{what}: back to {checkpoint}, and on with position {refused.next_position} of the "
-            "data order",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
+            "data order"
         )
 
     def _set_aside_from(self, step: int) -> None:

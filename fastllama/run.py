@@ -1,5 +1,6 @@
 """The folder of a run, and what it says about how it was made."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +19,9 @@ import tomli_w
 import torch
 
 from fastllama import __version__
-from fastllama.atomic import write_atomic
+from fastllama.atomic import LOCK_FILE, locked, write_atomic
 from fastllama.config import Config, config_from_dict
+from fastllama.data.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,50 @@ class RunFolder:
         """
         try:
             values = tomllib.loads(self.config.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"{self.path} is not a run folder: it has no config.toml; see the folder runs."
             ) from None
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{self.config} cannot be read as TOML: {error}.") from None
         return config_from_dict(values, source=str(self.config))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the run; a folder made for one that is refused goes again.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path):
+            try:
+                yield
+            finally:
+                if made:
+                    self._remove_if_empty(made)
+
+    def _remove_if_empty(self, folders: list[Path]) -> None:
+        with suppress(OSError):
+            if os.listdir(self.path) == [LOCK_FILE]:
+                (self.path / LOCK_FILE).unlink()
+                for folder in folders:
+                    folder.rmdir()
+
+    def refuse_other_options(self, config: Config) -> None:
+        """Raise ValueError if a run was started here with other options than `config`."""
+        if not self.exists:
+            return
+        before, now = self.load_config().to_dict(), config.to_dict()
+        for group, options in now.items():
+            for name in sorted(options.keys() | before[group].keys()):
+                old, new = before[group].get(name), options.get(name)
+                if old != new:
+                    raise ValueError(
+                        f"{self.path} holds a run with {group}.{name} = {old}, not {new}; give a "
+                        f"new one another --run-dir, or go on with --resume {self.path}."
+                    )
 
     def create(self, config: Config, tokenizer: Path) -> None:
         """Make the folder, or refresh the configuration of a run that goes on."""
@@ -86,6 +127,19 @@ class RunFolder:
         path = self.path / "environment.json"
         sessions = json.loads(path.read_text()) if path.exists() else []
         write_atomic(path, json.dumps([*sessions, environment()], indent=2) + "\n")
+
+
+def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What may not change in a run: its model, its data, and the order of its data."""
+    model = {f"model.{name}": value for name, value in dataclasses.asdict(config.model).items()}
+    del model["model.dropout"]
+    return {
+        **model,
+        "training.seed": config.training.seed,
+        "training.tokens_per_update": config.training.tokens_per_update,
+        "data.fingerprint": dataset.manifest.fingerprint(),
+        "data.end_token_id": dataset.manifest.end_token_id,
+    }
 
 
 def resolved_toml(config: Config) -> str:

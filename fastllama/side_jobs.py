@@ -92,7 +92,7 @@ class SideJobs:
                 append(self.run.samples, json.dumps(record) + "\n")
         title = f"sample after {step} updates"
         self.console.rule(title, style="dim")
-        self.console.print(logging.sample_prompt + text, markup=False, highlight=False)
+        self.console.print(logging.sample_prompt + text)
         self.console.rule(style="dim")
 
     def save(self) -> None:

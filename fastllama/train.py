@@ -1,17 +1,12 @@
 """Training: what one update does, and the loop around it."""
 
-import dataclasses
 import math
-import os
-import signal
 import time
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +14,6 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from fastllama.atomic import locked
 from fastllama.checkpoint import (
     Progress,
     load_tensors,
@@ -51,25 +45,13 @@ from fastllama.parallel import (
 from fastllama.recompute import checkpoint_activations
 from fastllama.recorder import Recorder
 from fastllama.rewind import Rewinder
-from fastllama.run import RunFolder
+from fastllama.run import RunFolder, run_identity
 from fastllama.schedule import learning_rate
 from fastllama.side_jobs import SideJobs, checkpoint_due, sample_due, validation_due
 from fastllama.spikes import SpikeDetector
 from fastllama.state import TrainState
+from fastllama.stopping import StopSignal, stop_signals
 from fastllama_kernels import Operators
-
-
-@dataclass
-class StopSignal:
-    """Whether this process was asked to stop, by a signal or because its time is up."""
-
-    deadline: float = math.inf
-    """What `time.perf_counter` says when the time is up."""
-    signalled: bool = False
-
-    @property
-    def requested(self) -> bool:
-        return self.signalled or time.perf_counter() >= self.deadline
 
 
 def train_step(
@@ -111,7 +93,7 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
     """Train `config` in the folder `run`, from its newest checkpoint if it has one.
 
     With `resume` the options may differ from those the run was started with, except where that
-    would change what its progress means.
+    would change what its progress means. `console` should print text as it is, without markup.
 
     Returns:
         Whether all updates are done; False when a signal or `training.max_wall_time` stopped it.
@@ -124,82 +106,98 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
         OSError: the last checkpoint could not be written; the one before it is whole.
     """
     began = time.perf_counter()
-    validate(config, world_size())
-    dataset = open_dataset(config)
-    device = choose_device(config.training.device)
-    if config.training.compile and device.type == "cpu":
-        refuse_missing_compiler()
-    if run.exists and not resume:
-        refuse_other_options(run, config)
-    identity = run_identity(config, dataset)
-    dumps = None
-    if device.type == "cuda" and world_size() > 1:
-        dumps = record_collectives(run.path)
-    if config.training.deterministic:
-        fix_cublas_workspace()
-    with (
-        ExitStack() as held,
-        distributed(config) as world,
-        deterministic_algorithms(config.training.deterministic),
-    ):
+    with ExitStack() as held:
+        limit = 60 * (config.training.max_wall_time or math.inf)
+        stop = held.enter_context(stop_signals(began + limit))
+        validate(config, world_size())
+        dataset = open_dataset(config)
+        dumps = prepare_process(config, run)
+        world = held.enter_context(distributed(config))
+        held.enter_context(deterministic_algorithms(config.training.deterministic))
+        # Before anything of the run is read, which another process may be about to finish.
+        world.from_main(lambda: held.enter_context(run.locked()))
+        if not resume:
+            world.from_main(lambda: run.refuse_other_options(config))
+        identity = run_identity(config, dataset)
         checkpoint, passed_over = newest_checkpoint(run.checkpoints, identity)
         if checkpoint is not None:
             mend_latest(checkpoint)
         progress = world.from_main(lambda: read_progress(checkpoint) if checkpoint else Progress())
         if progress.step >= config.n_updates:
-            done = f"{run.path} has done all of its {config.n_updates} updates."
-            console.print(done, highlight=False, soft_wrap=True, markup=False)
+            console.print(f"{run.path} has done all of its {config.n_updates} updates.")
             return True
-
-        def claim() -> None:
-            run.path.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(run.path))
-            run.create(config, dataset.folder / "tokenizer.json")
-            refuse_passed_over(passed_over, console)
-            announce(config, dataset, world, run, progress, console, choices)
-
         operators, kernels = choose_operators(config, world)
         # The run folder keeps the options as they were given.
         resolved, memory = resolve_resharding(config, world)
         choices = {"kernels": kernels, "memory": memory}
         if dumps is not None:
             choices["hangs"] = f"{dumps}RANK, written where a collective times out"
+
+        def claim() -> None:
+            run.create(config, dataset.folder / "tokenizer.json")
+            set_passed_over_aside(passed_over, console)
+            announce(config, dataset, world, run, progress, console, choices)
+
         world.from_main(claim)
         if dumps is not None:
             # Where the nodes share no disk, the main process has made it on its own only.
             Path(dumps).parent.mkdir(parents=True, exist_ok=True)
+        early = f"Stopped before update {progress.step + 1}: there was nothing new to save."
+        if stop.agreed(world):
+            console.print(early)
+            return False
         state = build_state(resolved, world, operators, progress, checkpoint)
+        if stop.agreed(world):
+            console.print(early)
+            return False
         recorder = Recorder(config, run, dataset, progress, world, console)
         watch = CompileWatch(resolved, world, console, began)
-        writer = CheckpointWriter(
-            run.checkpoints,
-            config,
-            identity,
-            world.device,
-            lambda sentence: console.print(sentence, highlight=False, soft_wrap=True, markup=False),
+        writer = held.enter_context(
+            CheckpointWriter(run.checkpoints, config, identity, world.device, console.print)
         )
         jobs = SideJobs(state, config, run, dataset, world, console, recorder, writer)
         rewinder = Rewinder(state, writer, run.checkpoints, identity, world, console)
-        deadline = began + 60 * (config.training.max_wall_time or math.inf)
-        with stop_signals(deadline) as stop, writer:
-            try:
-                while True:
-                    with open_loader(state, config, dataset, world) as loader:
-                        finished = run_updates(
-                            state, loader, stop, resolved, world, watch, recorder, jobs
-                        )
-                    if recorder.refused_series is None:
-                        return finished
-                    rewinder.go_back(recorder.refused_series)
-                    jobs.recorder = recorder = Recorder(
-                        config, run, dataset, progress, world, console
-                    )
-            except torch.OutOfMemoryError as error:
-                raise TrainingFailedError(
-                    f"Out of memory in update {progress.step + 1} ({error}); lower "
-                    "training.batch_size, or set parallel.reshard_after_forward = true or "
-                    "training.activation_checkpointing."
-                ) from None
+        held.enter_context(explained_out_of_memory(progress))
+        while True:
+            with open_loader(state, config, dataset, world) as loader:
+                finished = run_updates(state, loader, stop, resolved, world, watch, recorder, jobs)
+            if recorder.refused_series is None:
+                return finished
+            with recorder.side_job():
+                rewinder.go_back(recorder.refused_series)
+                recorder.rewind()
+
+
+def prepare_process(config: Config, run: RunFolder) -> str | None:
+    """Set what the environment must hold before there is a process group.
+
+    Returns:
+        Where a collective that times out is recorded, but for the rank; None where none is.
+
+    Raises:
+        ValueError: the device, or the compiler it would need, is missing.
+    """
+    device = choose_device(config.training.device)
+    if config.training.compile and device.type == "cpu":
+        refuse_missing_compiler()
+    if config.training.deterministic:
+        fix_cublas_workspace()
+    if device.type == "cuda" and world_size() > 1:
+        return record_collectives(run.path)
+    return None
+
+
+@contextmanager
+def explained_out_of_memory(progress: Progress) -> Iterator[None]:
+    """Have a device that is too small end the run in a sentence with the remedies."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingFailedError(
+            f"Out of memory in update {progress.step + 1} ({error}); lower "
+            "training.batch_size, or set parallel.reshard_after_forward = true or "
+            "training.activation_checkpointing."
+        ) from None
 
 
 def run_updates(
@@ -275,62 +273,11 @@ def open_loader(state: TrainState, config: Config, dataset: Dataset, world: Worl
     )
 
 
-def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What may not change in a run: its model, its data, and the order of its data."""
-    model = {f"model.{name}": value for name, value in dataclasses.asdict(config.model).items()}
-    del model["model.dropout"]
-    return {
-        **model,
-        "training.seed": config.training.seed,
-        "training.tokens_per_update": config.training.tokens_per_update,
-        "data.fingerprint": dataset.manifest.fingerprint(),
-        "data.end_token_id": dataset.manifest.end_token_id,
-    }
-
-
-def refuse_other_options(run: RunFolder, config: Config) -> None:
-    """Raise ValueError if `run` was started with other options than `config`."""
-    before, now = run.load_config().to_dict(), config.to_dict()
-    for group, options in now.items():
-        for name in sorted(options.keys() | before[group].keys()):
-            old, new = before[group].get(name), options.get(name)
-            if old != new:
-                raise ValueError(
-                    f"{run.path} holds a run with {group}.{name} = {old}, not {new}; give a new "
-                    f"one another --run-dir, or go on with --resume {run.path}."
-                )
-
-
-def refuse_passed_over(passed_over: dict[Path, str], console: Console) -> None:
-    """Say why checkpoints newer than the one the run goes on from are not used; keep them aside."""
+def set_passed_over_aside(passed_over: dict[Path, str], console: Console) -> None:
+    """Say why checkpoints newer than the one the run goes on from are not used; keep them."""
     for path, reason in passed_over.items():
         aside = set_aside(path)
-        message = f"Passing over a checkpoint: {reason}. It is kept as {aside.name}."
-        console.print(message, highlight=False, soft_wrap=True, markup=False)
-
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-@contextmanager
-def stop_signals(deadline: float = math.inf) -> Iterator[StopSignal]:
-    """Turn the first of `STOP_SIGNALS` into a request; the next one ends the process."""
-    stop = StopSignal(deadline)
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.signalled = True
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        # Not print: the signal may have come in the middle of one.
-        name = signal.Signals(number).name
-        os.write(2, f"{name}: finishing the update, then saving; again to stop now\n".encode())
-
-    previous = {number: signal.signal(number, request) for number in STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        console.print(f"Passing over a checkpoint: {reason}. It is kept as {aside.name}.")
 
 
 def announce(
@@ -354,11 +301,21 @@ def announce(
         f"model   {n_parameters(model):,} parameters, {model.n_layers} layers of width "
         f"{model.n_embd}, feed-forward {model.ffn_hidden}",
         f"data    {dataset.folder}: {dataset.train.n_tokens:,} tokens, "
-        f"{training.training_tokens / dataset.train.n_tokens:.2f} epochs wanted",
+        f"{training.training_tokens / dataset.train.n_tokens:.2f} epochs wanted; "
+        f"{held_out(dataset)}",
         f"update  {training.tokens_per_update:,} tokens = {world.size} x "
         f"{config.accumulation_steps(world.size)} micro-batches of {training.batch_size} x "
         f"{model.max_seq_len}",
         f"device  {world.size} x {device}, {training.dtype}{replicas}",
         *(f"{name:7} {choice}" for name, choice in choices.items()),
     )
-    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    console.print("\n".join(lines))
+
+
+def held_out(dataset: Dataset) -> str:
+    """How much there is to validate on, or why there is no validation and what would change it."""
+    if dataset.validation is not None:
+        return f"{dataset.validation.n_tokens:,} held out"
+    little = "validation" in dataset.manifest.splits
+    what = "less than a sequence" if little else "nothing"
+    return f"{what} held out: no validation (prepare --validation-fraction)"

@@ -1,5 +1,6 @@
 """The loop of a plain PyTorch script, and who trains the same model in it."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -114,7 +115,7 @@ def train_plainly(
                 micro_loss = loss_of(tokens, targets) / n_micro_batches
             micro_loss.backward()
             loss = loss + (micro_loss.item() if reads_every_loss else micro_loss.detach())
-        nn.utils.clip_grad_norm_(parameters(), config.optimizer.grad_clip)
+        nn.utils.clip_grad_norm_(parameters(), config.optimizer.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         if job.device.type == "cuda":

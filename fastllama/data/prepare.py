@@ -29,6 +29,7 @@ from fastllama.data.documents import (
     Document,
     Malformed,
     Position,
+    Skipping,
     find_files,
     read_documents,
 )
@@ -48,7 +49,6 @@ SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 4_000_000
 BATCH_RECORDS = 4096
 COMMIT_SECONDS = 5.0
-REPORTED_RECORDS = 10
 
 T = TypeVar("T")
 
@@ -161,12 +161,15 @@ def prepare(
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
+    # First, so that not even a lock is left among them.
+    _refuse_other_files(output)
     with locked(output):
         try:
             return _prepare_folder(output, job, strict, console)
         except BaseException:
             if is_new and not _holds_work(output):
-                shutil.rmtree(output)
+                # Another process may be opening the lock at this moment.
+                shutil.rmtree(output, ignore_errors=True)
             raise
 
 
@@ -201,14 +204,17 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
     return manifest
 
 
-def _claim(output: Path, description: dict[str, Any]) -> None:
-    """Make `output` the folder of this job; refuse when it holds anything that could be lost."""
+def _refuse_other_files(output: Path) -> None:
     present = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
     if present and JOB_FILE not in present:
         raise ValueError(
             f"{output} holds other files ({present[0]}): choose another --output or empty it"
         )
-    if present:
+
+
+def _claim(output: Path, description: dict[str, Any]) -> None:
+    """Make `output` the folder of this job; refuse when it holds the work of another."""
+    if (output / JOB_FILE).exists():
         earlier = json.loads((output / JOB_FILE).read_text())
         if earlier == description:
             return
@@ -250,9 +256,13 @@ def _encode(
             rate=0.0,
         )
         records = read_documents(job.files, job.field, progress.position)
+        skipping = Skipping(console.print, progress.skipped)
         for batch in _read_ahead(_batches(records)):
-            _skip_malformed(batch, progress, strict, console)
-            _append([record for record in batch if isinstance(record, Document)], job, writers)
+            if strict:
+                _refuse_malformed(batch)
+            documents = list(skipping.documents(batch))
+            progress.skipped = skipping.count
+            _append(documents, job, writers)
             progress.position = batch[-1].next
             now = time.monotonic()
             # Without a document there is nothing to lose, and a reader that starts at the
@@ -300,18 +310,12 @@ def _read_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _skip_malformed(
-    batch: list[Document | Malformed], progress: Progress, strict: bool, console: Console
-) -> None:
+def _refuse_malformed(batch: list[Document | Malformed]) -> None:
     for record in batch:
         if isinstance(record, Malformed):
-            if strict:
-                raise ValueError(
-                    f"{record.where}: {record.reason}; mend the input or leave out --strict"
-                )
-            if progress.skipped < REPORTED_RECORDS:
-                console.print(f"{record.where}: {record.reason}")
-            progress.skipped += 1
+            raise ValueError(
+                f"{record.where}: {record.reason}; mend the input or leave out --strict"
+            )
 
 
 def _append(documents: list[Document], job: Job, writers: dict[str, SplitWriter]) -> None:

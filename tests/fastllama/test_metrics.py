@@ -58,17 +58,17 @@ def steps(path: Path) -> list[int]:
 def test_console_line() -> None:
     line = row(7).line()
     assert line == (
-        "step 7   12.5%  loss 2.0000  ppl 7.4  lr 3.00e-04  gnorm 0.50  tok 7,168 of 10.0M  "
+        "step 7   12.5%  loss 2.0000  ppl 7.4  lr 3.00e-04  gnorm 0.50  tok 10.0M  "
         "12,346 tok/s  1:02:03  eta 1:00  wait 0.25s"
     )
 
 
 def test_console_line_tells_what_is_rare() -> None:
     rare = row(7, val_loss=3.0)
-    rare.skipped_steps, rare.mfu_causal, rare.mfu_palm = 2, 0.4, 0.45
+    rare.skipped_steps, rare.mfu_causal, rare.mfu_palm, rare.peak_gib = 2, 0.4, 0.45, 71.26
     assert rare.line().startswith(row(7).line())
     assert rare.line().endswith(
-        "mfu 40.0% causal 45.0% palm  skipped 2  val 3.0000 (0.750 bits/byte)"
+        "mfu 40.0% causal 45.0% palm  peak 71.3 GiB  skipped 2  val 3.0000 (0.750 bits/byte)"
     )
 
 
@@ -151,6 +151,7 @@ def test_rows_beside_side_jobs_tell_the_pace_of_the_device(
     nothing, progress = cast(Any, None), Progress()
     world = World(0, 1, torch.device("cuda"), nothing)
     console = Console(quiet=True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
     recorder = Recorder(config, RunFolder(tmp_path), nothing, progress, world, console)
     for step in range(1, 9):
         if step == 6:
@@ -165,8 +166,10 @@ def test_rows_beside_side_jobs_tell_the_pace_of_the_device(
                 device.host = device.busy_until + 2.0
                 recorder.add_validation(2.5, 1.0)
     recorder.flush()
-    seconds = [8_192 / row["tok_per_s"] for row in read_rows(tmp_path / "metrics.csv")]
+    rows = read_rows(tmp_path / "metrics.csv")
+    seconds = [8_192 / row["tok_per_s"] for row in rows]
     assert seconds == pytest.approx([10, 10, 10, 10, 10, 13, 10, 10])
+    assert [row["peak_gib"] for row in rows] == [1.5] * 8
 
 
 def test_late_scalars_are_the_last_sent() -> None:
@@ -194,6 +197,22 @@ def test_rows_are_appended_to_both_files(tmp_path: Path) -> None:
     assert [list(line) for line in lines] == [COLUMNS, COLUMNS]
     assert [line["val_loss"] for line in lines] == [None, 3.0]
     assert read_rows(tmp_path / "metrics.csv")[0]["perplexity"] == math.exp(2.0)
+
+
+def test_a_log_from_before_a_column_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    write_rows(tmp_path, row(1, val_loss=3.0), row(2))
+    old = [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{line}\n" for line in old))
+    new = row(3)
+    new.peak_gib = 71.5
+    write_rows(tmp_path, new, last_step=2)
+    with open(path, newline="") as file:
+        assert [len(line) for line in csv.reader(file)] == [len(COLUMNS)] * 4
+    first, second, third = read_rows(path)
+    assert (first["val_loss"], third["peak_gib"]) == (3.0, 71.5)
+    assert "peak_gib" not in first | second
+    plot_loss(path, tmp_path / "loss.png", title="run")
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

@@ -25,6 +25,7 @@ from fastllama.model import Llama
 from fastllama.parallel import (
     World,
     build_mesh,
+    choose_device,
     distributed,
     resolve_resharding,
     shard_model,
@@ -134,6 +135,38 @@ def test_resharding_is_decided_by_the_memory_of_the_device(
     assert on_cpu.parallel.reshard_after_forward is False
     # The run folder keeps what was asked for.
     assert config.parallel.reshard_after_forward == "auto"
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "expected"),
+    [
+        (None, 8, 3),
+        ("0,1,2,3,4,5,6,7", 8, 3),
+        # Of each task its own.
+        ("5", 1, 0),
+        ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", 1, 0),
+        # A node with one, or with too few.
+        (None, 1, None),
+        ("0,1", 1, None),
+        ("0,1", 2, None),
+    ],
+)
+def test_device_of_a_process(
+    visible: str | None, gpus: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if expected is None:
+        remedy = "lower --nproc-per-node, or let each process see all GPUs of its node"
+        with pytest.raises(ValueError, match=remedy):
+            choose_device("cuda")
+    else:
+        assert choose_device("cuda") == torch.device("cuda", expected)
 
 
 def test_collectives_wait_as_long_as_asked_for() -> None:

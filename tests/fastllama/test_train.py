@@ -1,6 +1,7 @@
 """The loop: what a run writes, that it resumes exactly, and what it does with bad updates."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -8,11 +9,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import fastllama.train as trainer
 from fastllama.atomic import locked
 from fastllama.cli import main
+from fastllama.config import load_recipe
+from fastllama.data.dataset import open_dataset
+from fastllama.data.prepare import prepare
+from fastllama.metrics import COLUMNS
 from tests.fastllama.conftest import Workspace
 
 # Runs the command with `fastllama.train.update` replaced by one that first calls `interfere` with
@@ -129,43 +136,6 @@ def test_killed_run_resumes_bit_identically(workspace: Workspace, tmp_path: Path
     assert [int(line.split(",")[0]) for line in superseded] == list(range(21, 32))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_signal_finishes_the_update_and_saves(
-    workspace: Workspace, tmp_path: Path, name: str
-) -> None:
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    train(workspace.recipe, "--run-dir", straight)
-    interrupt = f"step == 3 and os.kill(os.getpid(), signal.{name})"
-    done = train_with(interrupt, 0, workspace.recipe, "--run-dir", stopped)
-    assert done.returncode == 85, done.stderr
-    assert f"fastllama train --resume {stopped}" in " ".join(done.stdout.split())
-    last = max(losses(stopped))
-    assert last in (3, 4)
-    assert (stopped / "checkpoints" / "latest").resolve().name == f"step-{last:08d}"
-    train("--resume", stopped)
-    assert losses(stopped) == losses(straight)
-
-
-def test_second_signal_stops_at_once(workspace: Workspace, tmp_path: Path) -> None:
-    # Any two: a scheduler warns with one and ends with another.
-    twice = "step == 3 and [os.kill(os.getpid(), s) for s in (signal.SIGUSR1, signal.SIGINT)]"
-    done = train_with(twice, 0, workspace.recipe, "--run-dir", tmp_path / "run")
-    assert done.returncode == -signal.SIGINT
-
-
-def test_wall_time_saves_and_stops(workspace: Workspace, tmp_path: Path) -> None:
-    straight, limited = tmp_path / "straight", tmp_path / "limited"
-    train(workspace.recipe, "--run-dir", straight)
-    # A millisecond is over when the first update is.
-    limit = ["--training.max-wall-time", 1e-3 / 60]
-    done = train_with("", 0, workspace.recipe, "--run-dir", limited, *limit)
-    assert done.returncode == 85, done.stderr
-    assert f"fastllama train --resume {limited}" in " ".join(done.stdout.split())
-    assert (limited / "checkpoints" / "latest").resolve().name == "step-00000001"
-    train("--resume", limited, "--training.max-wall-time", 10)
-    assert losses(limited) == losses(straight)
-
-
 def test_bad_update_is_skipped_and_counted(workspace: Workspace, tmp_path: Path) -> None:
     run = tmp_path / "run"
     poison = "loss = loss * float('nan') if step == 4 else loss"
@@ -274,6 +244,106 @@ def test_two_processes_do_not_share_a_run(
         train(workspace.recipe, "--run-dir", run)
     assert stop.value.code == 2
     assert "another process is writing into" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+def test_a_run_is_not_touched_while_another_process_has_it(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    train(workspace.recipe, "--run-dir", run)
+    latest = run / "checkpoints" / "latest"
+    latest.unlink()
+    latest.symlink_to("step-00000005")
+    # Neither the link is mended nor other options or the end of the run found out.
+    for options in ([], ["--optimizer.max-lr", "0.02"]):
+        with locked(run), pytest.raises(SystemExit) as stop:
+            train(workspace.recipe, "--run-dir", run, *options)
+        assert stop.value.code == 2
+        assert "another process is writing into" in capsys.readouterr().err
+    assert latest.resolve().name == "step-00000005"
+
+
+def test_no_other_process_goes_on_with_a_run_that_is_starting_up(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    train(workspace.recipe, "--run-dir", run)
+    longer = ["--training.training-tokens", 20 * 256]
+    newest, others = trainer.newest_checkpoint, []
+
+    def newest_until_another_tries(*arguments: Any) -> Any:
+        found = newest(*arguments)
+        others.append(train_with("", 10, "--resume", run, *longer))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "newest_checkpoint", newest_until_another_tries)
+        train("--resume", run, "--training.training-tokens", 15 * 256)
+    (other,) = others
+    assert other.returncode == 2, other.stdout
+    assert "another process is writing into" in other.stderr
+    # Once the first is done, from where it came to.
+    assert "resuming after update 15 of 20" in train_with("", 15, "--resume", run, *longer).stdout
+    assert list(losses(run)) == list(range(1, 21))
+    assert not list(run.glob("superseded-*"))
+
+
+def test_nothing_is_left_of_a_new_run_that_is_refused(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> Any:
+        raise ValueError("there are no such operators")
+
+    monkeypatch.setattr(trainer, "choose_operators", refuse)
+    (tmp_path / "old").mkdir()
+    for run in (tmp_path / "runs" / "new", tmp_path / "old"):
+        with pytest.raises(SystemExit) as stop:
+            train(workspace.recipe, "--run-dir", run)
+        assert stop.value.code == 2
+    # The folder that was there before stays.
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_is_held_out_is_told(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    prepare([str(workspace.corpus)], workspace.tokenizer, data)
+    train(workspace.recipe, "--run-dir", tmp_path / "run", "--data.path", data)
+    told = capsys.readouterr().out
+    assert "epochs wanted; nothing held out: no validation (prepare --validation-fraction)" in told
+    dataset = open_dataset(load_recipe(workspace.recipe))
+    n_tokens = dataset.manifest.splits["validation"].tokens
+    assert trainer.held_out(dataset) == f"{n_tokens:,} held out"
+    # As it is opened where the held-out text is short.
+    short = dataclasses.replace(dataset, validation=None)
+    assert trainer.held_out(short).startswith("less than a sequence held out: no validation")
+
+
+def test_the_session_counts_on_after_a_rewind(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real, calls = tmp_path / "run", trainer.update, 0
+
+    def update(optimizer: Any, loss: Any, *rest: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(optimizer, loss * float("nan") if calls in (7, 8, 9) else loss, *rest)
+
+    monkeypatch.setattr(trainer, "update", update)
+    train(workspace.recipe, "--run-dir", run, "--training.rewind-after", 3)
+    # After update 9 back to the checkpoint of update 5.
+    logged = rows(run)
+    assert [int(row["step"]) for row in logged] == list(range(1, 11))
+    assert [int(row["tokens_total"]) for row in logged] == [256 * step for step in range(1, 11)]
+    done = [*range(1, 6), *range(10, 15)]
+    assert [int(row["tokens"]) for row in logged] == [256 * n for n in done]
+    times = [float(row["time_s"]) for row in logged]
+    again = (run / "superseded-metrics.csv").read_text().splitlines()
+    before = [float(line.split(",")[COLUMNS.index("time_s")]) for line in again]
+    assert times[:5] + before + times[5:] == sorted(times + before)
+    assert all(float(row["tok_per_s"]) > 0 for row in logged)
 
 
 def test_ranks_train_the_same_model(workspace: Workspace, tmp_path: Path) -> None:
@@ -303,26 +373,6 @@ def test_ranks_train_the_same_model(workspace: Workspace, tmp_path: Path) -> Non
     # Written by two processes, read by one.
     train("--resume", double, "--training.training-tokens", 12 * 256)
     assert list(losses(double)) == list(range(1, 13))
-
-
-def test_ranks_stop_together(workspace: Workspace, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", "-m", "fastllama", "train", str(workspace.recipe)]
-    done = subprocess.run(
-        [*command, "--run-dir", str(run), "--training.max-wall-time", "0.0001"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    # torchrun knows success and failure only.
-    assert done.returncode == 1
-    assert "no failure: stopped early and saved, exit code 85" in done.stderr
-    assert f"fastllama train --resume {run}" in " ".join(done.stdout.split())
-    latest = (run / "checkpoints" / "latest").resolve()
-    assert latest.name == "step-00000001"
-    assert len(list(latest.glob("*.safetensors"))) == 2
 
 
 def test_compiled_blocks_train_the_same_model(workspace: Workspace, tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""The lock of a folder."""
+
+import errno
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastllama import atomic
+from fastllama.atomic import locked, write_atomic
+
+BUSY = "another process is writing into"
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    for _ in range(2):
+        with locked(tmp_path), pytest.raises(ValueError, match=BUSY), locked(tmp_path):
+            pass
+        # It stays, and what is left locks nothing.
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_it_is_a_file_open_for_writing_that_is_locked(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        folder = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(folder)
+        lock = str((tmp_path / ".lock").resolve())
+        (number,) = (
+            link.name
+            for link in Path("/proc/self/fd").iterdir()
+            if link.is_symlink() and os.readlink(link) == lock
+        )
+        flags = int(
+            Path(f"/proc/self/fdinfo/{number}").read_text().split("flags:")[1].split()[0], 8
+        )
+    assert flags & os.O_ACCMODE == os.O_RDWR
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_lock_in_a_folder_that_is_gone_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    folder, flock = tmp_path / "folder", fcntl.flock
+    folder.mkdir()
+
+    def removed_meanwhile(*arguments: Any) -> None:
+        shutil.rmtree(folder)
+        if again:
+            folder.mkdir()
+            (folder / ".lock").touch()
+        flock(*arguments)
+
+    monkeypatch.setattr(atomic.fcntl, "flock", removed_meanwhile)
+    with pytest.raises(ValueError, match=BUSY), locked(folder):
+        pass
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_no_lock_is_needed_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
+) -> None:
+    def refuse(*arguments: Any) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(atomic.os, "open", refuse)
+    monkeypatch.setattr(atomic.os, "access", lambda *arguments: writable)
+    if writable:
+        with pytest.raises(OSError, match="Read-only"), locked(tmp_path):
+            pass
+    else:
+        with locked(tmp_path):
+            pass
+
+
+def test_what_could_not_be_put_in_place_is_not_left_beside_it(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    (taken / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="taken"):
+        write_atomic(taken, "content")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
