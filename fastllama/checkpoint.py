@@ -23,11 +23,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fastllama.atomic import fsync_folder
+
+MODEL = "model."
+"""What the names of the weights begin with in a checkpoint."""
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Progress:
 
 def model_tensors(model: nn.Module) -> dict[str, Any]:
     """The weights by the names they have in a checkpoint; the values are the live tensors."""
-    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    return {f"{MODEL}{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -83,17 +87,19 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def find_damage(path: Path) -> str | None:
-    """Read a whole checkpoint against its manifest; say what is wrong, or None.
+def find_damage(path: Path, wanted: str = "") -> str | None:
+    """Read a checkpoint against its manifest; say what is wrong, or None.
 
-    The ranks of a run, which all call this, read a share each and hear the same.
+    Files without a tensor whose name begins with `wanted` need only be of the right size. The
+    ranks of a run, which all call this, read a share each and hear the same.
     """
     if not dist.is_initialized():
-        return _find_damage_in_share(path, 0, 1)
-    return _agreed(_find_damage_in_share(path, dist.get_rank(), dist.get_world_size()))
+        return _find_damage_in_share(path, 0, 1, wanted)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return _agreed(_find_damage_in_share(path, rank, size, wanted))
 
 
-def _find_damage_in_share(path: Path, rank: int, size: int) -> str | None:
+def _find_damage_in_share(path: Path, rank: int, size: int, wanted: str) -> str | None:
     manifest = path / "manifest.json"
     try:
         entries = dict(json.loads(manifest.read_text())["files"])
@@ -110,14 +116,28 @@ def _find_damage_in_share(path: Path, rank: int, size: int) -> str | None:
     # Dealt out in the order of their sizes, so that the shares are alike.
     for name in names[rank::size]:
         try:
-            found = describe(path, name)
+            whole = (path / name).stat().st_size == entries[name]["bytes"]
+            if whole and _may_hold(path / name, wanted):
+                whole = describe(path, name).get(name) == entries[name]
+        except FileNotFoundError:
+            return f"{path / name} is missing"
         except OSError as error:
             return f"{path / name} cannot be read: {error.strerror}"
-        if name not in found:
-            return f"{path / name} is missing"
-        if found[name] != entries[name]:
+        if not whole:
             return f"{path / name} is not what was written"
     return None
+
+
+def _may_hold(file: Path, wanted: str) -> bool:
+    """Whether a file has a tensor whose name begins with `wanted`, or no header that denies it."""
+    if not wanted:
+        return True
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+        return any(name.startswith(wanted) for name in names)
+    except SafetensorError:
+        return True
 
 
 def _agreed(wrong: str | None) -> str | None:
@@ -128,11 +148,11 @@ def _agreed(wrong: str | None) -> str | None:
 
 
 def newest_checkpoint(
-    folder: Path, identity: dict[str, Any]
+    folder: Path, identity: dict[str, Any], wanted: str = ""
 ) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint that is whole and of this identity, and why newer ones are not used.
 
-    The ranks of a run call this together.
+    The ranks of a run call this together; `wanted` is that of `find_damage`.
 
     Raises:
         ValueError: all that are whole belong to a run of another identity.
@@ -144,7 +164,7 @@ def newest_checkpoint(
     passed_over: dict[Path, str] = {}
     foreign = None
     for path in paths[0]:
-        wrong = find_damage(path)
+        wrong = find_damage(path, wanted)
         if wrong is None:
             wrong = find_difference(path, identity)
             foreign = foreign or wrong

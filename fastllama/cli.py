@@ -19,7 +19,7 @@ from typing import Annotated, Literal, TypeVar, cast
 import tyro
 
 from fastllama import __version__
-from fastllama.config import Config, load_recipe, nearest_key, validate
+from fastllama.config import Config, load_recipe, nearest_key, takes_booleans, validate
 from fastllama.errors import FailedElsewhereError, FailedFirstError, TrainingFailedError
 from fastllama.flight_recorder import dump_path
 
@@ -51,7 +51,15 @@ Train LLaMA models from scratch.
 options:
   --help     show this text
   --version  show the version
-  --debug    show the traceback of an error (after any command)
+  --debug    show the traceback of an error too (with any command)
+
+exit codes:
+  0    done
+  1    failed
+  2    a mistake in what was asked for
+  85   training stopped early, what was done is saved: the same command goes on from there
+  130  ended at once by Ctrl-C: a second one, or where no training is under way yet;
+       after SIGTERM it is 143, after SIGUSR1 138
 """
 
 
@@ -86,7 +94,7 @@ class PrepareOptions:
     shard_tokens: int = 100_000_000
     """Tokens in a shard."""
     end_token: str | None = None
-    """Token that ends each document; None finds the tokenizer's own."""
+    """Special token that ends each document; None finds the tokenizer's own."""
     strict: bool = False
     """Stop at the first malformed record instead of counting and skipping it."""
     workers: int | None = None
@@ -170,14 +178,16 @@ class GenerateOptions:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit.
 
-    0: done, 1: failed, 2: a mistake in what was asked for, 85: training stopped early and saved.
+    0: done, 1: failed, 2: a mistake in what was asked for, 85: training stopped early and what was
+    done is saved, 130: Ctrl-C where no training is under way. Other signals end the process there.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in args
-    args = [part for arg in args if arg != "--debug" for part in split_option(arg)]
+    given = sys.argv[1:] if argv is None else argv
+    args = [part for arg in given for part in split_option(arg)]
+    rest = without_debug(args)
+    debug = len(rest) < len(args)
     code = 0
     try:
-        run_command(args)
+        run_command(rest)
     except KeyboardInterrupt:
         code = 130
     except FailedElsewhereError:
@@ -188,10 +198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except FailedFirstError as failure:
         code = tell_first_failure(failure, debug)
     except (ValueError, OSError, TrainingFailedError) as error:
-        if debug:
-            raise
         # A mistake is the same everywhere, so one process a node tells it; a failure may not be.
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ValueError):
+            if debug:
+                traceback.print_exc()
             print(f"error: {textwrap.shorten(str(error), width=1000)}", file=sys.stderr)
         code = exit_code(error)
     # Outside of the except block, whose error would keep the process group and its threads alive
@@ -241,6 +251,16 @@ def split_option(arg: str) -> list[str]:
     """`--name=value` as two arguments; a value that looks like an option stays attached."""
     name, equals, value = arg.partition("=")
     return [name, value] if arg.startswith("--") and equals and value[:1] != "-" else [arg]
+
+
+def without_debug(args: list[str]) -> list[str]:
+    """`args` without `--debug`; between an option and its value it stays, and tyro refuses it."""
+    around = zip(["", *args], args, [*args[1:], "-"], strict=False)
+    return [
+        arg
+        for before, arg, after in around
+        if arg != "--debug" or (before.startswith("--") and after[:1] != "-")
+    ]
 
 
 # Told apart from every failure, so that a scheduler can queue the same command once more.
@@ -309,25 +329,29 @@ def unbox(text: str) -> str:
 
 def tokenizer_train(options: TokenizerTrainOptions) -> None:
     """`fastllama tokenizer train`."""
-    from fastllama.data.documents import Document, find_files, read_documents
+    from fastllama.data.documents import Skipping, find_files, read_documents
     from fastllama.data.tokenizer import (
         fingerprint,
+        refuse_output,
         save_tokenizer,
         train_tokenizer,
         verify_round_trip,
         vocabulary_size,
     )
 
-    files = find_files(options.input)
-    documents = (
-        item.text for item in read_documents(files, options.field) if isinstance(item, Document)
-    )
-    tokenizer = train_tokenizer(documents, options.vocab_size)
+    refuse_output(options.output)
+    records = read_documents(find_files(options.input), options.field)
+    skipping = Skipping(tell=partial(print, file=sys.stderr))
+    texts = (document.text for document in skipping.documents(records))
+    tokenizer = train_tokenizer(texts, options.vocab_size)
     verify_round_trip(tokenizer, ROUND_TRIPS)
     save_tokenizer(tokenizer, options.output)
     size = vocabulary_size(tokenizer)
     few = "" if size == options.vocab_size else f" of {options.vocab_size}, all the text gave"
-    print(f"{options.output}: {size} entries{few}, fingerprint {fingerprint(tokenizer)[:12]}")
+    print(
+        f"{options.output}: {size} entries{few}, fingerprint {fingerprint(tokenizer)[:12]}, "
+        f"{skipping.count:,} malformed records skipped"
+    )
     print(f"next: fastllama prepare --input … --tokenizer {options.output} --output data/NAME")
 
 
@@ -383,7 +407,7 @@ def train(args: list[str]) -> None:
     from fastllama.train import train
 
     is_main = os.environ.get("RANK", "0") == "0"
-    console = Console(quiet=not is_main)
+    console = Console(quiet=not is_main, highlight=False, soft_wrap=True, markup=False)
     finished = train(
         options.config, RunFolder(run_path), console, resume=options.resume is not None
     )
@@ -392,11 +416,8 @@ def train(args: list[str]) -> None:
         # the first one gone signals the others.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         console.print(
-            "Stopped and saved. Go on with the same command, or with: "
-            f"fastllama train --resume {run_path}",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
+            "Stopped early. Go on with the same command, or with: "
+            f"fastllama train --resume {run_path}"
         )
         tell_torchrun(f"no failure: stopped early and saved, exit code {STOPPED}")
         sys.exit(STOPPED)
@@ -405,7 +426,7 @@ def train(args: list[str]) -> None:
         f"plot    {run_path / 'loss.png'}",
         f"next    fastllama generate {run_path} --prompt {options.config.logging.sample_prompt!r}",
     )
-    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    console.print("\n".join(lines))
 
 
 def parse_train(args: list[str]) -> tuple[TrainOptions, Path]:
@@ -466,8 +487,12 @@ def verify_resume(args: list[str]) -> None:
 
 
 def with_python_booleans(args: list[str]) -> list[str]:
-    """`true` and `false` as tyro reads them."""
-    return [{"true": "True", "false": "False"}.get(arg, arg) for arg in args]
+    """`args` with the values `true` and `false` of options of `Config` as tyro reads them."""
+    spelt = list(args)
+    for place, (option, value) in enumerate(itertools.pairwise(args), 1):
+        if takes_booleans(option.removeprefix("--").replace("-", "_")):
+            spelt[place] = {"true": "True", "false": "False"}.get(value, value)
+    return spelt
 
 
 def print_config(config: Config) -> None:

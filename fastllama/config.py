@@ -107,7 +107,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled decay of the matrices; norms and embeddings are not decayed."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; a larger gradient is scaled down to it."""
+    """Largest global gradient norm; a larger gradient is scaled down to it. 0 never clips."""
 
 
 @dataclass(frozen=True)
@@ -333,6 +333,13 @@ def known_keys() -> list[str]:
     ]
 
 
+def takes_booleans(name: str) -> bool:
+    """Whether `true` and `false` are values of the option `group.field`; False if it is none."""
+    group, _, key = name.partition(".")
+    kind = typing.get_type_hints(Config).get(group)
+    return kind is not None and _has_type(True, typing.get_type_hints(kind).get(key))
+
+
 def _unknown_key(key: str, group: str | None = None) -> str:
     name = key if group is None else f"{group}.{key}"
     return f"unknown option {name}{nearest_key(name)}"
@@ -376,6 +383,7 @@ _AT_LEAST_ONE = (
     "training.batch_size",
     "training.tokens_per_update",
     "training.training_tokens",
+    "training.eval_tokens",
     "training.max_bad_updates",
     "parallel.replicate",
     "checkpoint.keep_last",
@@ -392,15 +400,14 @@ _POSITIVE = (
     "model.rope_high_freq_factor",
     "optimizer.max_lr",
     "optimizer.adam_eps",
-    "optimizer.grad_clip",
     "parallel.timeout_minutes",
 )
 _NOT_NEGATIVE = (
     "optimizer.min_lr",
     "optimizer.weight_decay",
     "optimizer.warmup_iterations",
+    "optimizer.grad_clip",
     "training.eval_interval",
-    "training.eval_tokens",
     "training.seed",
     "training.spike_z_score",
     "training.rewind_after",

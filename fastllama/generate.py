@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fastllama.checkpoint import (
+    MODEL,
     find_damage,
     find_difference,
     load_tensors,
@@ -141,23 +142,27 @@ class LoadedRun:
 def load_run(path: Path, device: torch.device) -> LoadedRun:
     """Load the newest whole checkpoint of a run folder, or one checkpoint inside it.
 
+    Whole as far as the model goes: AdamW's moments, two thirds of a checkpoint, are not read.
+
     Raises:
         ValueError: no run or checkpoint is there, or the checkpoint is damaged.
     """
     run = RunFolder(path)
-    is_checkpoint = not run.exists and RunFolder(path.resolve().parents[1]).exists
+    around = RunFolder(path.resolve().parent.parent)
+    is_checkpoint = not run.exists and around.exists
     if is_checkpoint:
-        run = RunFolder(path.resolve().parents[1])
+        run = around
     config = run.load_config()
     checkpoint: Path | None
     if is_checkpoint:
-        checkpoint, damage = path, find_damage(path) or find_difference(path, identity={})
+        checkpoint = path
+        damage = find_damage(path, wanted=MODEL) or find_difference(path, identity={})
         if damage is not None:
             raise ValueError(
                 f"The checkpoint is damaged: {damage}; use another one of {path.parent}."
             )
     else:
-        checkpoint, _ = newest_checkpoint(run.checkpoints, identity={})
+        checkpoint, _ = newest_checkpoint(run.checkpoints, identity={}, wanted=MODEL)
     if checkpoint is None:
         raise ValueError(f"{path} has no complete checkpoint yet; train on, or wait for the first.")
     with torch.device("meta"):

@@ -1,5 +1,7 @@
 """AdamW over sharded parameters, with clipping and the refusal of bad updates on the device."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -54,9 +56,10 @@ def update(
 ) -> tuple[Tensor, Tensor]:
     """Apply one update from the gradients, unless `loss` or their norm is not finite or a spike.
 
-    A bad update leaves parameters, moments and AdamW's step count as they were. Clipping and the
-    refusal happen inside the fused kernel, through the two scalars a gradient scaler would hand
-    it, so nothing is read on the host and no extra pass over the gradients is made.
+    A norm above `max_norm` is scaled down to it, unless that is 0. A bad update leaves parameters,
+    moments and AdamW's step count as they were. Clipping and the refusal happen inside the fused
+    kernel, through the two scalars a gradient scaler would hand it, so nothing is read on the host
+    and no extra pass over the gradients is made.
 
     Returns:
         The global gradient norm before clipping and the number of the refusal in `REFUSALS`, both
@@ -82,7 +85,7 @@ def update(
         # then on be another model.
         dist.all_reduce(refused, dist.ReduceOp.MAX)
     # AdamW divides gradients by grad_scale and does nothing where found_inf is 1.
-    optimizer.grad_scale = (norm / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+    optimizer.grad_scale = (norm / (max_norm or math.inf)).clamp(min=1.0)  # type: ignore[attr-defined]
     optimizer.found_inf = refused.clamp(max=1.0)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

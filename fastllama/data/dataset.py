@@ -58,8 +58,8 @@ def open_dataset(config: Config) -> Dataset:
             f"model.max_seq_len = {config.model.max_seq_len} is longer than the data, "
             f"{train.n_tokens} tokens in {folder}; prepare more text or shorten the sequences."
         )
-    prompt = config.logging.sample_prompt
-    if len(tokenizer.encode(prompt).ids) >= config.model.max_seq_len:
+    prompt = tokenizer.encode(config.logging.sample_prompt, add_special_tokens=False)
+    if len(prompt.ids) >= config.model.max_seq_len:
         raise ValueError(
             f"logging.sample_prompt fills the {config.model.max_seq_len} tokens of a sequence and "
             "leaves nothing to write; shorten it."

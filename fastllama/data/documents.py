@@ -3,7 +3,7 @@
 import glob
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ SUFFIXES = (
     *(text + packed for text in (".txt", ".jsonl") for packed in COMPRESSIONS),
 )
 PARQUET_BATCH_ROWS = 1024
+TOLD_RECORDS = 10
 
 
 class Position(NamedTuple):
@@ -52,6 +53,24 @@ class Malformed:
     reason: str
     next: Position
     bytes_read: int
+
+
+@dataclass
+class Skipping:
+    """Leaves malformed records out, counts them, and tells the first `TOLD_RECORDS`."""
+
+    tell: Callable[[str], None]
+    count: int = 0
+
+    def documents(self, records: Iterable[Document | Malformed]) -> Iterator[Document]:
+        """Those of `records` that are documents."""
+        for record in records:
+            if isinstance(record, Document):
+                yield record
+                continue
+            if self.count < TOLD_RECORDS:
+                self.tell(f"{record.where}: {record.reason}")
+            self.count += 1
 
 
 @dataclass(frozen=True, slots=True)

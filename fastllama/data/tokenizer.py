@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,6 +42,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return _encode_plainly(tokenizer)
+
+
+def refuse_output(path: Path) -> None:
+    """Raise ValueError where `save_tokenizer` could not write `path`, before the work is done."""
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder: name a file in it, {path / 'tokenizer.json'}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"output {path} is not a file: choose another --output")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise ValueError(
+            f"output {path} cannot be written, as {nearest} is no folder to write in: "
+            "choose another --output"
+        )
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
@@ -91,20 +106,24 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 def end_token_id(tokenizer: Tokenizer, end_token: str | None = None) -> int:
     """The id that ends a document: that of `end_token`, else of the first known name it has.
 
-    Raises ValueError when `end_token`, or without it every name in `END_TOKENS`, is unknown.
+    Raises ValueError when `end_token`, or without it every name in `END_TOKENS`, is none of the
+    tokenizer's special tokens.
     """
+    # An ordinary entry would end a document wherever the text holds it.
+    added = tokenizer.get_added_tokens_decoder()
+    special = {token.content: number for number, token in sorted(added.items()) if token.special}
     for name in END_TOKENS if end_token is None else (end_token,):
-        token_id = tokenizer.token_to_id(name)
-        if token_id is not None:
-            return token_id
+        if name in special:
+            return special[name]
+    known = ", ".join(special) or "none"
     if end_token is not None:
         raise ValueError(
-            f"end token {end_token!r} is not in the vocabulary of the tokenizer: "
-            "give --end-token one that is"
+            f"end token {end_token!r} is no special token of the tokenizer: "
+            f"give --end-token one of those it has ({known})"
         )
     raise ValueError(
-        f"the tokenizer has none of the usual end tokens ({', '.join(END_TOKENS)}): "
-        "name its own with --end-token"
+        f"none of the usual end tokens ({', '.join(END_TOKENS)}) is a special token of the "
+        f"tokenizer: name its own with --end-token, one of {known}"
     )
 
 

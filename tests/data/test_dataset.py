@@ -4,10 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from fastllama.config import Config, DataConfig, ModelConfig
 from fastllama.data.dataset import open_dataset
-from fastllama.data.tokenizer import save_tokenizer, train_tokenizer
+from fastllama.data.manifest import Manifest
+from fastllama.data.tokenizer import (
+    fingerprint,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 from tests.data.folder import VOCAB_SIZE, make_folder
 
 
@@ -72,6 +79,18 @@ def test_refuses_a_model_with_too_few_embeddings(folder: Path) -> None:
     config = replace(config, model=replace(config.model, vocab_size=VOCAB_SIZE - 1))
     with pytest.raises(ValueError, match="vocab_size = 259 is smaller than the tokenizer's 260"):
         open_dataset(config)
+
+
+def test_a_prompt_is_counted_as_it_is_encoded(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    template = TemplateProcessing("<SOS> $A <EOS>", special_tokens=[("<SOS>", 0), ("<EOS>", 1)])
+    tokenizer.post_processor = template
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    replace(Manifest.load(folder), tokenizer_fingerprint=fingerprint(tokenizer)).save(folder)
+    config = config_for(folder)
+    open_dataset(replace(config, logging=replace(config.logging, sample_prompt="x" * 7)))
+    with pytest.raises(ValueError, match="sample_prompt fills the 8 tokens of a sequence"):
+        open_dataset(replace(config, logging=replace(config.logging, sample_prompt="x" * 8)))
 
 
 def test_refuses_no_folder(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from fastllama.data.tokenizer import (
     end_token_id,
     fingerprint,
     load_tokenizer,
+    refuse_output,
     save_tokenizer,
     train_tokenizer,
     verify_round_trip,
@@ -30,8 +33,10 @@ unicode_text = st.text(st.characters(exclude_categories=["Cs"]))
 text_with_special_tokens = st.lists(st.sampled_from(SPECIAL_TOKENS) | unicode_text).map("".join)
 
 
-def foreign_tokenizer(*names: str) -> Tokenizer:
-    return Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, names[0]))
+def foreign_tokenizer(*names: str, special: Sequence[str] = ()) -> Tokenizer:
+    tokenizer = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, names[0]))
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer
 
 
 @settings(deadline=None)
@@ -114,17 +119,57 @@ def test_a_folder_is_no_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>"])
 def test_usual_end_tokens_are_found(name: str) -> None:
-    assert end_token_id(foreign_tokenizer("a", "b", name)) == 2
+    assert end_token_id(foreign_tokenizer("a", "b", name, special=[name])) == 2
 
 
 def test_end_token_by_name_and_by_order() -> None:
-    tokenizer = foreign_tokenizer("</s>", "<EOS>", "stop")
+    tokenizer = foreign_tokenizer("</s>", "<EOS>", "stop", special=["stop", "</s>", "<EOS>"])
     assert end_token_id(tokenizer) == 1
     assert end_token_id(tokenizer, "stop") == 2
-    with pytest.raises(ValueError, match=r"'halt'.*--end-token"):
+    with pytest.raises(ValueError, match=r"'halt'.*--end-token one of .*\(</s>, <EOS>, stop\)"):
         end_token_id(tokenizer, "halt")
-    with pytest.raises(ValueError, match="--end-token"):
+    with pytest.raises(ValueError, match="--end-token, one of none"):
         end_token_id(foreign_tokenizer("a"))
+
+
+def test_an_entry_that_text_may_hold_ends_no_document() -> None:
+    tokenizer = foreign_tokenizer("a", "</s>", "the", special=["stop"])
+    tokenizer.add_tokens(["added"])
+    with pytest.raises(ValueError, match=r"none of the usual .*, one of stop$"):
+        end_token_id(tokenizer)
+    for ordinary in ("the", "</s>", "added"):
+        with pytest.raises(ValueError, match=f"{ordinary}' is no special token .*\\(stop\\)"):
+            end_token_id(tokenizer, ordinary)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (".", "is a folder: name a file in it"),
+        ("file/tokenizer.json", "file is no folder to write in: choose another"),
+        ("pipe", "pipe is not a file: choose another"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused(
+    tmp_path: Path, output: str, message: str
+) -> None:
+    # Executable, which of a folder is the right to enter it.
+    (tmp_path / "file").touch(mode=0o777)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=message):
+        refuse_output(tmp_path / output)
+    for good in ("file", "new.json", "new/deeper/tokenizer.json"):
+        refuse_output(tmp_path / good)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_output_in_a_folder_of_others_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write everywhere, so a mode would not do.
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
+    with pytest.raises(ValueError, match=f"as {tmp_path} is no folder to write in"):
+        refuse_output(tmp_path / "new" / "tokenizer.json")
 
 
 def test_vocabulary_size_covers_gaps_between_ids() -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import fastllama.checkpoint as module
-from fastllama.checkpoint import describe, find_damage, newest_checkpoint
+from fastllama.checkpoint import MODEL, describe, find_damage, newest_checkpoint
 from fastllama.checkpoint_writer import remove_old
 from fastllama.cli import main
 from fastllama.config import CheckpointConfig, Config, TrainingConfig
+from fastllama.generate import load_run
 from tests.fastllama.conftest import Workspace
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -209,11 +212,62 @@ def test_each_rank_reads_a_share(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
         module, "describe", lambda path, name: (read.append(name), describe(path, name))[1]
     )
     for rank in range(3):
-        assert module._find_damage_in_share(newest, rank, 3) is None
+        assert module._find_damage_in_share(newest, rank, 3, "") is None
     assert sorted(read) == ["progress.json", SHARD]
     os.truncate(newest / SHARD, 100)
-    found = [module._find_damage_in_share(newest, rank, 2) for rank in range(2)]
+    found = [module._find_damage_in_share(newest, rank, 2, "") for rank in range(2)]
     assert sorted(wrong is None for wrong in found) == [False, True]
+
+
+def flip(path: Path) -> None:
+    """Change the last bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_load_of_the_model_reads_no_moments(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("fastllama.checkpoint_writer.FILE_BYTES", 2**13)
+    run, describe = tmp_path / "run", module.describe
+    main(["train", str(workspace.recipe), "--run-dir", str(run)])
+    newest = run / "checkpoints" / "step-00000010"
+    shards = {path: set(load_file(path)) for path in newest.glob("*.safetensors")}
+    weights = {path for path, names in shards.items() if any(map(is_of_the_model, names))}
+    moments = shards.keys() - weights
+    assert min(len(weights), len(moments)) >= 3
+    read = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            module,
+            "describe",
+            lambda path, name: (read.append(path / name), describe(path, name))[1],
+        )
+        for path in (run, newest):
+            load_run(path, torch.device("cpu"))
+            assert sorted(read) == sorted([*weights, newest / "progress.json"])
+            read.clear()
+
+    flip(min(moments))
+    assert find_damage(newest, MODEL) is None
+    flip(min(weights))
+    assert find_damage(newest, MODEL) == f"{min(weights)} is not what was written"
+    flip(min(weights))
+    # To go on, the moments have to be right.
+    main(["train", "--resume", str(run)])
+    assert f"{min(moments)} is not what was written." in capsys.readouterr().out
+    save_file({"optimizer.step": torch.zeros(1)}, min(moments))
+    assert find_damage(newest, MODEL) == f"{min(moments)} is not what was written"
+    min(moments).unlink()
+    assert find_damage(newest, MODEL) == f"{min(moments)} is missing"
+
+
+def is_of_the_model(name: str) -> bool:
+    return name.startswith("model.")
 
 
 def test_a_truncated_shard_is_damage(run: Path) -> None:

@@ -1,17 +1,24 @@
 """What a user types and reads: help, refusals in one sentence, generation."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from fastllama.cli import main
+import fastllama.train as trainer
+from fastllama.cli import STOPPED, main, parse_train, split_option
+from fastllama.config import Config
 from fastllama.data.tokenizer import save_tokenizer, train_tokenizer
+from fastllama.run import RunFolder
 from tests.fastllama.conftest import Workspace
 
 
@@ -202,9 +209,127 @@ def test_data_check_reads_the_tokens(
     assert "validation-00000.npy is damaged" in refusal(capsys, "data", "check", data)
 
 
-def test_debug_shows_the_traceback() -> None:
-    with pytest.raises(ValueError, match="There is no recipe"):
-        main(["train", "gone.toml", "--debug"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_debug_adds_the_traceback(place: int, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["train", "gone.toml"]
+    plain = refusal(capsys, *args)
+    args.insert(place, "--debug")
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    first, *_, last = capsys.readouterr().err.splitlines(keepends=True)
+    assert first == "Traceback (most recent call last):\n"
+    assert last == plain
+
+
+def test_debug_is_no_value_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    # Taken out, it would leave `hello` to be the prompt.
+    args = ["generate", "gone", "--prompt", "--debug", "hello"]
+    assert "Missing value for argument '--prompt'" in refusal(capsys, *args)
+    assert "gone is not a run folder" in refusal(capsys, "generate", "gone", "--prompt=--debug")
+
+
+def test_true_and_false_are_words_elsewhere(workspace: Workspace) -> None:
+    args = "--run-dir true --logging.sample-prompt true --data.path=false --training.compile true"
+    args += " --logging.tensorboard=true --parallel.reshard_after_forward false"
+    options, path = parse_train(
+        [str(workspace.recipe), *(part for arg in args.split() for part in split_option(arg))]
+    )
+    config = options.config
+    assert path == Path("true")
+    assert (config.logging.sample_prompt, config.data.path) == ("true", "false")
+    assert config.training.compile is config.logging.tensorboard is True
+    assert config.parallel.reshard_after_forward is False
+
+
+def test_the_help_tells_the_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--help"])
+    section = capsys.readouterr().out.partition("exit codes:\n")[2]
+    told = [line.split()[0] for line in section.splitlines() if line[2:3].isdigit()]
+    assert told == ["0", "1", "2", str(STOPPED), "130"]
+
+    def interrupted(args: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastllama.cli.run_command", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "recipe.toml"])
+    assert stop.value.code == 130
+
+
+def test_what_a_run_prints_is_neither_wrapped_nor_taken_for_markup(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "[bold]12[/bold] " + 30 * "words "
+
+    def train(config: Config, run: RunFolder, console: Console, resume: bool) -> bool:
+        console.print(text)
+        return False
+
+    monkeypatch.setattr("fastllama.train.train", train)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", str(workspace.recipe), "--run-dir", "runs/[red]" + 20 * "x y"])
+    signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == STOPPED
+    printed, last = capsys.readouterr().out.splitlines()
+    assert printed == text
+    assert last.endswith("fastllama train --resume runs/[red]" + 20 * "x y")
+
+
+def test_data_that_is_cut_short_while_training_ends_it_in_a_sentence(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, run, real = tmp_path / "data", tmp_path / "run", trainer.update
+    shutil.copytree(workspace.data, data)
+
+    def update(*args: Any) -> Any:
+        for shard in data.glob("train-*.npy"):
+            os.truncate(shard, 128)
+        return real(*args)
+
+    monkeypatch.setattr(trainer, "update", update)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", str(workspace.recipe), "--run-dir", str(run), "--data.path", str(data)])
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {data}/train-0000")
+    assert error.endswith("restore the file and go on with the same command\n")
+
+
+def test_a_tokenizer_that_cannot_be_written_is_refused_before_the_work(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("fastllama.data.documents.read_documents", None)
+    args = ("tokenizer", "train", "--input", workspace.corpus, "--output")
+    assert "is a folder: name a file in it" in refusal(capsys, *args, tmp_path)
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "tokenizer.json"
+    assert "file is no folder to write in" in refusal(capsys, *args, output)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_tokenizer_tells_of_malformed_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "x.jsonl"
+    corpus.write_text('{"text": "a"}\n' + "[bold]\n" * 12 + '{"text": "b"}\n')
+    args = ["tokenizer", "train", "--input", str(corpus), "--vocab-size", "260", "--output"]
+    main([*args, str(tmp_path / "tokenizer.json")])
+    printed = capsys.readouterr()
+    shown = [line.split(": ")[0] for line in printed.err.splitlines()]
+    assert shown == [f"{corpus}:{n}" for n in range(2, 12)]
+    summary, following = printed.out.splitlines()
+    assert summary.endswith(", 12 malformed records skipped")
+    assert following.startswith("next: ")
 
 
 def test_print_config_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from fastllama.config import (
     config_from_dict,
     known_keys,
     load_recipe,
+    takes_booleans,
     validate,
 )
 
@@ -145,17 +146,17 @@ RANGES = {
         model__vocab_size model__n_embd model__n_layers model__n_heads model__n_kv_heads
         model__multiple_of model__max_seq_len model__rope_original_max_seq_len
         model__rope_scaling_factor data__prefetch training__batch_size training__tokens_per_update
-        training__training_tokens training__max_bad_updates parallel__replicate
-        checkpoint__keep_last
+        training__training_tokens training__eval_tokens training__max_bad_updates
+        parallel__replicate checkpoint__keep_last
         logging__log_interval logging__sample_growth logging__sample_tokens
     """,
     "greater than 0": """
         model__ffn_multiplier model__eps model__theta optimizer__max_lr optimizer__adam_eps
-        optimizer__grad_clip parallel__timeout_minutes
+        parallel__timeout_minutes
     """,
     "0 or more": """
         optimizer__min_lr optimizer__weight_decay optimizer__warmup_iterations
-        training__eval_interval training__eval_tokens training__seed training__max_wall_time
+        optimizer__grad_clip training__eval_interval training__seed training__max_wall_time
         training__spike_z_score
         checkpoint__interval_tokens checkpoint__keep_every_tokens logging__sample_interval
     """,
@@ -192,6 +193,22 @@ NUMBERS = [
     for name, hint in typing.get_type_hints(kind).items()
     if hint is float
 ]
+
+
+def test_zero_turns_off_what_may_be_0() -> None:
+    options = {option: 0 for option in RANGES["0 or more"].split()}
+    validate(with_options(**options))
+
+
+def test_knows_which_options_are_true_or_false() -> None:
+    assert [name for name in known_keys() if takes_booleans(name)] == [
+        "model.tied_embeddings",
+        "training.compile",
+        "training.deterministic",
+        "parallel.reshard_after_forward",
+        "logging.tensorboard",
+    ]
+    assert not any(map(takes_booleans, ("compile", "training.compiles", "trainng.compile", "")))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

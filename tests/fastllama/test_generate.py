@@ -101,6 +101,12 @@ def test_no_length_of_a_text_reaches_cudnn(
     assert lengths[::2] == lengths[1::2] == [(3, 3), (1, 4), (1, 5)]
 
 
+@pytest.mark.parametrize("path", ["/", "/nowhere", "nowhere"])
+def test_names_what_is_no_run(path: str) -> None:
+    with pytest.raises(ValueError, match=f"{path} is not a run folder"):
+        load_run(Path(path), torch.device("cpu"))
+
+
 def test_the_seed_decides_the_text(model: Llama) -> None:
     def text(seed: int) -> list[int]:
         sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=seed)

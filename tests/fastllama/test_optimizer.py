@@ -89,13 +89,29 @@ def test_is_adamw_after_clipping() -> None:
         assert_as_exact_as(*weights)
 
 
+def test_a_limit_of_0_clips_nothing() -> None:
+    model, optimizer = build()
+    unclipped, ordinary = build()
+    for twin in (model, unclipped):
+        set_gradients(twin, seed=0, scale=1e3)
+    ordinary.step()
+    norm, refused = update(optimizer, GOOD, max_norm=0.0)
+    assert norm > 1e3
+    assert refused == 0
+    for now, wanted in zip(
+        everything(model, optimizer), everything(unclipped, ordinary), strict=True
+    ):
+        assert torch.equal(now, wanted)
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 0.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["gradient", "loss"])
-def test_a_bad_update_leaves_no_trace(where: str, bad: float) -> None:
+def test_a_bad_update_leaves_no_trace(where: str, bad: float, max_norm: float) -> None:
     runs = build(), build()
     for model, optimizer in runs:
         set_gradients(model, seed=0)
-        update(optimizer, GOOD, max_norm=1.0)
+        update(optimizer, GOOD, max_norm)
 
     model, optimizer = runs[0]
     before = everything(model, optimizer)
@@ -105,14 +121,14 @@ def test_a_bad_update_leaves_no_trace(where: str, bad: float) -> None:
         assert gradient is not None
         gradient[0, 3] = bad
     loss = torch.tensor(bad) if where == "loss" else GOOD
-    _, refused = update(optimizer, loss, max_norm=1.0)
+    _, refused = update(optimizer, loss, max_norm)
     assert refused == 1
     for now, then in zip(everything(model, optimizer), before, strict=True):
         assert torch.equal(now, then)
 
     for model, optimizer in runs:
         set_gradients(model, seed=2)
-        _, refused = update(optimizer, GOOD, max_norm=1.0)
+        _, refused = update(optimizer, GOOD, max_norm)
         assert refused == 0
     for now, wanted in zip(everything(*runs[0]), everything(*runs[1]), strict=True):
         assert torch.equal(now, wanted)
