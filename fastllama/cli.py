@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import gc
 import itertools
 import json
 import os
@@ -205,8 +206,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"error: {textwrap.shorten(str(error), width=1000)}", file=sys.stderr)
         code = exit_code(error)
     # Outside of the except block, whose error would keep the process group and its threads alive
-    # into the interpreter's last moments, where they abort it.
+    # into the interpreter's last moments, where they abort it; as an error in a cycle would.
     if code:
+        gc.collect()
         sys.exit(code)
 
 

@@ -50,7 +50,9 @@ class World:
                 outcome = [error]
         dist.broadcast_object_list(outcome)
         if isinstance(outcome[0], ValueError):
-            raise outcome[0]
+            # Taken out: kept here, the error would hold this frame and the frame the error, and
+            # with them the process group, whose threads abort an interpreter that is ending.
+            raise outcome.pop()
         return cast(Result, outcome[0])
 
     def agree(self, value: Tensor) -> Tensor:

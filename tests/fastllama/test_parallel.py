@@ -1,9 +1,11 @@
 """Groups of processes: how they shard, wait, record, and tell which of them failed."""
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -248,3 +250,30 @@ def test_a_failure_tells_where_collectives_were_recorded(
     assert "runs/x/flight-recorder-RANK" in lines[1]
     tell_first_failure(mistake, debug=False)
     assert "flight-recorder" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("eight")
+def test_an_error_of_the_main_process_keeps_nothing_alive() -> None:
+    """The process group is in its frames, and must be gone before the interpreter ends."""
+
+    class Held:
+        pass
+
+    def refuse() -> None:
+        raise ValueError("no")
+
+    def ask() -> None:
+        held = Held()
+        told.append(weakref.ref(held))
+        world.from_main(refuse)
+
+    told: list[weakref.ref[Held]] = []
+    world = World(0, 8, torch.device("cpu"), build_mesh("cpu", 1))
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="no") as raised:
+            ask()
+        del raised
+        assert told[0]() is None
+    finally:
+        gc.enable()
