@@ -1,8 +1,8 @@
 """The command line: parse, call one function, print; nothing heavy is imported before its use."""
 
 import contextlib
-import io
 import gc
+import io
 import itertools
 import json
 import os
