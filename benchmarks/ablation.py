@@ -37,7 +37,7 @@ from benchmarks.training.child import Child, with_batch_size
 from benchmarks.training.row import assumed_rates, baseline, parity, training_run, verdict
 from benchmarks.training.workload import rehearsal, with_synthetic_data, workload
 from fastllama.config import Config, load_recipe, validate
-from fastllama.estimate import Rates
+from fastllama.planning.bound import Rates
 from fastllama_kernels import Operators
 
 FULL = "fastllama"

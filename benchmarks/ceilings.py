@@ -21,7 +21,7 @@ from benchmarks.conditions import current_conditions, default_device, has_gpu, r
 from benchmarks.results import RESULTS, Ceiling, Spread, append
 from benchmarks.timing import SECONDS, Call, Timer, device_seconds, make_timer
 from fastllama.config import ModelConfig, load_recipe
-from fastllama.estimate import Rates
+from fastllama.planning.bound import Rates
 from fastllama_kernels.attention_backends import BACKENDS, AttentionShape, Backend
 from fastllama_kernels.attention_choice import attention_operator
 

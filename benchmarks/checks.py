@@ -22,7 +22,7 @@ from benchmarks.results import Check
 from benchmarks.training.trainer import trainer_step
 from benchmarks.training.workload import with_synthetic_data, workload
 from fastllama.config import Config, ModelConfig, load_recipe
-from fastllama.model import Llama
+from fastllama.model.llama import Llama
 from fastllama_kernels import REFERENCE, TRITON, Operators
 from tests.compare import assert_as_exact_as, assert_operator_as_exact_as
 

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from benchmarks.results import Conditions
-from fastllama.run import git_revision
+from fastllama.run_folder import git_revision
 
 
 def has_gpu() -> bool:

@@ -56,7 +56,7 @@ from benchmarks.throughput import measure as measure_training
 from benchmarks.training.trainer import trainer_step
 from benchmarks.training.workload import rehearsal, with_synthetic_data, workload
 from fastllama.config import Config, load_recipe
-from fastllama.estimate import Rates, bound
+from fastllama.planning.bound import Rates, bound
 
 ROOT = Path(__file__).parents[1]
 KERNEL_TESTS = ROOT / "tests" / "kernels"

@@ -162,7 +162,7 @@ class TrainingRun:
     hfu: float | None
     """The same with the FLOPs executed: causal, and scores computed again in the backward."""
     bound_tok_per_s: float | None
-    """The bound H of `fastllama.estimate`; None where the device's rates are not known."""
+    """The bound H of `fastllama.planning.flops`; None where the device's rates are not known."""
     bound_source: str
     """Where its rates are from."""
     peak_bytes: int | None

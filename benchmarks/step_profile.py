@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.results import ProfileShare
 from benchmarks.timing import synchronize
-from fastllama.estimate import Bound
+from fastllama.planning.bound import Bound
 
 # Names of CUDA kernels, and for the rehearsal those of PyTorch's operators.
 CLASSES = {

@@ -33,7 +33,7 @@ from benchmarks.training.row import assumed_rates, baseline, parity, training_ru
 from benchmarks.training.workload import rehearsal, with_synthetic_data, workload
 from fastllama.config import Config, load_recipe, validate
 from fastllama.data.dataset import open_dataset
-from fastllama.estimate import Rates
+from fastllama.planning.bound import Rates
 
 ROOT = Path(__file__).parents[1]
 GPU_RECIPES = [ROOT / "configs" / "llama-1b.toml", ROOT / "configs" / "llama-100m.toml"]

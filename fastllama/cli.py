@@ -21,8 +21,8 @@ import tyro
 
 from fastllama import __version__
 from fastllama.config import Config, load_recipe, nearest_key, takes_booleans, validate
+from fastllama.distributed.flight_recorder import dump_path
 from fastllama.errors import FailedElsewhereError, FailedFirstError, TrainingFailedError
-from fastllama.flight_recorder import dump_path
 
 Options = TypeVar("Options")
 
@@ -405,7 +405,7 @@ def train(args: list[str]) -> None:
         return
     from rich.console import Console
 
-    from fastllama.run import RunFolder
+    from fastllama.run_folder import RunFolder
     from fastllama.train import train
 
     is_main = os.environ.get("RANK", "0") == "0"
@@ -442,7 +442,7 @@ def parse_train(args: list[str]) -> tuple[TrainOptions, Path]:
     if recipe is not None and resume is not None:
         raise UsageError("Give a recipe or --resume, not both; a run has its own configuration.")
     if resume is not None and not asks_help:
-        from fastllama.run import RunFolder
+        from fastllama.run_folder import RunFolder
 
         config = RunFolder(Path(resume)).load_config()
     elif recipe is not None:
@@ -474,7 +474,7 @@ def verify_resume(args: list[str]) -> None:
         "fastllama verify-resume CONFIG.toml",
         VerifyResumeOptions(config=load_recipe(recipe) if recipe is not None else Config()),
     )
-    from fastllama.verify_resume import Plan, verify_resume
+    from fastllama.tools.verify_resume import Plan, verify_resume
 
     plan = Plan(
         steps=options.steps,
@@ -499,10 +499,11 @@ def with_python_booleans(args: list[str]) -> list[str]:
 
 def print_config(config: Config) -> None:
     """Print a configuration as TOML, what follows from it as comments."""
-    from fastllama.estimate import ASSUMED_RATES, bound, flops_per_token, n_parameters
-    from fastllama.memory import plan_memory
-    from fastllama.parallel import world_size
-    from fastllama.run import resolved_toml
+    from fastllama.distributed.world import world_size
+    from fastllama.planning.bound import ASSUMED_RATES, bound
+    from fastllama.planning.flops import flops_per_token, n_parameters
+    from fastllama.planning.memory import plan_memory
+    from fastllama.run_folder import resolved_toml
 
     validate(config, world_size())
     model = config.model
@@ -526,8 +527,8 @@ def print_config(config: Config) -> None:
 def generate(args: list[str]) -> None:
     """`fastllama generate`."""
     options = parse(GenerateOptions, args, "fastllama generate")
-    from fastllama.generate import Sampling, generate_text, load_run
-    from fastllama.parallel import choose_device
+    from fastllama.distributed.world import choose_device
+    from fastllama.inference.generate import Sampling, generate_text, load_run
 
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,

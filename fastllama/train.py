@@ -14,43 +14,31 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from fastllama.checkpoint import (
-    Progress,
-    load_tensors,
-    newest_checkpoint,
-    read_progress,
-    set_aside,
-)
-from fastllama.checkpoint_writer import CheckpointWriter, mend_latest
-from fastllama.compilation import CompileWatch, compile_model, refuse_missing_compiler
+from fastllama.checkpoints.folder import mend_latest, set_aside
+from fastllama.checkpoints.reading import load_tensors, newest_checkpoint, read_progress
+from fastllama.checkpoints.state import TrainProgress, TrainState
+from fastllama.checkpoints.writing import CheckpointWriter
 from fastllama.config import Config, validate
 from fastllama.data.dataset import Dataset, open_dataset
 from fastllama.data.loader import BatchLoader
-from fastllama.determinism import deterministic_algorithms, fix_cublas_workspace
+from fastllama.distributed.compilation import CompileWatch, compile_model, refuse_missing_compiler
+from fastllama.distributed.determinism import deterministic_algorithms, fix_cublas_workspace
+from fastllama.distributed.flight_recorder import record_collectives
+from fastllama.distributed.fsdp import resolve_resharding, set_last_micro_batch, shard_model
+from fastllama.distributed.world import World, choose_device, distributed, world_size
 from fastllama.errors import TrainingFailedError
-from fastllama.estimate import n_parameters
-from fastllama.flight_recorder import record_collectives
-from fastllama.model import Llama
-from fastllama.operators import choose_operators
-from fastllama.optimizer import build_optimizer, update
-from fastllama.parallel import (
-    World,
-    choose_device,
-    distributed,
-    resolve_resharding,
-    set_last_micro_batch,
-    shard_model,
-    world_size,
-)
-from fastllama.recompute import checkpoint_activations
-from fastllama.recorder import Recorder
-from fastllama.rewind import Rewinder
-from fastllama.run import RunFolder, run_identity
-from fastllama.schedule import learning_rate
-from fastllama.side_jobs import SideJobs, checkpoint_due, sample_due, validation_due
-from fastllama.spikes import SpikeDetector
-from fastllama.state import TrainState
-from fastllama.stopping import StopSignal, stop_signals
+from fastllama.logs.recorder import Recorder
+from fastllama.model.activation_checkpointing import checkpoint_activations
+from fastllama.model.llama import Llama
+from fastllama.model.operator_choice import choose_operators
+from fastllama.optim.adamw import build_optimizer, update
+from fastllama.optim.schedule import learning_rate
+from fastllama.optim.spikes import SpikeDetector
+from fastllama.planning.flops import n_parameters
+from fastllama.run_folder import RunFolder, run_identity
+from fastllama.training.rewind import Rewinder
+from fastllama.training.side_jobs import SideJobs, checkpoint_due, sample_due, validation_due
+from fastllama.training.stopping import StopSignal, stop_signals
 from fastllama_kernels import Operators
 
 
@@ -122,7 +110,9 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
         checkpoint, passed_over = newest_checkpoint(run.checkpoints, identity)
         if checkpoint is not None:
             mend_latest(checkpoint)
-        progress = world.from_main(lambda: read_progress(checkpoint) if checkpoint else Progress())
+        progress = world.from_main(
+            lambda: read_progress(checkpoint) if checkpoint else TrainProgress()
+        )
         if progress.step >= config.n_updates:
             console.print(f"{run.path} has done all of its {config.n_updates} updates.")
             return True
@@ -188,7 +178,7 @@ def prepare_process(config: Config, run: RunFolder) -> str | None:
 
 
 @contextmanager
-def explained_out_of_memory(progress: Progress) -> Iterator[None]:
+def explained_out_of_memory(progress: TrainProgress) -> Iterator[None]:
     """Have a device that is too small end the run in a sentence with the remedies."""
     try:
         yield
@@ -238,7 +228,7 @@ def build_state(
     config: Config,
     world: World,
     operators: Operators,
-    progress: Progress,
+    progress: TrainProgress,
     checkpoint: Path | None,
 ) -> TrainState:
     """The model, sharded and on the device, and its optimizer; fresh or as saved."""
@@ -285,7 +275,7 @@ def announce(
     dataset: Dataset,
     world: World,
     run: RunFolder,
-    progress: Progress,
+    progress: TrainProgress,
     console: Console,
     choices: dict[str, str],
 ) -> None:

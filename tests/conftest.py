@@ -2,9 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.workspace import Workspace
 
 if not torch.cuda.is_available():
     # Read when Triton is imported, which the tests do after this.
@@ -17,6 +21,14 @@ def deterministic_mode() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> "Workspace":
+    """A folder with everything that a tiny run needs."""
+    from tests.workspace import make_workspace
+
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

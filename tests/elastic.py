@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import fastllama.train
-from fastllama.checkpoint import load_tensors
-from tests.fastllama.conftest import make_workspace
+from fastllama.checkpoints.reading import load_tensors
+from tests.workspace import make_workspace
 
 LAYOUTS = {
     "2 ranks": (2, 2, 1),

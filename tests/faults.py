@@ -34,13 +34,14 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import filesystem
 
 import fastllama.atomic
-import fastllama.checkpoint_writer
-import fastllama.logs
-import fastllama.side_jobs
+import fastllama.checkpoints.writing
+import fastllama.logs.sinks
 import fastllama.train
-from fastllama.checkpoint import complete_checkpoints, find_damage, read_progress, step_of
-from fastllama.state import TrainState
-from tests.fastllama.conftest import make_workspace
+import fastllama.training.side_jobs
+from fastllama.checkpoints.folder import complete_checkpoints, step_of
+from fastllama.checkpoints.reading import find_damage, read_progress
+from fastllama.checkpoints.state import TrainState
+from tests.workspace import make_workspace
 
 N_UPDATES = 30
 UPDATES_A_CHECKPOINT = 3
@@ -86,13 +87,13 @@ def after_update(strike: Strike) -> None:
 
 
 def half_a_log_row(strike: Strike) -> None:
-    original = fastllama.logs.append
+    original = fastllama.logs.sinks.append
 
     def append(path: Path, text: str) -> None:
         strike(lambda: original(path, text[: len(text) // 2]))
         original(path, text)
 
-    fastllama.logs.append = append
+    fastllama.logs.sinks.append = append
 
 
 def half_staged(strike: Strike) -> None:
@@ -131,19 +132,19 @@ def half_a_shard(strike: Strike) -> None:
 
 
 def before_checksums(strike: Strike) -> None:
-    original = fastllama.checkpoint_writer.describe
+    original = fastllama.checkpoints.writing.describe
 
     def describe(folder: Path, pattern: str) -> Any:
         if pattern.startswith("shard"):
             strike()
         return original(folder, pattern)
 
-    fastllama.checkpoint_writer.describe = describe
+    fastllama.checkpoints.writing.describe = describe
 
 
 def half_a_json(name: str) -> Callable[[Strike], None]:
     def point(strike: Strike) -> None:
-        original = fastllama.checkpoint_writer.write_atomic
+        original = fastllama.checkpoints.writing.write_atomic
 
         def write_atomic(path: Path, content: str) -> None:
             if path.name == name:
@@ -151,7 +152,7 @@ def half_a_json(name: str) -> Callable[[Strike], None]:
                 strike(lambda: aside.write_text(content[: len(content) // 2]))
             original(path, content)
 
-        fastllama.checkpoint_writer.write_atomic = write_atomic
+        fastllama.checkpoints.writing.write_atomic = write_atomic
 
     return point
 
@@ -195,7 +196,7 @@ def train_while_writing() -> None:
             yield stream
 
     filesystem.FileSystem.create_stream = create_stream
-    fastllama.side_jobs.plot_loss = lambda *args, **keywords: None
+    fastllama.training.side_jobs.plot_loss = lambda *args, **keywords: None
 
 
 @dataclass(frozen=True)

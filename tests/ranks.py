@@ -16,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch.distributed.checkpoint  # noqa: F401
 
-import fastllama.checkpoint_writer
+import fastllama.checkpoints.writing
 import fastllama.cli
 import fastllama.data.prepare
 import fastllama.train

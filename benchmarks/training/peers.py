@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from benchmarks.training.job import Job, Trained
 from benchmarks.training.plain import loader_batches, train_plainly
 from benchmarks.training.workload import initial_model
-from fastllama.model import Llama
-from fastllama.parallel import distributed
+from fastllama.distributed.world import distributed
+from fastllama.model.llama import Llama
 
 
 def train_huggingface(job: Job, *, compiled: bool = False, liger: bool = False) -> Trained:

@@ -13,13 +13,13 @@ from benchmarks.training.workload import initial_model, read_batches
 from fastllama.config import Config
 from fastllama.data.dataset import open_dataset
 from fastllama.data.loader import BatchLoader
-from fastllama.schedule import learning_rate
+from fastllama.optim.schedule import learning_rate
 
 
 def train_reference(job: Job, *, compiled: bool) -> Trained:
     """The same model on PyTorch's own operators and SDPA, without FSDP.
 
-    Not `fastllama.reference`, which materialises every score and would flatter us. It is compiled
+    `fastllama.model.reference` would flatter us: it materialises every score. The model is compiled
     as a whole, where Inductor sees the most to fuse.
     """
     model = initial_model(job.config, job.device)

@@ -9,10 +9,8 @@ from benchmarks.conditions import has_gpu
 from benchmarks.results import Spread, TrainingRun
 from benchmarks.training.job import Outcome
 from fastllama.config import Config
-from fastllama.estimate import (
-    ASSUMED_RATES,
-    Rates,
-    bound,
+from fastllama.planning.bound import ASSUMED_RATES, Rates, bound
+from fastllama.planning.flops import (
     flops_per_token,
     hardware_flops_per_token,
     n_parameters,

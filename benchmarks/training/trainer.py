@@ -13,18 +13,19 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.training.job import Job, Pace, Trained
-from fastllama.checkpoint import Progress
-from fastllama.compilation import CompileWatch
+from fastllama.checkpoints.state import TrainProgress
 from fastllama.config import Config
 from fastllama.data.dataset import open_dataset
-from fastllama.logs import read_rows
-from fastllama.operators import choose_operators
-from fastllama.parallel import World, distributed, resolve_resharding
-from fastllama.recorder import Recorder
-from fastllama.run import RunFolder
-from fastllama.side_jobs import SideJobs
-from fastllama.stopping import StopSignal
+from fastllama.distributed.compilation import CompileWatch
+from fastllama.distributed.fsdp import resolve_resharding
+from fastllama.distributed.world import World, distributed
+from fastllama.logs.recorder import Recorder
+from fastllama.logs.sinks import read_rows
+from fastllama.model.operator_choice import choose_operators
+from fastllama.run_folder import RunFolder
 from fastllama.train import build_state, open_loader, run_updates, train_step
+from fastllama.training.side_jobs import SideJobs
+from fastllama.training.stopping import StopSignal
 from fastllama_kernels import REFERENCE
 
 
@@ -57,7 +58,7 @@ def train_fastllama(job: Job) -> Trained:
         operators, chosen = choose_operators(config, world)
         config, memory = resolve_resharding(config, world)
         plain = {name: getattr(REFERENCE, name) for name in job.plain_operators}
-        progress, stop = Progress(), StopSignal()
+        progress, stop = TrainProgress(), StopSignal()
         state = build_state(config, world, replace(operators, **plain), progress, None)
         recorder = Recorder(config, run, dataset, progress, world, console)
         watch = CompileWatch(config, world, console, time.perf_counter())
@@ -80,6 +81,6 @@ def trainer_step(config: Config) -> Iterator[tuple[Callable[[], Tensor], World]]
     with distributed(config) as world:
         operators, _ = choose_operators(config, world)
         config, _ = resolve_resharding(config, world)
-        state = build_state(config, world, operators, Progress(), None)
+        state = build_state(config, world, operators, TrainProgress(), None)
         with open_loader(state, config, dataset, world) as loader:
             yield lambda: train_step(state, loader, StopSignal(), config, world), world

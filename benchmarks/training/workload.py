@@ -15,7 +15,7 @@ from fastllama.data.manifest import TOKENIZER_FILE, Manifest, Split
 from fastllama.data.order import sequence_indices
 from fastllama.data.shards import SplitProgress, SplitWriter
 from fastllama.data.tokenizer import fingerprint, save_tokenizer, train_tokenizer
-from fastllama.model import Llama
+from fastllama.model.llama import Llama
 from fastllama_kernels import REFERENCE
 
 UPDATES_OF_DATA = 16

@@ -83,7 +83,7 @@ class Job:
 
 
 @dataclass
-class Progress:
+class PrepareProgress:
     """The documents before `position` are in the shards, but for `skipped` malformed records."""
 
     position: Position = START
@@ -93,7 +93,7 @@ class Progress:
     )
 
     @classmethod
-    def load(cls, folder: Path) -> "Progress":
+    def load(cls, folder: Path) -> "PrepareProgress":
         """Read the recorded progress; a folder without one is at the beginning."""
         path = folder / PROGRESS_FILE
         if not path.exists():
@@ -183,7 +183,7 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
         console.print(f"{output} is already complete")
         return manifest
     save_tokenizer(job.tokenizer, output / TOKENIZER_FILE)
-    progress = Progress.load(output)
+    progress = PrepareProgress.load(output)
     dtype = job.dtype
     writers = {
         name: SplitWriter(output, name, job.shard_tokens, split, dtype)
@@ -237,7 +237,7 @@ def _holds_work(output: Path) -> bool:
 def _encode(
     output: Path,
     job: Job,
-    progress: Progress,
+    progress: PrepareProgress,
     writers: dict[str, SplitWriter],
     strict: bool,
     console: Console,
@@ -280,7 +280,7 @@ def _encode(
     _commit(output, progress, writers)
 
 
-def _commit(output: Path, progress: Progress, writers: dict[str, SplitWriter]) -> None:
+def _commit(output: Path, progress: PrepareProgress, writers: dict[str, SplitWriter]) -> None:
     for writer in writers.values():
         writer.sync()
     progress.save(output)
@@ -342,7 +342,7 @@ def _choose_split(data: bytes, validation_fraction: float) -> str:
 
 
 def _complete(
-    output: Path, job: Job, progress: Progress, writers: dict[str, SplitWriter]
+    output: Path, job: Job, progress: PrepareProgress, writers: dict[str, SplitWriter]
 ) -> Manifest:
     for writer in writers.values():
         if writer.progress.open_tokens:

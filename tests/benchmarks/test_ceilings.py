@@ -10,7 +10,7 @@ from benchmarks.ceilings import attention_ceilings, gemm_ceilings, measured_rate
 from benchmarks.results import Ceiling, Spread
 from benchmarks.timing import Call, Timer
 from fastllama.config import ModelConfig
-from fastllama.estimate import matmul_parameters
+from fastllama.planning.flops import matmul_parameters
 from fastllama_kernels import REFERENCE
 from fastllama_kernels.attention_backends import Attention, Backend
 

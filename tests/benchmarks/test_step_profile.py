@@ -14,7 +14,7 @@ from benchmarks.step_profile import (
     profile_shares,
 )
 from fastllama.config import ModelConfig
-from fastllama.estimate import ASSUMED_RATES, bound
+from fastllama.planning.bound import ASSUMED_RATES, bound
 
 
 @pytest.mark.parametrize(

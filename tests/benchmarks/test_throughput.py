@@ -29,7 +29,7 @@ from benchmarks.training.workload import (
     workload,
 )
 from fastllama.config import Config, load_recipe
-from fastllama.optimizer import build_optimizer
+from fastllama.optim.adamw import build_optimizer
 from fastllama_kernels import TRITON
 
 CPU = torch.device("cpu")

@@ -240,15 +240,15 @@ def recorded(output: Path) -> bytes:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, commits: int) -> None:
-    real = module.Progress.save
+    real = module.PrepareProgress.save
     left = iter(range(commits - 1, -1, -1))
 
-    def save(progress: module.Progress, folder: Path) -> None:
+    def save(progress: module.PrepareProgress, folder: Path) -> None:
         real(progress, folder)
         if not next(left):
             raise OSError("no space left on the device")
 
-    monkeypatch.setattr(module.Progress, "save", save)
+    monkeypatch.setattr(module.PrepareProgress, "save", save)
 
 
 @pytest.mark.usefixtures("commit_always")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastllama.config import ModelConfig
-from fastllama.model import Llama
+from fastllama.model.llama import Llama
 from fastllama_kernels import Operators
 from tests.compare import DEVICE, randn
 

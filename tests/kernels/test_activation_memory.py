@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fastllama.config import load_recipe
-from fastllama.model import Block
+from fastllama.model.llama import Block
 from fastllama_kernels import REFERENCE, TRITON, Operators
 from tests.compare import DEVICE, Operator, outputs_and_gradients, randn
 from tests.kernels.operator_cases import CASES, Case, loss_in_logits

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastllama.config import ModelConfig
-from fastllama.model import KVCache, Llama
-from fastllama.reference import ReferenceLlama
+from fastllama.model.llama import KVCache, Llama
+from fastllama.model.reference import ReferenceLlama
 from fastllama_kernels import REFERENCE, TRITON, linear_cross_entropy
 from tests.compare import DEVICE, assert_as_exact_as, randn
 from tests.kernels.small_model import GROUPED, MULTI_HEAD, TIED, random_tokens, small_model

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastllama.config import ModelConfig, OptimizerConfig
-from fastllama.model import Llama
-from fastllama.optimizer import build_optimizer, update
+from fastllama.model.llama import Llama
+from fastllama.optim.adamw import build_optimizer, update
 from fastllama_kernels import TRITON
 from tests.compare import DEVICE
 from tests.kernels.small_model import loss_and_gradients, random_tokens, small_model

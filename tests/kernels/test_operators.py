@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastllama.config import ModelConfig
-from fastllama.model import Llama
+from fastllama.model.llama import Llama
 from fastllama_kernels import REFERENCE
 
 CONFIG = ModelConfig(vocab_size=32, n_embd=16, n_layers=3, n_heads=2, multiple_of=16, max_seq_len=8)

@@ -18,9 +18,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig
-from fastllama.model import Llama
-from fastllama.parallel import World, distributed, set_last_micro_batch, shard_model
-from fastllama.recompute import checkpoint_activations
+from fastllama.distributed.fsdp import set_last_micro_batch, shard_model
+from fastllama.distributed.world import World, distributed
+from fastllama.model.activation_checkpointing import checkpoint_activations
+from fastllama.model.llama import Llama
 from fastllama_kernels import REFERENCE, TRITON, Operators
 from tests.compare import assert_as_exact_as
 from tests.kernels.small_model import GROUPED, MULTI_HEAD, TIED, random_tokens

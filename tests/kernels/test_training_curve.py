@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastllama.config import ModelConfig
-from fastllama.model import Llama
+from fastllama.model.llama import Llama
 from fastllama_kernels import REFERENCE, TRITON, Operators
 from tests.compare import DEVICE, assert_as_exact_as
 

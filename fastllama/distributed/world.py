@@ -1,0 +1,185 @@
+"""Processes, devices, and the model sharded over them; one process is the same case."""
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
+
+from fastllama.config import Config
+from fastllama.errors import FailedElsewhereError, FailedFirstError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def from_main(self, compute: Callable[[], Result]) -> Result:
+        """What the main process computes, on every process; a ValueError it raises as well."""
+        outcome: list[Any] = [None]
+        if self.is_main:
+            try:
+                outcome = [compute()]
+            except ValueError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], ValueError):
+            # Taken out: kept here, the error would hold this frame and the frame the error, and
+            # with them the process group, whose threads abort an interpreter that is ending.
+            raise outcome.pop()
+        return cast(Result, outcome[0])
+
+    def agree(self, value: Tensor) -> Tensor:
+        """The main process's value of a tensor, on every process."""
+        if self.size > 1:
+            dist.broadcast(value, src=0)
+        return value
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Average a small tensor over the processes, in place, without a host wait."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def set_timeout(self, minutes: float) -> None:
+        """Let collectives issued from now on wait this long; every process calls it."""
+        # So that none is judged by the new time while another still works under the old one.
+        dist.barrier()
+        for group in (dist.group.WORLD, *self.mesh.get_all_groups()):
+            _set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def world_size() -> int:
+    """Processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(kind: str) -> torch.device:
+    """The device of this process for "auto", "cuda" or "cpu".
+
+    On a node whose GPUs all processes see it is the one of the local rank; where the launcher shows
+    each process a GPU of its own, it is that one.
+
+    Raises:
+        ValueError: CUDA is asked for and missing, or has fewer devices than local processes.
+    """
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "The device cuda was asked for, but PyTorch sees none here; use auto or cpu."
+        )
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    visible = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+    if gpus == 1 and len(visible) == 1:
+        return torch.device("cuda", 0)
+    if processes > gpus:
+        raise ValueError(
+            f"{processes} processes were started on a node with {gpus} GPUs, and each needs one; "
+            "lower --nproc-per-node, or let each process see all GPUs of its node."
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def distributed(config: Config) -> Iterator[World]:
+    """Join the process group torchrun describes, or a group of one, and leave it at the end.
+
+    Raises:
+        FailedFirstError: what ended this process of several, before any other.
+        FailedElsewhereError: it ended after another had failed, most likely for the want of it.
+    """
+    device = choose_device(config.training.device)
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    on_cuda = device.type == "cuda"
+    if not on_cuda:
+        keep_freed_memory()
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    device_id = device if on_cuda else None
+    if on_cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    else:
+        # A store inside the process: no port is opened for a run of one.
+        dist.init_process_group(
+            backend,
+            timeout=timeout,
+            device_id=device_id,
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+    try:
+        mesh = build_mesh(device.type, config.parallel.replicate)
+        world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, mesh=mesh)
+        # A group that is part of the world comes with a timeout of PyTorch's own.
+        world.set_timeout(config.parallel.timeout_minutes)
+        yield world
+    except Exception as error:
+        if dist.get_world_size() == 1:
+            raise
+        # Before the group is gone, which is what makes the others fail.
+        if _is_first_failure():
+            raise FailedFirstError(dist.get_rank()) from error
+        raise FailedElsewhereError from error
+    finally:
+        dist.destroy_process_group()
+
+
+def build_mesh(device_type: str, replicate: int) -> DeviceMesh:
+    """All processes as one dimension, ("shard",), or as two, ("replicate", "shard").
+
+    Neighbours shard and what is far apart replicates, so that with a replica for each node the
+    gathers stay inside it.
+    """
+    size = dist.get_world_size()
+    if replicate == 1:
+        return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    shape = (replicate, size // replicate)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _is_first_failure() -> bool:
+    """Whether no other process has come here before; the store decides."""
+    try:
+        return bool(_get_default_store().add("fastllama/failures", 1) == 1)
+    except RuntimeError:
+        # Gone with the process that held it.
+        return False
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed buffers instead of handing them back to the kernel.
+
+    Every update frees and allocates the same large buffers; mapped anew each time, their pages
+    are faulted in and zeroed again. Other C libraries have no such switch and are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max, never = -1, -4, 2**31 - 1
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, never)

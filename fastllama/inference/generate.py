@@ -1,0 +1,179 @@
+"""Text from a model: one token at a time over a key/value cache."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fastllama.checkpoints.reading import (
+    find_damage,
+    find_difference,
+    load_tensors,
+    newest_checkpoint,
+    read_identity,
+)
+from fastllama.checkpoints.state import MODEL, model_tensors
+from fastllama.data.tokenizer import load_tokenizer
+from fastllama.model.llama import KVCache, Llama
+from fastllama.run_folder import RunFolder
+from fastllama_kernels import REFERENCE
+from fastllama_kernels.attention_backends import attention_without_cudnn
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits."""
+
+    max_new_tokens: int = 128
+    """Tokens to add to the prompt, if the text does not end before."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int | None = None
+    """Keep only this many most likely tokens."""
+    top_p: float = 1.0
+    """Keep the fewest most likely tokens whose probabilities sum to at least this."""
+    seed: int = 0
+    """The same seed draws the same text."""
+
+    def validate(self) -> None:
+        """Refuse values no text can be drawn with.
+
+        Raises:
+            ValueError: one sentence with the value.
+        """
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"--temperature must be 0 or more, not {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"--top-k must be at least 1, not {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p must be greater than 0 and at most 1, not {self.top_p}.")
+
+
+def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw a token id, a 0-d int64 tensor on the device of `logits` (V,)."""
+    if sampling.temperature == 0:
+        return logits_V.argmax()
+    sorted_logits, ids = logits_V.float().sort(descending=True, stable=True)
+    sorted_logits = sorted_logits[: sampling.top_k]
+    # Relative to the largest, so that no temperature overflows.
+    probabilities = ((sorted_logits - sorted_logits[0]) / sampling.temperature).softmax(dim=-1)
+    if sampling.top_p < 1:
+        # A token stays if those before it do not reach top_p yet, so the first always does.
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    return ids[torch.multinomial(probabilities, 1, generator=generator)[0]]
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: Llama,
+    prompt: list[int],
+    sampling: Sampling,
+    end_token: int,
+    agree: Callable[[Tensor], Tensor] = Tensor.clone,
+) -> Iterator[int]:
+    """Continue `prompt`, at least one token id, until the end token, the limit or the context.
+
+    `agree` makes the token drawn by one process that of all which run a sharded model together.
+
+    Raises:
+        ValueError: the prompt fills the whole context.
+    """
+    room = model.config.max_seq_len - len(prompt)
+    if room < 1:
+        raise ValueError(
+            f"The prompt has {len(prompt)} tokens and the model's context is "
+            f"{model.config.max_seq_len}; shorten the prompt."
+        )
+    device = model.cos_SK.device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    cache = KVCache(model.config)
+    tokens = prompt
+    for _ in range(min(sampling.max_new_tokens, room)):
+        logits_BTV = model(torch.tensor([tokens], device=device), cache=cache)
+        token = int(agree(sample_token(logits_BTV[0, -1], sampling, generator)))
+        if token == end_token:
+            return
+        yield token
+        tokens = [token]
+
+
+def generate_text(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    end_token: int,
+    agree: Callable[[Tensor], Tensor] = Tensor.clone,
+) -> Iterator[str]:
+    """Pieces of text that follow `prompt`, as soon as they are whole characters.
+
+    A model starts a document after an end token, so an empty prompt begins with one.
+    """
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    new: list[int] = []
+    shown = ""
+    for token in generate_tokens(model, ids or [end_token], sampling, end_token, agree):
+        new.append(token)
+        text = tokenizer.decode(new, skip_special_tokens=False)
+        # A token may end inside a character; the decoder then gives U+FFFD until the rest comes.
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    if new:
+        yield tokenizer.decode(new, skip_special_tokens=False)[len(shown) :]
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model and its tokenizer."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    end_token: int
+
+
+def load_run(path: Path, device: torch.device) -> LoadedRun:
+    """Load the newest whole checkpoint of a run folder, or one checkpoint inside it.
+
+    Whole as far as the model goes: AdamW's moments, two thirds of a checkpoint, are not read.
+
+    Raises:
+        ValueError: no run or checkpoint is there, or the checkpoint is damaged.
+    """
+    run = RunFolder(path)
+    around = RunFolder(path.resolve().parent.parent)
+    is_checkpoint = not run.exists and around.exists
+    if is_checkpoint:
+        run = around
+    config = run.load_config()
+    checkpoint: Path | None
+    if is_checkpoint:
+        checkpoint = path
+        damage = find_damage(path, wanted=MODEL) or find_difference(path, identity={})
+        if damage is not None:
+            raise ValueError(
+                f"The checkpoint is damaged: {damage}; use another one of {path.parent}."
+            )
+    else:
+        checkpoint, _ = newest_checkpoint(run.checkpoints, identity={}, wanted=MODEL)
+    if checkpoint is None:
+        raise ValueError(f"{path} has no complete checkpoint yet; train on, or wait for the first.")
+    with torch.device("meta"):
+        # cuDNN would build a plan for every token, as each has another number of keys.
+        model = Llama(config.model, replace(REFERENCE, attention=attention_without_cudnn))
+    if device.type == "cuda":
+        # Parameters only: the rotary tables stay float32.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, config.training.dtype))
+    model.to_empty(device=device)
+    model.tie_weights()
+    model.init_rope()
+    load_tensors(checkpoint, model_tensors(model))
+    end_token = read_identity(checkpoint)["data.end_token_id"]
+    return LoadedRun(model.eval(), load_tokenizer(run.tokenizer), end_token)

@@ -1,0 +1,90 @@
+"""What an update tells: a row of numbers, the clock, and scalars that arrive a step late."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class Row:
+    """One logged update; the fields are the columns of metrics.csv, in their order."""
+
+    step: int
+    """Optimizer updates since the run began, from 1."""
+    tokens: int
+    """Tokens trained on by this process group, since it started; after a rewind again."""
+    tokens_total: int
+    """Tokens trained on since the run began."""
+    loss: float
+    """Mean negative log-likelihood of this update's tokens, in nats."""
+    perplexity: float
+    """exp(loss)."""
+    lr: float
+    """Learning rate of this update."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    tok_per_s: float
+    """Tokens a second since the row before, over all devices, side jobs not counted."""
+    time_s: float
+    """Wall seconds since this process group started training."""
+    data_wait_s: float
+    """Seconds since the row before that training stood still for want of data."""
+    skipped_steps: int
+    """Updates refused since the run began because loss or gradient norm was bad."""
+    progress: float
+    """Share of the run's updates done."""
+    eta_s: float
+    """Wall seconds to the end at the pace so far."""
+    mfu_causal: float | None = None
+    """Model FLOPs over the devices' peak, attention counted below the diagonal."""
+    mfu_palm: float | None = None
+    """Model FLOPs over the devices' peak, attention counted in full."""
+    val_loss: float | None = None
+    """Loss on the held-out split after this update."""
+    val_bits_per_byte: float | None = None
+    """val_loss in bits over the bytes of text a token stands for: the same for any tokenizer."""
+    peak_gib: float | None = None
+    """Most memory PyTorch has had allocated on the main process's GPU so far, in GiB."""
+
+    def line(self) -> str:
+        """The row for the console."""
+        parts = [
+            f"step {self.step}",
+            f"{self.progress:6.1%}",
+            f"loss {self.loss:.4f}",
+            f"ppl {self.perplexity:.1f}",
+            f"lr {self.lr:.2e}",
+            f"gnorm {self.grad_norm:.2f}",
+            f"tok {human(self.tokens_total)}",
+            f"{self.tok_per_s:,.0f} tok/s",
+            f"{duration(self.time_s)}",
+            f"eta {duration(self.eta_s)}",
+            f"wait {self.data_wait_s:.2f}s",
+        ]
+        if self.mfu_causal is not None and self.mfu_palm is not None:
+            parts.append(f"mfu {self.mfu_causal:.1%} causal {self.mfu_palm:.1%} palm")
+        if self.peak_gib is not None:
+            parts.append(f"peak {self.peak_gib:.1f} GiB")
+        if self.skipped_steps:
+            parts.append(f"skipped {self.skipped_steps}")
+        if self.val_loss is not None and self.val_bits_per_byte is not None:
+            parts.append(f"val {self.val_loss:.4f} ({self.val_bits_per_byte:.3f} bits/byte)")
+        return "  ".join(parts)
+
+
+COLUMNS = [field.name for field in fields(Row)]
+
+
+def human(count: int) -> str:
+    """A count of tokens in a few characters: 9,216 or 102.4k or 1.3B."""
+    if count < 10_000:
+        return f"{count:,}"
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if round(count / size, 1) >= 1:
+            return f"{count / size:.1f}{letter}"
+    return f"{count / 1000:.1f}k"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

@@ -1,0 +1,160 @@
+"""The LLaMA of the papers, written for reading: what `fastllama.model.llama` is checked against.
+
+It shares no code with the model or its operators: projections are apart, heads are repeated,
+rotations are complex products, the softmax is spelt out. Slow and memory-hungry on purpose.
+Sources: Touvron et al. 2023 (https://arxiv.org/abs/2302.13971) and the code published with it.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastllama.config import ModelConfig
+
+
+class ReferenceNorm(nn.Module):
+    """Root-mean-square normalisation."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class ReferenceAttention(nn.Module):
+    """Masked softmax attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, kv_width = config.n_embd, config.kv_heads * config.head_dim
+        self.wq = nn.Linear(width, width, bias=False)
+        self.wk = nn.Linear(width, kv_width, bias=False)
+        self.wv = nn.Linear(width, kv_width, bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        batch, time, _ = x.shape
+        heads, groups, width = self.config.n_heads, self.config.kv_heads, self.config.head_dim
+        q = rotate(self.wq(x).view(batch, time, heads, width), turns)
+        k = rotate(self.wk(x).view(batch, time, groups, width), turns)
+        v = self.wv(x).view(batch, time, groups, width)
+        k = torch.stack([k[:, :, head * groups // heads] for head in range(heads)], dim=2)
+        v = torch.stack([v[:, :, head * groups // heads] for head in range(heads)], dim=2)
+        scores = torch.einsum("bthk,bshk->bhts", q, k) / math.sqrt(width)
+        future = torch.ones(time, time, dtype=torch.bool, device=x.device).triu(1)
+        weights = torch.exp(scores.masked_fill(future, -math.inf))
+        weights = weights / weights.sum(-1, keepdim=True)
+        return self.wo(torch.einsum("bhts,bshk->bthk", weights, v).reshape(batch, time, -1))
+
+
+class ReferenceBlock(nn.Module):
+    """Attention, then the gated feed-forward, each around a residual connection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm1 = ReferenceNorm(config.n_embd, config.eps)
+        self.attention = ReferenceAttention(config)
+        self.norm2 = ReferenceNorm(config.n_embd, config.eps)
+        self.w1 = nn.Linear(config.n_embd, config.ffn_hidden, bias=False)
+        self.w2 = nn.Linear(config.ffn_hidden, config.n_embd, bias=False)
+        self.w3 = nn.Linear(config.n_embd, config.ffn_hidden, bias=False)
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x), turns)
+        h = self.norm2(x)
+        gate = self.w1(h)
+        return x + self.w2(gate * torch.sigmoid(gate) * self.w3(h))
+
+
+class ReferenceLlama(nn.Module):
+    """`ReferenceLlama(config)(tokens)` are the logits (batch, time, vocabulary)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(ReferenceBlock(config) for _ in range(config.n_layers))
+        self.norm = ReferenceNorm(config.n_embd, config.eps)
+        self.output = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.output.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of `tokens` (batch, time)."""
+        turns = position_turns(self.config, tokens.shape[1]).to(tokens.device)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, turns)
+        return self.output(self.norm(x))
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean negative log-likelihood of `targets` (batch, time)."""
+        logits = self(tokens)
+        log_likelihood = logits - logits.exp().sum(-1, keepdim=True).log()
+        return -log_likelihood.gather(-1, targets.unsqueeze(-1)).mean()
+
+    def packed_names(self) -> dict[str, list[str]]:
+        """Which parameters of this model, stacked on dim 0, make each one of the packed model."""
+        names = {"embedding.weight": ["embedding.weight"], "norm.weight": ["norm.weight"]}
+        if not self.config.tied_embeddings:
+            names["output.weight"] = ["output.weight"]
+        for block in (f"blocks.{layer}." for layer in range(self.config.n_layers)):
+            parts = {
+                "attention_norm": ["norm1"],
+                "attention.qkv": ["attention.wq", "attention.wk", "attention.wv"],
+                "attention.output": ["attention.wo"],
+                "mlp_norm": ["norm2"],
+                "mlp.gate_up": ["w1", "w3"],
+                "mlp.down": ["w2"],
+            }
+            for packed, apart in parts.items():
+                names[f"{block}{packed}.weight"] = [f"{block}{part}.weight" for part in apart]
+        return names
+
+    @torch.no_grad()
+    def load_packed(self, parameters: dict[str, Tensor]) -> None:
+        """Take the weights of a packed model by its parameter names."""
+        own = dict(self.named_parameters())
+        for packed, apart in self.packed_names().items():
+            rows = [own[name].shape[0] for name in apart]
+            for name, values in zip(apart, parameters[packed].split(rows), strict=True):
+                own[name].copy_(values)
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Multiply pairs (x_i, x_{i + half}) of (batch, time, heads, width), as complex numbers."""
+    real, imaginary = x.chunk(2, dim=-1)
+    turned = torch.complex(real, imaginary) * turns[None, :, None, :]
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def position_turns(config: ModelConfig, time: int) -> Tensor:
+    """exp(i * position * frequency) as (time, head_dim / 2) complex128."""
+    frequencies = []
+    for pair in range(config.head_dim // 2):
+        frequency = 1.0 / config.theta ** (2 * pair / config.head_dim)
+        if config.rope_scaling_factor != 1.0:
+            frequency = scaled_frequency(config, frequency)
+        frequencies.append(frequency)
+    angles = [[position * frequency for frequency in frequencies] for position in range(time)]
+    angles_tensor = torch.tensor(angles, dtype=torch.float64)
+    return torch.complex(angles_tensor.cos(), angles_tensor.sin())
+
+
+def scaled_frequency(config: ModelConfig, frequency: float) -> float:
+    """The frequency scaling of Llama 3.1, as published with its weights."""
+    context = config.rope_original_max_seq_len
+    wavelength = 2 * math.pi / frequency
+    if wavelength < context / config.rope_high_freq_factor:
+        return frequency
+    if wavelength > context / config.rope_low_freq_factor:
+        return frequency / config.rope_scaling_factor
+    smooth = (context / wavelength - config.rope_low_freq_factor) / (
+        config.rope_high_freq_factor - config.rope_low_freq_factor
+    )
+    return (1 - smooth) * frequency / config.rope_scaling_factor + smooth * frequency

@@ -1,0 +1,89 @@
+"""What is compiled, and when."""
+
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from torch import nn
+
+from fastllama import compilation
+from fastllama.cli import main
+from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig
+from fastllama.distributed.compilation import FIRST_UPDATE_MINUTES, CompileWatch, compile_model
+from fastllama.distributed.world import World, distributed
+from fastllama.model.llama import Llama
+from fastllama_kernels import REFERENCE
+from tests.distributed.test_world import timeouts
+from tests.test_train import losses
+from tests.workspace import Workspace
+
+MODEL = ModelConfig(vocab_size=32, n_embd=16, n_layers=2, n_heads=2, multiple_of=16, max_seq_len=8)
+CONFIG = Config(
+    training=TrainingConfig(device="cpu", compile=True), parallel=ParallelConfig(timeout_minutes=3)
+)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with distributed(CONFIG) as world:
+        yield world
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_scope_is_what_is_compiled(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))
+    model = Llama(MODEL, REFERENCE)
+    compile_model(model, Config(training=TrainingConfig(compile_scope=scope)))  # type: ignore[arg-type]
+    assert compiled == ([model] if scope == "model" else list(model.blocks))
+
+
+def test_first_update_may_take_long_and_later_graphs_are_told(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = iter([0, 2, 5, 5, 5, 6])
+    monkeypatch.setattr(compilation, "n_compiled_graphs", lambda: next(graphs))
+    out = io.StringIO()
+    watch = CompileWatch(CONFIG, world, Console(file=out, width=200), time.perf_counter() - 7)
+    allowed = []
+    for step in (11, 12, 13):
+        with watch.update(step):
+            allowed += [wait.total_seconds() / 60 for wait in timeouts(world)]
+    assert allowed == [FIRST_UPDATE_MINUTES, 3, 3]
+    first, second = out.getvalue().splitlines()
+    assert first.startswith("first update done 7.")
+    assert first.endswith("2 graphs compiled")
+    # Graphs of validation, compiled between updates 11 and 12, are as they should be.
+    assert second.startswith("step 13: torch.compile made 1 more graphs")
+
+
+def test_compiled_model_with_recomputed_blocks(workspace: Workspace, tmp_path: Path) -> None:
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    main(["train", str(workspace.recipe), "--run-dir", str(eager)])
+    options = ["--training.compile", "true", "--training.compile-scope", "model"]
+    # Its graphs, without gradients, would take as long again to compile.
+    options += ["--training.eval-interval", "0"]
+    options += ["--training.activation-checkpointing", "selective"]
+    options += ["--parallel.reshard-after-forward", "true"]
+    # In a process of its own, because torch.compile warns about itself and warnings are errors.
+    command = [sys.executable, "-m", "fastllama", "train", str(workspace.recipe), *options]
+    done = subprocess.run(
+        [*command, "--run-dir", str(compiled)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "graphs compiled" in done.stdout
+    # Nor after a sample, which is not compiled.
+    assert "more graphs" not in done.stdout
+    assert "parameters freed after the forward, as asked for" in done.stdout
+    for step, loss in losses(eager).items():
+        assert float(losses(compiled)[step]) == pytest.approx(float(loss), rel=1e-4)

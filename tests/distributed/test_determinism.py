@@ -1,0 +1,104 @@
+"""`training.deterministic`: what it switches on, what it refuses, and that it ends with the run."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch._inductor import config as inductor
+
+import fastllama.train as trainer
+from fastllama.cli import main
+from tests.workspace import Workspace
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def train(workspace: Workspace, run: Path, *options: str) -> None:
+    # Dropout, so that random numbers are compared as well.
+    options = ("--training.deterministic", "true", "--model.dropout", "0.1", *options)
+    main(["train", str(workspace.recipe), "--run-dir", str(run), *options])
+
+
+def modes() -> tuple[bool, bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.deterministic,
+        inductor.deterministic,
+    )
+
+
+def test_runs_are_equal_to_the_bit(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Set first, so that what training sets is taken back at the end.
+    monkeypatch.setenv(WORKSPACE, ":16:8")
+    monkeypatch.delenv(WORKSPACE)
+    real, during = trainer.update, set()
+
+    def update(*args: Any) -> Any:
+        during.add(modes())
+        return real(*args)
+
+    monkeypatch.setattr(trainer, "update", update)
+    before = modes()
+    for name in ("one", "two"):
+        train(workspace, tmp_path / name)
+    assert during == {(True, True, True)}
+    assert modes() == before == (False, False, False)
+    assert os.environ[WORKSPACE] == ":4096:8"
+    one, two = (
+        load_file(path)
+        for name in ("one", "two")
+        for path in (tmp_path / name).glob("checkpoints/latest/*.safetensors")
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_an_operator_without_determinism_is_named(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(WORKSPACE, ":4096:8")
+    real = trainer.choose_operators
+
+    def choose(*args: Any) -> Any:
+        operators, reason = real(*args)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+            # Of two values for one place PyTorch promises neither.
+            torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+            out: Tensor = operators.attention(q, k, v, **options)
+            return out
+
+        return dataclasses.replace(operators, attention=attention), reason
+
+    monkeypatch.setattr(trainer, "choose_operators", choose)
+    with pytest.raises(SystemExit) as stop:
+        train(workspace, tmp_path / "run")
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert "The operator put_ has no deterministic implementation on this device" in message
+    assert "--training.deterministic false" in message
+    assert modes() == (False, False, False)
+
+
+def test_a_workspace_that_differs_from_run_to_run_is_refused(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(WORKSPACE, ":0:0")
+    with pytest.raises(SystemExit) as stop:
+        train(workspace, tmp_path / "run")
+    assert stop.value.code == 2
+    assert "CUBLAS_WORKSPACE_CONFIG = :0:0 in the environment" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,46 @@
+"""The held-out loss is the mean over tokens, whatever the batches it was computed in."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from fastllama.config import load_recipe
+from fastllama.data.dataset import open_dataset
+from fastllama.distributed.world import distributed
+from fastllama.inference.evaluate import bits_per_byte, validation_loss
+from fastllama.model.llama import Llama
+from fastllama_kernels import REFERENCE
+from tests.workspace import Workspace
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_is_the_mean_over_the_first_sequences(workspace: Workspace, batch_size: int) -> None:
+    config = load_recipe(workspace.recipe)
+    training = dataclasses.replace(config.training, batch_size=batch_size, eval_tokens=8 * 32)
+    config = dataclasses.replace(config, training=training)
+    dataset = open_dataset(config)
+    assert dataset.validation is not None
+    # 8 sequences do not fill batches of 3: the last one has ignored rows.
+    assert dataset.validation.n_sequences(32) > 8
+    model = Llama(config.model, REFERENCE)
+    model.init_weights(seed=0)
+    losses = []
+    for index in range(8):
+        tokens = torch.from_numpy(dataset.validation.read(index, 32).astype("int64"))
+        logits = model(tokens[None, :-1])[0].double()
+        losses.append(-logits.log_softmax(-1)[torch.arange(32), tokens[1:]].mean().item())
+    with distributed(config) as world:
+        found = validation_loss(model, dataset.validation, config, world)
+    # float32 rounding of a loss near 6.
+    assert found == pytest.approx(sum(losses) / 8, rel=1e-6)
+    assert model.training
+
+
+def test_bits_per_byte_counts_the_bytes_of_the_text(workspace: Workspace) -> None:
+    dataset = open_dataset(load_recipe(workspace.recipe))
+    split = dataset.manifest.splits["validation"]
+    # One nat a token over the whole split, in bits, over its bytes.
+    expected = split.tokens / math.log(2) / split.text_bytes
+    assert bits_per_byte(1.0, dataset) == pytest.approx(expected)

@@ -1,0 +1,319 @@
+"""The plan against FSDP2 itself, on tensors without memory and a process group without peers."""
+
+import dataclasses
+import itertools
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, library
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastllama.config import Config, load_recipe
+from fastllama.distributed.fsdp import set_last_micro_batch, shard_model
+from fastllama.distributed.world import World, build_mesh
+from fastllama.model.activation_checkpointing import checkpoint_activations
+from fastllama.model.llama import Llama
+from fastllama.optim.adamw import build_optimizer, update
+from fastllama.planning.memory import (
+    TrafficPlan,
+    activation_bytes,
+    choose_resharding,
+    plan_memory,
+    plan_traffic,
+)
+from fastllama_kernels import TRITON
+
+RECIPE = Path(__file__).parents[2] / "configs" / "llama-3.1-8b.toml"
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@library.custom_op("fastllama_test::attention", mutates_args=())
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A name to the policy of selective checkpointing; never computed."""
+    raise AssertionError("never computed")
+
+
+@attention_fwd.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch_size, n_tokens, n_heads, _ = q.shape
+    lse = q.new_empty(batch_size, n_heads, n_tokens, dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+class FlashAttention(torch.autograd.Function):
+    """Keeps what the FlashAttentions keep."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = attention_fwd(q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the tensors alive, the most there ever were, and bytes that collectives send."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.sent: Counter[str] = Counter()
+        self._sizes: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def __enter__(self) -> Self:
+        # FSDP2 frees and allocates gathered parameters by it, past the dispatcher.
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def resize_and_measure(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._measure(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resize_and_measure  # type: ignore[method-assign, assignment]
+        return cast(Self, super().__enter__())
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        if operator.namespace == "c10d":
+            self._count(operator.__name__.partition(".")[0], args)
+        for x in tree_leaves(result):
+            # A DTensor has no memory beside that of its shard.
+            if isinstance(x, Tensor) and not isinstance(x, DTensor) and x.device != META:
+                self._measure(x.untyped_storage())
+        return result
+
+    def _count(self, collective: str, args: Any) -> None:
+        (group,) = (
+            dist.ProcessGroup.unbox(x)
+            for x in args
+            if isinstance(x, torch.ScriptObject)
+            if "ProcessGroup" in str(x._type())
+        )
+        whole = max(x.nbytes for x in tree_leaves(args) if isinstance(x, Tensor))
+        times = 2 if collective == "allreduce_" else 1
+        self.sent[collective] += times * whole * (group.size() - 1) // group.size()
+
+    def _measure(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key not in self._sizes:
+            self._sizes[key] = weakref.ref(storage, lambda _: self._forget(key)), 0
+        reference, before = self._sizes[key]
+        self._sizes[key] = reference, storage.nbytes()
+        self.alive += storage.nbytes() - before
+        self.peak = max(self.peak, self.alive)
+
+    def _forget(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)[1]
+
+
+def measure(config: Config, world_size: int) -> tuple[dict[str, int], dict[str, int]]:
+    """One update of `config`, as one of `world_size` devices sees it: memory, traffic."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        mesh = build_mesh("cpu", config.parallel.replicate)
+        attention: Callable[..., Tensor] = FlashAttention.apply
+        operators = dataclasses.replace(TRITON, attention=attention)
+        with META:
+            model = Llama(config.model, operators)
+        checkpoint_activations(model, config)
+        shard_model(model, config, World(0, world_size, META, mesh))
+        with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+            model.to_empty(device="cpu")
+            model.tie_weights()
+            return run_update(model, config, world_size, meter), dict(meter.sent)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_update(model: Llama, config: Config, world_size: int, meter: Meter) -> dict[str, int]:
+    optimizer = build_optimizer(model, config.optimizer)
+    moments = [
+        x for state in optimizer.state.values() for x in (state["exp_avg"], state["exp_avg_sq"])
+    ]
+    found = {"parameters": shard_bytes(model.parameters()), "optimizer": shard_bytes(moments)}
+    before = meter.alive
+    shape = config.training.batch_size, config.model.max_seq_len
+    n_micro_batches = config.accumulation_steps(world_size)
+    for micro_batch in range(n_micro_batches):
+        is_last = micro_batch == n_micro_batches - 1
+        reshard = bool(config.parallel.reshard_after_forward)
+        set_last_micro_batch(cast(FSDPModule, model), is_last, reshard)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        loss = model(tokens, tokens)
+        if micro_batch == 0:
+            found["for the backward"] = meter.alive - before
+        loss.backward()
+        del loss
+        if not is_last:
+            found["between micro-batches"] = meter.alive - before
+    update(optimizer, torch.zeros(()), max_norm=1.0)
+    return {**found, "total": meter.peak}
+
+
+def shard_bytes(tensors: Any) -> int:
+    return sum(cast(DTensor, x).to_local().nbytes for x in tensors)
+
+
+def recipe(world_size: int, n_micro_batches: int = 1, **changes: dict[str, Any]) -> Config:
+    """Llama 3.1 8B, with options of groups changed, for updates of so many micro-batches."""
+    config = load_recipe(RECIPE)
+    for group, options in changes.items():
+        changed = dataclasses.replace(getattr(config, group), **options)
+        config = dataclasses.replace(config, **{group: changed})
+    micro_batch = world_size * config.training.batch_size * config.model.max_seq_len
+    training = dataclasses.replace(config.training, tokens_per_update=n_micro_batches * micro_batch)
+    return dataclasses.replace(config, training=training)
+
+
+CASES = {
+    # As the recipe, but for 2 micro-batches in place of 8: the third finds what the second found.
+    "8": (8, recipe(8, n_micro_batches=2, parallel={"reshard_after_forward": True})),
+    "64": (64, recipe(64, parallel={"reshard_after_forward": True})),
+    "512": (512, recipe(512, parallel={"reshard_after_forward": True})),
+    "kept": (
+        8,
+        recipe(
+            8,
+            n_micro_batches=2,
+            model={"n_layers": 8},
+            parallel={"reshard_after_forward": False, "reduce_dtype": "bfloat16"},
+        ),
+    ),
+    "replicas, selective": (
+        64,
+        recipe(
+            64,
+            model={"n_layers": 8},
+            parallel={"reshard_after_forward": True, "replicate": 8},
+            training={"activation_checkpointing": "selective"},
+        ),
+    ),
+    "full": (
+        64,
+        recipe(
+            64,
+            model={"n_layers": 8},
+            parallel={"reshard_after_forward": True},
+            training={"activation_checkpointing": "full", "batch_size": 4},
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plan_is_what_fsdp_does(name: str) -> None:
+    world_size, config = CASES[name]
+    reshard = bool(config.parallel.reshard_after_forward)
+    memory = plan_memory(config, world_size, reshard=reshard)
+    traffic = plan_traffic(config, world_size, reshard=reshard)
+    measured, sent = measure(config, world_size)
+    assert_close(memory.parameters, measured["parameters"])
+    assert_close(memory.optimizer, measured["optimizer"])
+    # The gradients of the loss wait for the backward as well.
+    model, n_tokens = config.model, config.training.batch_size * config.model.max_seq_len
+    loss = 4 * model.vocab_size * model.n_embd + 2 * n_tokens * model.n_embd
+    assert_close(memory.gathered + memory.activations + loss, measured["for the backward"])
+    if config.accumulation_steps(world_size) > 1:
+        stays = memory.gradients + (0 if reshard else memory.gathered)
+        assert_close(stays, measured["between micro-batches"])
+    assert_close(memory.total, measured["total"])
+    assert_close(traffic.all_gather, sent["_allgather_base_"])
+    assert_close(traffic.reduce_scatter, sent["_reduce_scatter_base_"])
+    assert_close(traffic.all_reduce, sent.get("allreduce_", 0))
+
+
+def assert_close(planned: int, measured: int) -> None:
+    assert math.isclose(planned, measured, rel_tol=0.05), (planned, measured)
+
+
+def test_a_block_keeps_what_was_counted() -> None:
+    # By tests/kernels/test_activation_memory.py.
+    config = load_recipe(RECIPE.with_name("llama-1b.toml"))
+    assert activation_bytes(config, "none") == 47_240
+
+
+def test_one_device_sends_nothing() -> None:
+    config = recipe(1)
+    assert plan_traffic(config, 1, reshard=True) == TrafficPlan(0, 0, 0)
+
+
+def test_resharding_is_chosen_by_memory() -> None:
+    config = recipe(64)
+    kept = plan_memory(config, 64, reshard=False).total
+    assert choose_resharding(config, 64, available=2 * kept)[0] is False
+    reshard, reason = choose_resharding(config, 64, available=kept)
+    assert reshard is True
+    assert reason == (
+        "parameters freed after the forward: 42.5 GiB of 42.5 would be needed to keep them, 30.3 "
+        "are without"
+    )
+    assert choose_resharding(config, 64, None) == (
+        False,
+        "parameters kept for the backward, as always on a CPU",
+    )
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_resharding_is_as_asked_for(asked: bool) -> None:
+    config = recipe(64, parallel={"reshard_after_forward": asked})
+    for available in (None, 1, 2**60):
+        reshard, reason = choose_resharding(config, 64, available)
+        assert reshard is asked
+        assert reason.endswith("as asked for")
+
+
+def rows_of_the_page(header: str) -> list[list[str]]:
+    """The cells of the table in docs/distributed.md that begins with `header`."""
+    page = (RECIPE.parents[1] / "docs" / "distributed.md").read_text()
+    lines = page[page.index(header) :].splitlines()[2:]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def of_the_page(devices: str, reshard: str) -> tuple[Config, int, bool]:
+    world_size, _, replicas = devices.partition(", ")
+    replicate = int(replicas.removesuffix(" replicas") or 1)
+    config = recipe(
+        int(world_size), 8 if world_size == "8" else 1, parallel={"replicate": replicate}
+    )
+    return config, int(world_size), reshard == "true"
+
+
+def gibibytes(*counts: int) -> list[float]:
+    return [round(count / 2**30, 1) for count in counts]
+
+
+def test_the_page_shows_the_plan() -> None:
+    memory = rows_of_the_page("| GPUs | reshard | parameters")
+    traffic = rows_of_the_page("| GPUs | reshard | all-gather")
+    assert len(memory) == len(traffic) == 7
+    for devices, reshard, *cells in memory:
+        config, world_size, freed = of_the_page(devices, reshard)
+        plan = plan_memory(config, world_size, reshard=freed)
+        wanted = gibibytes(*dataclasses.astuple(plan), plan.total)
+        assert [float(cell) for cell in cells] == wanted
+    for devices, reshard, *cells in traffic:
+        config, world_size, freed = of_the_page(devices, reshard)
+        sent = plan_traffic(config, world_size, reshard=freed)
+        assert [float(cell) for cell in cells] == gibibytes(*dataclasses.astuple(sent))
