@@ -113,7 +113,7 @@ def attention_ceilings(
         device=device,
     )
     for backend in BACKENDS:
-        if backend.obstacle(shape) is None:
+        if backend.unsupported_reason(shape) is None:
             try:
                 yield from _attention(timer, shape, backend)
             except Exception as error:  # Of a library that is not ours; the others still count.

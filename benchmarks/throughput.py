@@ -112,7 +112,7 @@ def _weight(contender: str) -> float:
     return WHOLE_MODEL_WEIGHT if CONTENDERS[contender].compiles else 1.0
 
 
-def obstacle(contender: str) -> str | None:
+def unsupported_reason(contender: str) -> str | None:
     """One sentence why `contender` cannot run here, or None."""
     needs = CONTENDERS[contender]
     missing = [pip for name, pip in needs.packages.items() if not importlib.util.find_spec(name)]
@@ -286,10 +286,10 @@ def chosen_contenders(asked_for: Sequence[str] | None, console: Console) -> list
     names = asked_for or [
         name for name, contender in CONTENDERS.items() if has_gpu() or not contender.compiles
     ]
-    obstacles = {name: obstacle(name) for name in names}
-    for sentence in filter(None, obstacles.values()):
+    unsupported_reasons = {name: unsupported_reason(name) for name in names}
+    for sentence in filter(None, unsupported_reasons.values()):
         console.print(sentence, highlight=False)
-    able = [name for name in names if obstacles[name] is None]
+    able = [name for name in names if unsupported_reasons[name] is None]
     if not able:
         raise ValueError("none of the contenders asked for can run here; add fastllama")
     return able

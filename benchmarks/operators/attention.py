@@ -55,7 +55,7 @@ def _providers(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[P
         *(
             Provider(backend.name, "torch or flash-attn", partial(attention_operator, backend.name))
             for backend in BACKENDS
-            if backend.obstacle(called_with) is None
+            if backend.unsupported_reason(called_with) is None
         ),
     ]
 

@@ -2,7 +2,7 @@
 
     rms_norm(x, weight, eps) -> y
     add_rms_norm(x, residual, weight, eps) -> (y, stream)
-    rope(qkv_BTE, cos_SK, sin_SK, n_heads, n_kv_heads) -> (q_BTHK, k_BTGK, v_BTGK)
+    rope(qkv_BTE, cos_PR, sin_PR, n_heads, n_kv_heads) -> (q_BTHK, k_BTGK, v_BTGK)
     swiglu(gate_up) -> h
     cross_entropy(logits_NV, targets_N) -> mean loss
     linear_cross_entropy(hidden_ND, weight_VD, targets_N) -> mean loss
@@ -41,14 +41,14 @@ def eager_add_rms_norm(
 
 
 def eager_rope(
-    qkv_BTE: Tensor, cos_SK: Tensor, sin_SK: Tensor, n_heads: int, n_kv_heads: int
+    qkv_BTE: Tensor, cos_PR: Tensor, sin_PR: Tensor, n_heads: int, n_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As in Hugging Face's Llama: in the type of the input, the tables rounded to it."""
     heads = qkv_BTE.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
     q_BTHK, k_BTGK, v_BTGK = heads.split((n_heads, n_kv_heads, n_kv_heads), dim=2)
     cos, sin = (
         torch.cat((table, table), dim=-1)[: qkv_BTE.shape[1], None].to(qkv_BTE.dtype)
-        for table in (cos_SK, sin_SK)
+        for table in (cos_PR, sin_PR)
     )
     return (
         q_BTHK * cos + _rotate_half(q_BTHK) * sin,
@@ -158,17 +158,17 @@ def liger_rope() -> Operator:
     from liger_kernel.transformers.functional import liger_rope
 
     def operator(
-        qkv_BTE: Tensor, cos_SK: Tensor, sin_SK: Tensor, n_heads: int, n_kv_heads: int
+        qkv_BTE: Tensor, cos_PR: Tensor, sin_PR: Tensor, n_heads: int, n_kv_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads = qkv_BTE.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
         q_BTHK, k_BTGK, v_BTGK = heads.split((n_heads, n_kv_heads, n_kv_heads), dim=2)
         q_BHTK, k_BGTK = liger_rope(
             q_BTHK.transpose(1, 2),
             k_BTGK.transpose(1, 2),
-            cos_SK,
-            sin_SK,
+            cos_PR,
+            sin_PR,
             # Of tables that are not duplicated, the width has to be given.
-            rotary_dim=2 * cos_SK.shape[-1],
+            rotary_dim=2 * cos_PR.shape[-1],
         )
         return q_BHTK.transpose(1, 2), k_BGTK.transpose(1, 2), v_BTGK
 
@@ -233,10 +233,10 @@ def quack_rope() -> Operator:
     from quack.rotary import apply_rotary_emb_qkv_
 
     def operator(
-        qkv_BTE: Tensor, cos_SK: Tensor, sin_SK: Tensor, n_heads: int, n_kv_heads: int
+        qkv_BTE: Tensor, cos_PR: Tensor, sin_PR: Tensor, n_heads: int, n_kv_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        width = 2 * cos_SK.shape[-1]
-        qkv_BTE = apply_rotary_emb_qkv_(qkv_BTE, cos_SK, sin_SK, num_heads_q=n_heads, headdim=width)
+        width = 2 * cos_PR.shape[-1]
+        qkv_BTE = apply_rotary_emb_qkv_(qkv_BTE, cos_PR, sin_PR, num_heads_q=n_heads, headdim=width)
         heads = qkv_BTE.unflatten(-1, (n_heads + 2 * n_kv_heads, width))
         return heads.split((n_heads, n_kv_heads, n_kv_heads), dim=2)
 
@@ -286,10 +286,10 @@ def flash_attn_rope() -> Operator:
     from flash_attn.layers.rotary import apply_rotary_emb_qkv_
 
     def operator(
-        qkv_BTE: Tensor, cos_SK: Tensor, sin_SK: Tensor, n_heads: int, n_kv_heads: int
+        qkv_BTE: Tensor, cos_PR: Tensor, sin_PR: Tensor, n_heads: int, n_kv_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads = qkv_BTE.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
-        heads = apply_rotary_emb_qkv_(heads, cos_SK, sin_SK, num_heads_q=n_heads)
+        heads = apply_rotary_emb_qkv_(heads, cos_PR, sin_PR, num_heads_q=n_heads)
         return heads.split((n_heads, n_kv_heads, n_kv_heads), dim=2)
 
     return operator

@@ -90,7 +90,7 @@ def generate_tokens(
             f"The prompt has {len(prompt)} tokens and the model's context is "
             f"{model.config.max_seq_len}; shorten the prompt."
         )
-    device = model.cos_SK.device
+    device = model.cos_PR.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     cache = KVCache(model.config)
     tokens = prompt

@@ -1,8 +1,13 @@
 """The LLaMA that is trained: pre-norm decoder blocks over the operators it is given.
 
 Shapes, here and in the whole repository:
-    B batch, T time, S keys seen so far, D model width, F feed-forward width, V vocabulary,
-    H query heads, G key/value heads, K head width, E = (H + 2G) * K packed qkv width
+    B  sequences of a batch            H  query heads
+    T  positions of a sequence         G  key/value heads
+    S  keys a query may see            K  width of a head
+    N  rows, B * T                     R  rotary pairs of a head, K / 2
+    D  width of the residual stream    P  positions in the rotary tables
+    V  entries of the vocabulary       E  width of packed q, k and v, (H + 2G) * K
+    F  width of the feed-forward       I  width of packed gate and up, 2F
 """
 
 import math
@@ -78,10 +83,10 @@ class Attention(nn.Module):
         self.layer = layer
 
     def forward(
-        self, qkv_BTE: Tensor, cos_TK: Tensor, sin_TK: Tensor, cache: KVCache | None
+        self, qkv_BTE: Tensor, cos_TR: Tensor, sin_TR: Tensor, cache: KVCache | None
     ) -> Tensor:
         q_BTHK, k_BSGK, v_BSGK = self.operators.rope(
-            qkv_BTE, cos_TK, sin_TK, self.n_heads, self.n_kv_heads
+            qkv_BTE, cos_TR, sin_TR, self.n_heads, self.n_kv_heads
         )
         if cache is not None:
             k_BSGK, v_BSGK = cache.extend(self.layer, k_BSGK, v_BSGK)
@@ -99,8 +104,8 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.operators = operators
 
-    def forward(self, gate_up_BTF: Tensor) -> Tensor:
-        return self.dropout(self.operators.swiglu_linear(gate_up_BTF, self.down.weight))
+    def forward(self, gate_up_BTI: Tensor) -> Tensor:
+        return self.dropout(self.operators.swiglu_linear(gate_up_BTI, self.down.weight))
 
 
 class Block(nn.Module):
@@ -122,12 +127,12 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         residual_BTD: Tensor | None,
-        cos_TK: Tensor,
-        sin_TK: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Take the branch still to be added and the stream; return the same, a layer on."""
-        inputs = x_BTD, residual_BTD, cos_TK, sin_TK, cache
+        inputs = x_BTD, residual_BTD, cos_TR, sin_TR, cache
         if self.checkpoint is None:
             return self._layer(*inputs)
         return self.checkpoint(self._layer, *inputs)
@@ -136,21 +141,21 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         residual_BTD: Tensor | None,
-        cos_TK: Tensor,
-        sin_TK: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
         cache: KVCache | None,
     ) -> tuple[Tensor, Tensor]:
         qkv_BTE, residual_BTD = self.attention_norm(x_BTD, residual_BTD, self.attention.qkv.weight)
-        x_BTD = self.attention(qkv_BTE, cos_TK, sin_TK, cache)
-        gate_up_BTF, residual_BTD = self.mlp_norm(x_BTD, residual_BTD, self.mlp.gate_up.weight)
-        return self.mlp(gate_up_BTF), residual_BTD
+        x_BTD = self.attention(qkv_BTE, cos_TR, sin_TR, cache)
+        gate_up_BTI, residual_BTD = self.mlp_norm(x_BTD, residual_BTD, self.mlp.gate_up.weight)
+        return self.mlp(gate_up_BTI), residual_BTD
 
 
 class Llama(nn.Module):
     """Embedding, blocks, final norm, output projection, and the loss inside the forward."""
 
-    cos_SK: Tensor
-    sin_SK: Tensor
+    cos_PR: Tensor
+    sin_PR: Tensor
 
     def __init__(self, config: ModelConfig, operators: Operators) -> None:
         """Allocate on the current default device; `init_weights` or a checkpoint fills it."""
@@ -165,8 +170,8 @@ class Llama(nn.Module):
         self.output = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         table = torch.empty(config.max_seq_len, config.head_dim // 2, dtype=torch.float32)
-        self.register_buffer("cos_SK", table, persistent=False)
-        self.register_buffer("sin_SK", torch.empty_like(table), persistent=False)
+        self.register_buffer("cos_PR", table, persistent=False)
+        self.register_buffer("sin_PR", torch.empty_like(table), persistent=False)
         self.init_rope()
 
     def forward(
@@ -181,10 +186,10 @@ class Llama(nn.Module):
         """
         start = 0 if cache is None else cache.length
         positions = slice(start, start + tokens_BT.shape[1])
-        cos_TK, sin_TK = self.cos_SK[positions], self.sin_SK[positions]
+        cos_TR, sin_TR = self.cos_PR[positions], self.sin_PR[positions]
         x_BTD, residual_BTD = self.embedding(tokens_BT), None
         for block in self.blocks:
-            x_BTD, residual_BTD = block(x_BTD, residual_BTD, cos_TK, sin_TK, cache)
+            x_BTD, residual_BTD = block(x_BTD, residual_BTD, cos_TR, sin_TR, cache)
         x_BTD, _ = self.norm(x_BTD, residual_BTD)
         if cache is not None:
             cache.length = positions.stop
@@ -202,12 +207,12 @@ class Llama(nn.Module):
 
     def init_rope(self) -> None:
         """Fill the rotary tables (max_seq_len, K/2), computed in float64, kept in float32."""
-        if self.cos_SK.is_meta:
+        if self.cos_PR.is_meta:
             return
         positions = torch.arange(self.config.max_seq_len, dtype=torch.float64)
         angles = torch.outer(positions, rope_frequencies(self.config))
-        self.cos_SK.copy_(angles.cos())
-        self.sin_SK.copy_(angles.sin())
+        self.cos_PR.copy_(angles.cos())
+        self.sin_PR.copy_(angles.sin())
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -18,7 +18,7 @@ def attention_reference(
     v_BSGK: Tensor,
     *,
     causal: bool = True,
-    cu_seqlens_BD: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Attend from `q` (B, T, H, K) over `k`, `v` (B, S, G, K); returns (B, T, H, K)."""
     n_queries, n_keys = q_BTHK.shape[1], k_BSGK.shape[1]
@@ -26,8 +26,8 @@ def attention_reference(
     if group > 1:
         k_BSGK, v_BSGK = (x.repeat_interleave(group, dim=2) for x in (k_BSGK, v_BSGK))
     mask = None
-    if cu_seqlens_BD is not None or (causal and n_queries not in (1, n_keys)):
-        mask = _mask(n_queries, n_keys, causal, cu_seqlens_BD, q_BTHK.device)
+    if cu_seqlens is not None or (causal and n_queries not in (1, n_keys)):
+        mask = _mask(n_queries, n_keys, causal, cu_seqlens, q_BTHK.device)
     out_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),
@@ -38,14 +38,14 @@ def attention_reference(
     return out_BHTK.transpose(1, 2)
 
 
-def flatten_cu_seqlens(cu_seqlens_BD: Tensor, n_tokens: int) -> Tensor:
+def flatten_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> Tensor:
     """Boundaries of the documents of all rows laid end to end, as variable-length kernels want.
 
     The shape is static and nothing is read back to the host, so the padding of a row, and the end
     of one that is the beginning of the next, stay as documents of length 0.
 
     Args:
-        cu_seqlens_BD: (B, D + 1) int32, padded with T.
+        cu_seqlens: (B, D + 1) int32, padded with T.
         n_tokens: T.
 
     Returns:
@@ -53,29 +53,29 @@ def flatten_cu_seqlens(cu_seqlens_BD: Tensor, n_tokens: int) -> Tensor:
     """
     offsets_B = torch.arange(
         0,
-        len(cu_seqlens_BD) * n_tokens,
+        len(cu_seqlens) * n_tokens,
         n_tokens,
-        dtype=cu_seqlens_BD.dtype,
-        device=cu_seqlens_BD.device,
+        dtype=cu_seqlens.dtype,
+        device=cu_seqlens.device,
     )
-    return (cu_seqlens_BD + offsets_B[:, None]).flatten()
+    return (cu_seqlens + offsets_B[:, None]).flatten()
 
 
 def _mask(
     n_queries: int,
     n_keys: int,
     causal: bool,
-    cu_seqlens_BD: Tensor | None,
+    cu_seqlens: Tensor | None,
     device: torch.device,
 ) -> Tensor:
     """True where a query may look, (T, S) or (B, 1, T, S)."""
     mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     if causal:
         mask = mask.tril(diagonal=n_keys - n_queries)
-    if cu_seqlens_BD is None:
+    if cu_seqlens is None:
         return mask
-    positions = torch.arange(n_keys, dtype=cu_seqlens_BD.dtype, device=device)
-    positions = positions.expand(len(cu_seqlens_BD), n_keys).contiguous()
-    document_BS = torch.searchsorted(cu_seqlens_BD.contiguous(), positions, right=True)
+    positions = torch.arange(n_keys, dtype=cu_seqlens.dtype, device=device)
+    positions = positions.expand(len(cu_seqlens), n_keys).contiguous()
+    document_BS = torch.searchsorted(cu_seqlens.contiguous(), positions, right=True)
     document_BT = document_BS[:, n_keys - n_queries :]
     return mask & (document_BT[:, None, :, None] == document_BS[:, None, None, :])

@@ -72,7 +72,7 @@ class Backend:
 
     name: str
     """As the user types it."""
-    obstacle: Callable[[AttentionShape], str | None]
+    unsupported_reason: Callable[[AttentionShape], str | None]
     """One clause, with "it" for the backend, why it cannot serve the shape here, or None."""
     load: Callable[[], Attention]
     """Imports what it needs, tells PyTorch which FlashAttention it runs, returns the operator.
@@ -82,20 +82,18 @@ class Backend:
     """
 
 
-def reference_attention(
+def sdpa_attention(
     q_BTHK: Tensor,
     k_BSGK: Tensor,
     v_BSGK: Tensor,
     *,
     causal: bool = True,
-    cu_seqlens_BD: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`attention_reference`, of which cuDNN may serve training without a mask and nothing else."""
-    if cu_seqlens_BD is None and q_BTHK.shape[1] == k_BSGK.shape[1] > 1:
+    if cu_seqlens is None and q_BTHK.shape[1] == k_BSGK.shape[1] > 1:
         return attention_reference(q_BTHK, k_BSGK, v_BSGK, causal=causal)
-    return attention_without_cudnn(
-        q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens_BD=cu_seqlens_BD
-    )
+    return attention_without_cudnn(q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens=cu_seqlens)
 
 
 def attention_without_cudnn(
@@ -104,13 +102,11 @@ def attention_without_cudnn(
     v_BSGK: Tensor,
     *,
     causal: bool = True,
-    cu_seqlens_BD: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`attention_reference` on kernels that take masks, and any length without a plan for it."""
     with sdpa_kernel(_NOT_CUDNN):
-        return attention_reference(
-            q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens_BD=cu_seqlens_BD
-        )
+        return attention_reference(q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens=cu_seqlens)
 
 
 def fused_attention(dense: Dense, packed: Packed) -> Attention:
@@ -127,18 +123,18 @@ def fused_attention(dense: Dense, packed: Packed) -> Attention:
         v_BSGK: Tensor,
         *,
         causal: bool = True,
-        cu_seqlens_BD: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         batch_size, n_queries = q_BTHK.shape[:2]
         if n_queries != k_BSGK.shape[1] or n_queries == 1:
             return attention_without_cudnn(
-                q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens_BD=cu_seqlens_BD
+                q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens=cu_seqlens
             )
-        if cu_seqlens_BD is None:
+        if cu_seqlens is None:
             out_BTHK = dense(q_BTHK, k_BSGK, v_BSGK, causal)
         else:
             q_NHK, k_NGK, v_NGK = (x.flatten(0, 1) for x in (q_BTHK, k_BSGK, v_BSGK))
-            boundaries = flatten_cu_seqlens(cu_seqlens_BD, n_queries)
+            boundaries = flatten_cu_seqlens(cu_seqlens, n_queries)
             out_NHK = packed(q_NHK, k_NGK, v_NGK, boundaries, n_queries, causal)
             out_BTHK = out_NHK.unflatten(0, (batch_size, n_queries))
         dense_gradient: Tensor = _DenseGradient.apply(out_BTHK)
@@ -262,10 +258,10 @@ def _load_flash_attn_2() -> Attention:
 
 def _load_reference() -> Attention:
     set_flash_implementation(None)
-    return reference_attention
+    return sdpa_attention
 
 
-def _gpu_obstacle(shape: AttentionShape, majors: range, max_head_dim: int) -> str | None:
+def _gpu_unsupported_reason(shape: AttentionShape, majors: range, max_head_dim: int) -> str | None:
     if shape.device.type != "cuda":
         return f"it needs a CUDA device, not {shape.device.type}"
     if shape.dtype not in (torch.bfloat16, torch.float16):
@@ -278,7 +274,7 @@ def _gpu_obstacle(shape: AttentionShape, majors: range, max_head_dim: int) -> st
     return None
 
 
-def _package_obstacle(
+def _package_unsupported_reason(
     shape: AttentionShape,
     *,
     majors: range,
@@ -287,9 +283,9 @@ def _package_obstacle(
     attribute: str,
     remedy: str,
 ) -> str | None:
-    obstacle = _gpu_obstacle(shape, majors, max_head_dim)
-    if obstacle is not None:
-        return obstacle
+    unsupported_reason = _gpu_unsupported_reason(shape, majors, max_head_dim)
+    if unsupported_reason is not None:
+        return unsupported_reason
     missing = f"the package {module} is not installed ({remedy})"
     try:
         imported = import_module(module)
@@ -311,13 +307,13 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _sdpa_obstacle(
+def _sdpa_unsupported_reason(
     shape: AttentionShape,
     *,
     max_head_dim: int,
     can_use: Callable[[SDPAParams, bool], bool],
 ) -> str | None:
-    return _gpu_obstacle(shape, _FROM_AMPERE, max_head_dim) or _refusal(shape, can_use)
+    return _gpu_unsupported_reason(shape, _FROM_AMPERE, max_head_dim) or _refusal(shape, can_use)
 
 
 def _refusal(shape: AttentionShape, can_use: Callable[[SDPAParams, bool], bool]) -> str | None:
@@ -344,7 +340,7 @@ BACKENDS = (
     Backend(
         "flash-attn-3",
         partial(
-            _package_obstacle,
+            _package_unsupported_reason,
             majors=range(9, 10),
             max_head_dim=256,
             module="flash_attn_interface",
@@ -356,7 +352,7 @@ BACKENDS = (
     Backend(
         "flash-attn-4",
         partial(
-            _package_obstacle,
+            _package_unsupported_reason,
             majors=range(9, 11),
             max_head_dim=256,
             module="flash_attn.cute.interface",
@@ -368,7 +364,7 @@ BACKENDS = (
     Backend(
         "flash-attn-2",
         partial(
-            _package_obstacle,
+            _package_unsupported_reason,
             majors=_FROM_AMPERE,
             max_head_dim=256,
             module="flash_attn",
@@ -379,12 +375,12 @@ BACKENDS = (
     ),
     Backend(
         "cudnn",
-        partial(_sdpa_obstacle, max_head_dim=128, can_use=can_use_cudnn_attention),
+        partial(_sdpa_unsupported_reason, max_head_dim=128, can_use=can_use_cudnn_attention),
         partial(_load_sdpa, SDPBackend.CUDNN_ATTENTION),
     ),
     Backend(
         "flash",
-        partial(_sdpa_obstacle, max_head_dim=256, can_use=can_use_flash_attention),
+        partial(_sdpa_unsupported_reason, max_head_dim=256, can_use=can_use_flash_attention),
         partial(_load_sdpa, SDPBackend.FLASH_ATTENTION),
     ),
     Backend("reference", lambda shape: None, _load_reference),

@@ -66,11 +66,11 @@ def choose_attention(
         return AttentionChoice(wanted, "as asked for")
     passed_over, candidates = {}, []
     for backend in backends_for(shape.device):
-        obstacle = backend.obstacle(shape)
-        if obstacle is None:
+        unsupported_reason = backend.unsupported_reason(shape)
+        if unsupported_reason is None:
             candidates.append(backend)
         else:
-            passed_over[backend.name] = obstacle
+            passed_over[backend.name] = unsupported_reason
     if len(candidates) == 1:
         return AttentionChoice(candidates[0].name, "the only one that can" + _why(passed_over))
     if torch.are_deterministic_algorithms_enabled():
@@ -106,14 +106,14 @@ def _named(name: str) -> Backend:
 
 
 def _check(backend: Backend, shape: AttentionShape) -> None:
-    obstacle = backend.obstacle(shape)
-    if obstacle is None and backend is not BACKENDS[-1]:
+    unsupported_reason = backend.unsupported_reason(shape)
+    if unsupported_reason is None and backend is not BACKENDS[-1]:
         _, failed = _measure(shape, [backend])
-        obstacle = failed.get(backend.name)
-    if obstacle is not None:
+        unsupported_reason = failed.get(backend.name)
+    if unsupported_reason is not None:
         raise ValueError(
-            f"The attention {backend.name} was asked for, but {obstacle}; use auto, which takes "
-            "the fastest that can run."
+            f"The attention {backend.name} was asked for, but {unsupported_reason}; use auto: it "
+            "takes the fastest that can run."
         )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastllama_kernels.attention import attention_reference
-from fastllama_kernels.attention_backends import reference_attention
+from fastllama_kernels.attention_backends import sdpa_attention
 from fastllama_kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from fastllama_kernels.linear_cross_entropy import (
     linear_cross_entropy,
@@ -71,7 +71,7 @@ TRITON = Operators(
     add_rms_norm=add_rms_norm,
     add_rms_norm_linear=add_rms_norm_linear,
     rope=rope,
-    attention=reference_attention,
+    attention=sdpa_attention,
     swiglu=swiglu,
     swiglu_linear=swiglu_linear,
     cross_entropy=cross_entropy,

@@ -3,7 +3,8 @@
 With a residual stream: stream = x + residual, y = rms_norm(stream), y in the type of x. Followed
 by a projection: out = y @ projection^T, and y is computed again in the backward, not saved.
 
-    d stream = rstd * (w dy - n mean(n w dy)) + d stream_out,  n = x * rstd;  d weight = sum(dy n)
+    d stream = rstd * (w dy - x_hat mean(x_hat w dy)) + d stream_out
+    d weight = sum(dy x_hat),  x_hat = x * rstd
 
 Shapes: x, residual, y (..., D), float32, bfloat16 or float16, of any strides (copied if not
 contiguous); weight (D,); projection (E, D). Sums and products are in float32 (the reference:
@@ -63,19 +64,19 @@ def _rms_norm_fwd_kernel(
     y_ptr,
     stream_ptr,
     rstd_ptr,
-    N: tl.constexpr,
+    D: tl.constexpr,
     eps: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * N
-    y_ptr += row * N
-    residual_ptr += row * N
-    stream_ptr += row * N
+    x_ptr += row * D
+    y_ptr += row * D
+    residual_ptr += row * D
+    stream_ptr += row * D
     columns = tl.arange(0, BLOCK)
-    if N <= BLOCK:
-        mask = columns < N
+    if D <= BLOCK:
+        mask = columns < D
         s = tl.load(x_ptr + columns, mask, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
             s += tl.load(residual_ptr + columns, mask, other=0.0).to(tl.float32)
@@ -84,12 +85,12 @@ def _rms_norm_fwd_kernel(
             # Normalise what the backward will find.
             s = rounded.to(tl.float32)
         weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(s * s) / N + eps)
+        rstd = tl.rsqrt(tl.sum(s * s) / D + eps)
         tl.store(y_ptr + columns, (s * rstd * weight).to(y_ptr.dtype.element_ty), mask)
     else:
         squares = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, N, BLOCK):
-            mask = start + columns < N
+        for start in range(0, D, BLOCK):
+            mask = start + columns < D
             s = tl.load(x_ptr + start + columns, mask, other=0.0).to(tl.float32)
             if HAS_RESIDUAL:
                 s += tl.load(residual_ptr + start + columns, mask, other=0.0).to(tl.float32)
@@ -97,9 +98,9 @@ def _rms_norm_fwd_kernel(
                 tl.store(stream_ptr + start + columns, rounded, mask)
                 s = rounded.to(tl.float32)
             squares += s * s
-        rstd = tl.rsqrt(tl.sum(squares) / N + eps)
-        for start in range(0, N, BLOCK):
-            mask = start + columns < N
+        rstd = tl.rsqrt(tl.sum(squares) / D + eps)
+        for start in range(0, D, BLOCK):
+            mask = start + columns < D
             # Written above by this program; the sum between the loops is a barrier.
             if HAS_RESIDUAL:
                 s = tl.load(stream_ptr + start + columns, mask, other=0.0).to(tl.float32)
@@ -122,67 +123,67 @@ def _rms_norm_bwd_kernel(
     y_ptr,
     dweight_ptr,
     n_rows,
-    N: tl.constexpr,
+    D: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_DSTREAM: tl.constexpr,
     RECOMPUTE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    # int64, so that the row counted from it is too, and row * N does not overflow.
+    # int64, so that the row counted from it is too, and row * D does not overflow.
     program = tl.program_id(0).to(tl.int64)
     n_programs = tl.num_programs(0)
-    dweight_ptr += program * N
+    dweight_ptr += program * D
     columns = tl.arange(0, BLOCK)
-    if N <= BLOCK:
-        mask = columns < N
+    if D <= BLOCK:
+        mask = columns < D
         weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
         dweight = tl.zeros((BLOCK,), tl.float32)
         # The attribute of the loop is what has the next rows loaded ahead; the launch option
         # of the same name pipelines loops around `tl.dot` only.
         for row in tl.range(program, n_rows, n_programs, num_stages=NUM_STAGES):
-            offsets = row * N + columns
+            offsets = row * D + columns
             s = tl.load(stream_ptr + offsets, mask, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + offsets, mask, other=0.0).to(tl.float32)
             rstd = tl.load(rstd_ptr + row)
-            n = s * rstd
-            dweight += dy * n
+            x_hat = s * rstd
+            dweight += dy * x_hat
             wdy = dy * weight
-            dx = rstd * (wdy - n * (tl.sum(n * wdy) / N))
+            dx = rstd * (wdy - x_hat * (tl.sum(x_hat * wdy) / D))
             if HAS_DSTREAM:
                 dx += tl.load(dstream_ptr + offsets, mask, other=0.0).to(tl.float32)
             tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
             if RECOMPUTE:
-                tl.store(y_ptr + offsets, (n * weight).to(y_ptr.dtype.element_ty), mask)
+                tl.store(y_ptr + offsets, (x_hat * weight).to(y_ptr.dtype.element_ty), mask)
         tl.store(dweight_ptr + columns, dweight, mask)
     else:
         for row in range(program, n_rows, n_programs):
-            offset = row * N
+            offset = row * D
             rstd = tl.load(rstd_ptr + row)
             products = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, N, BLOCK):
-                mask = start + columns < N
+            for start in range(0, D, BLOCK):
+                mask = start + columns < D
                 offsets = offset + start + columns
                 s = tl.load(stream_ptr + offsets, mask, other=0.0).to(tl.float32)
                 dy = tl.load(dy_ptr + offsets, mask, other=0.0).to(tl.float32)
                 weight = tl.load(weight_ptr + start + columns, mask, other=0.0).to(tl.float32)
                 products += s * rstd * (dy * weight)
-            mean = tl.sum(products) / N
-            for start in range(0, N, BLOCK):
-                mask = start + columns < N
+            mean = tl.sum(products) / D
+            for start in range(0, D, BLOCK):
+                mask = start + columns < D
                 offsets = offset + start + columns
                 s = tl.load(stream_ptr + offsets, mask, other=0.0).to(tl.float32)
                 dy = tl.load(dy_ptr + offsets, mask, other=0.0).to(tl.float32)
                 weight = tl.load(weight_ptr + start + columns, mask, other=0.0).to(tl.float32)
-                n = s * rstd
-                dx = rstd * (dy * weight - n * mean)
+                x_hat = s * rstd
+                dx = rstd * (dy * weight - x_hat * mean)
                 if HAS_DSTREAM:
                     dx += tl.load(dstream_ptr + offsets, mask, other=0.0).to(tl.float32)
                 tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
                 if RECOMPUTE:
-                    tl.store(y_ptr + offsets, (n * weight).to(y_ptr.dtype.element_ty), mask)
+                    tl.store(y_ptr + offsets, (x_hat * weight).to(y_ptr.dtype.element_ty), mask)
                 # The sum over the rows of this program, which starts at zero.
                 dweight = tl.load(dweight_ptr + start + columns, mask, other=0.0)
-                tl.store(dweight_ptr + start + columns, dweight + dy * n, mask)
+                tl.store(dweight_ptr + start + columns, dweight + dy * x_hat, mask)
 
 
 def forward_config(width: int) -> dict[str, int]:
@@ -260,7 +261,7 @@ def _launch_fwd(
             y,
             stream,
             rstd,
-            N=x.shape[-1],
+            D=x.shape[-1],
             eps=eps,
             HAS_RESIDUAL=has_residual,
             **forward_config(x.shape[-1]),
@@ -333,7 +334,7 @@ def _launch_bwd(
             dx if y is None else y,
             dweight,
             n_rows,
-            N=width,
+            D=width,
             HAS_DSTREAM=dstream is not None,
             RECOMPUTE=y is not None,
             **config,

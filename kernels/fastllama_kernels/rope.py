@@ -28,8 +28,8 @@ from fastllama_kernels._library import may_write_to_inputs, register
 
 def rope_reference(
     qkv_BTE: Tensor,
-    cos_SK: Tensor,
-    sin_SK: Tensor,
+    cos_PR: Tensor,
+    sin_PR: Tensor,
     n_heads: int,
     n_kv_heads: int,
     positions_BT: Tensor | None = None,
@@ -38,8 +38,8 @@ def rope_reference(
 
     Args:
         qkv_BTE: (B, T, (H + 2G) * K).
-        cos_SK: (S, K/2) cosines, S >= T.
-        sin_SK: (S, K/2) sines.
+        cos_PR: (S, K/2) cosines, S >= T.
+        sin_PR: (S, K/2) sines.
         n_heads: H.
         n_kv_heads: G.
         positions_BT: rows of the tables to use, (B, T); None means 0 to T-1.
@@ -51,7 +51,7 @@ def rope_reference(
     rotated, v_BTGK = heads.split((n_heads + n_kv_heads, n_kv_heads), dim=2)
     cos, sin = (
         table[: qkv_BTE.shape[1]] if positions_BT is None else table[positions_BT]
-        for table in (cos_SK, sin_SK)
+        for table in (cos_PR, sin_PR)
     )
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     first, second = rotated.to(accumulation_dtype(qkv_BTE)).chunk(2, dim=-1)
@@ -62,16 +62,16 @@ def rope_reference(
 
 @triton.jit
 def _load_angles(
-    cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr
+    cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, R: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """cos and sin of the positions of `rows`, (rows, 1, HALF_BLOCK) to go with heads."""
-    pairs = tl.arange(0, HALF_BLOCK)
+    """cos and sin of the positions of `rows`, (rows, 1, BLOCK_R) to go with heads."""
+    pairs = tl.arange(0, BLOCK_R)
     if positions_ptr is None:
         positions = rows % T
     else:
         positions = tl.load(positions_ptr + rows, row_mask, other=0).to(tl.int64)
-    offsets = positions[:, None] * HALF + pairs[None, :]
-    mask = row_mask[:, None] & (pairs < HALF)[None, :]
+    offsets = positions[:, None] * R + pairs[None, :]
+    mask = row_mask[:, None] & (pairs < R)[None, :]
     cos = tl.load(cos_ptr + offsets, mask, other=0.0)[:, None, :]
     sin = tl.load(sin_ptr + offsets, mask, other=0.0)[:, None, :]
     return cos, sin
@@ -85,40 +85,42 @@ def _rope_kernel(
     positions_ptr,
     n_rows,
     T,
-    N_ROTATED: tl.constexpr,
-    N_ALL: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
+    N_ROTATED_HEADS: tl.constexpr,
+    N_HEADS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    pairs = tl.arange(0, HALF_BLOCK)
+    pairs = tl.arange(0, BLOCK_R)
     row_mask = rows < n_rows
-    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, HALF, HALF_BLOCK)
+    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, R, BLOCK_R)
     mask = (
-        row_mask[:, None, None] & (heads < N_ROTATED)[None, :, None] & (pairs < HALF)[None, None, :]
+        row_mask[:, None, None]
+        & (heads < N_ROTATED_HEADS)[None, :, None]
+        & (pairs < R)[None, None, :]
     )
-    offsets = (rows[:, None, None] * N_ALL + heads[None, :, None]) * (2 * HALF)
+    offsets = (rows[:, None, None] * N_HEADS + heads[None, :, None]) * (2 * R)
     offsets += pairs[None, None, :]
     first = tl.load(qkv_ptr + offsets, mask, other=0.0).to(tl.float32)
-    second = tl.load(qkv_ptr + offsets + HALF, mask, other=0.0).to(tl.float32)
+    second = tl.load(qkv_ptr + offsets + R, mask, other=0.0).to(tl.float32)
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     tl.store(qkv_ptr + offsets, (first * cos - second * sin).to(dtype), mask)
-    tl.store(qkv_ptr + offsets + HALF, (second * cos + first * sin).to(dtype), mask)
+    tl.store(qkv_ptr + offsets + R, (second * cos + first * sin).to(dtype), mask)
 
 
 @triton.jit
 def _load_head_pairs(
-    x_ptr, stride_b, stride_t, stride_h, rows, heads, n_heads, pairs, mask, T, HALF: tl.constexpr
+    x_ptr, stride_b, stride_t, stride_h, rows, heads, n_heads, pairs, mask, T, R: tl.constexpr
 ):
     """Both halves of heads 0 <= `heads` < n_heads, float32, 0 elsewhere."""
     mask = mask & ((heads >= 0) & (heads < n_heads))[None, :, None]
     offsets = (rows // T * stride_b + rows % T * stride_t)[:, None, None]
     offsets = offsets + heads.to(tl.int64)[None, :, None] * stride_h + pairs[None, None, :]
     first = tl.load(x_ptr + offsets, mask, other=0.0).to(tl.float32)
-    second = tl.load(x_ptr + offsets + HALF, mask, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + offsets + R, mask, other=0.0).to(tl.float32)
     return first, second
 
 
@@ -144,37 +146,37 @@ def _rope_bwd_kernel(
     T,
     H: tl.constexpr,
     G: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    pairs = tl.arange(0, HALF_BLOCK)
+    pairs = tl.arange(0, BLOCK_R)
     row_mask = rows < n_rows
-    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, HALF, HALF_BLOCK)
-    mask = row_mask[:, None, None] & (pairs < HALF)[None, None, :]
+    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, R, BLOCK_R)
+    mask = row_mask[:, None, None] & (pairs < R)[None, None, :]
     # A head is in one of the three; the other two loads are masked off and cost no traffic.
     q_first, q_second = _load_head_pairs(
-        dq_ptr, q_stride_b, q_stride_t, q_stride_h, rows, heads, H, pairs, mask, T, HALF
+        dq_ptr, q_stride_b, q_stride_t, q_stride_h, rows, heads, H, pairs, mask, T, R
     )
     k_first, k_second = _load_head_pairs(
-        dk_ptr, k_stride_b, k_stride_t, k_stride_h, rows, heads - H, G, pairs, mask, T, HALF
+        dk_ptr, k_stride_b, k_stride_t, k_stride_h, rows, heads - H, G, pairs, mask, T, R
     )
     v_first, v_second = _load_head_pairs(
-        dv_ptr, v_stride_b, v_stride_t, v_stride_h, rows, heads - H - G, G, pairs, mask, T, HALF
+        dv_ptr, v_stride_b, v_stride_t, v_stride_h, rows, heads - H - G, G, pairs, mask, T, R
     )
     first, second = q_first + k_first, q_second + k_second
     # The inverse of a rotation is its transpose: the sign of the sine changes.
     dfirst = first * cos + second * sin + v_first
     dsecond = second * cos - first * sin + v_second
     mask = mask & (heads < H + 2 * G)[None, :, None]
-    offsets = (rows[:, None, None] * (H + 2 * G) + heads[None, :, None]) * (2 * HALF)
+    offsets = (rows[:, None, None] * (H + 2 * G) + heads[None, :, None]) * (2 * R)
     offsets += pairs[None, None, :]
     dtype: tl.constexpr = dqkv_ptr.dtype.element_ty
     tl.store(dqkv_ptr + offsets, dfirst.to(dtype), mask)
-    tl.store(dqkv_ptr + offsets + HALF, dsecond.to(dtype), mask)
+    tl.store(dqkv_ptr + offsets + R, dsecond.to(dtype), mask)
 
 
 def launch_config(half: int) -> dict[str, int]:
@@ -183,7 +185,7 @@ def launch_config(half: int) -> dict[str, int]:
     block_heads = 8
     block_rows = max(1, 2_048 // (block_heads * half_block))
     return {
-        "HALF_BLOCK": half_block,
+        "BLOCK_R": half_block,
         "BLOCK_ROWS": block_rows,
         "BLOCK_HEADS": block_heads,
         "num_warps": 8,
@@ -220,9 +222,9 @@ def rope_(
             None if positions is None else positions.contiguous(),
             n_rows,
             qkv.shape[1],
-            N_ROTATED=n_rotated,
-            N_ALL=n_rotated + n_kv_heads,
-            HALF=half,
+            N_ROTATED_HEADS=n_rotated,
+            N_HEADS=n_rotated + n_kv_heads,
+            R=half,
             **config,
         )
 
@@ -289,7 +291,7 @@ def rope_bwd(
             dq.shape[1],
             H=n_heads,
             G=n_kv_heads,
-            HALF=half,
+            R=half,
             **config,
         )
     return dqkv
@@ -302,16 +304,16 @@ class _Rope(torch.autograd.Function):
     def forward(
         ctx: Any,
         qkv_BTE: Tensor,
-        cos_SK: Tensor,
-        sin_SK: Tensor,
+        cos_PR: Tensor,
+        sin_PR: Tensor,
         positions_BT: Tensor | None,
         n_heads: int,
         n_kv_heads: int,
-        is_turned: bool,
+        is_rotated: bool,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(cos_SK, sin_SK, positions_BT)
-        if not is_turned:
-            qkv_BTE = rope_fwd(qkv_BTE, cos_SK, sin_SK, positions_BT, n_heads, n_kv_heads)
+        ctx.save_for_backward(cos_PR, sin_PR, positions_BT)
+        if not is_rotated:
+            qkv_BTE = rope_fwd(qkv_BTE, cos_PR, sin_PR, positions_BT, n_heads, n_kv_heads)
         heads = qkv_BTE.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
         return heads.split((n_heads, n_kv_heads, n_kv_heads), dim=2)
 
@@ -324,8 +326,8 @@ class _Rope(torch.autograd.Function):
 
 def rope(
     qkv_BTE: Tensor,
-    cos_SK: Tensor,
-    sin_SK: Tensor,
+    cos_PR: Tensor,
+    sin_PR: Tensor,
     n_heads: int,
     n_kv_heads: int,
     positions_BT: Tensor | None = None,
@@ -335,8 +337,8 @@ def rope(
     Args:
         qkv_BTE: (B, T, (H + 2G) * K), written to unless it has to be copied to be contiguous, or
             a dispatch mode such as that of selective checkpointing may have kept it.
-        cos_SK: (S, K/2) cosines, float32.
-        sin_SK: (S, K/2) sines, float32.
+        cos_PR: (S, K/2) cosines, float32.
+        sin_PR: (S, K/2) sines, float32.
         n_heads: H.
         n_kv_heads: G.
         positions_BT: rows of the tables to use, (B, T) integers, each less than S, which is not
@@ -349,15 +351,15 @@ def rope(
     Raises:
         ValueError: shapes or types that do not fit, or tensors off the GPU.
     """
-    _check(qkv_BTE, cos_SK, sin_SK, n_heads, n_kv_heads, positions_BT)
+    _check(qkv_BTE, cos_PR, sin_PR, n_heads, n_kv_heads, positions_BT)
     qkv_BTE = qkv_BTE.contiguous()
     inplace = may_write_to_inputs()
     if inplace:
         # Outside the autograd Function: torch.compile may lose a mutation inside one. What made
         # qkv, a matrix product, does not need it in its backward; autograd notices if it does.
         with torch.no_grad():
-            rope_(qkv_BTE, cos_SK, sin_SK, positions_BT, n_heads, n_kv_heads)
-    return _Rope.apply(qkv_BTE, cos_SK, sin_SK, positions_BT, n_heads, n_kv_heads, inplace)
+            rope_(qkv_BTE, cos_PR, sin_PR, positions_BT, n_heads, n_kv_heads)
+    return _Rope.apply(qkv_BTE, cos_PR, sin_PR, positions_BT, n_heads, n_kv_heads, inplace)
 
 
 def _check(

@@ -34,15 +34,15 @@ def swiglu_linear_reference(gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 @triton.jit
-def _swiglu_fwd_kernel(gate_up_ptr, h_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_fwd_kernel(gate_up_ptr, h_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < WIDTH
-    gate_up_ptr += row * 2 * WIDTH
+    mask = columns < F
+    gate_up_ptr += row * 2 * F
     gate = tl.load(gate_up_ptr + columns, mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + WIDTH + columns, mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + F + columns, mask, other=0.0).to(tl.float32)
     h = gate * tl.sigmoid(gate) * up
-    tl.store(h_ptr + row * WIDTH + columns, h.to(h_ptr.dtype.element_ty), mask)
+    tl.store(h_ptr + row * F + columns, h.to(h_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -51,27 +51,27 @@ def _swiglu_bwd_kernel(
     gate_up_ptr,
     dgate_up_ptr,
     h_ptr,
-    WIDTH: tl.constexpr,
+    F: tl.constexpr,
     BLOCK: tl.constexpr,
     RECOMPUTE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < WIDTH
-    gate_up_ptr += row * 2 * WIDTH
-    dgate_up_ptr += row * 2 * WIDTH
+    mask = columns < F
+    gate_up_ptr += row * 2 * F
+    dgate_up_ptr += row * 2 * F
     gate = tl.load(gate_up_ptr + columns, mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + WIDTH + columns, mask, other=0.0).to(tl.float32)
-    dh = tl.load(dh_ptr + row * WIDTH + columns, mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + F + columns, mask, other=0.0).to(tl.float32)
+    dh = tl.load(dh_ptr + row * F + columns, mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     dgate = dh * up * (sigmoid + silu * (1 - sigmoid))
     dtype: tl.constexpr = dgate_up_ptr.dtype.element_ty
     tl.store(dgate_up_ptr + columns, dgate.to(dtype), mask)
-    tl.store(dgate_up_ptr + WIDTH + columns, (dh * silu).to(dtype), mask)
+    tl.store(dgate_up_ptr + F + columns, (dh * silu).to(dtype), mask)
     if RECOMPUTE:
         h = (silu * up).to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + row * WIDTH + columns, h, mask)
+        tl.store(h_ptr + row * F + columns, h, mask)
 
 
 def launch_config(width: int) -> dict[str, int]:
@@ -92,7 +92,7 @@ def swiglu_fwd(gate_up: Tensor) -> Tensor:
     config = launch_config(width)
     if h.numel():
         grid = (h.numel() // width, triton.cdiv(width, config["BLOCK"]))
-        _swiglu_fwd_kernel[grid](gate_up.contiguous(), h, WIDTH=width, **config)
+        _swiglu_fwd_kernel[grid](gate_up.contiguous(), h, F=width, **config)
     return h
 
 
@@ -132,7 +132,7 @@ def _launch_bwd(dh: Tensor, gate_up: Tensor, dgate_up: Tensor, h: Tensor | None)
             dgate_up,
             # The unused pointer has to be of something.
             dgate_up if h is None else h,
-            WIDTH=width,
+            F=width,
             RECOMPUTE=h is not None,
             **config,
         )

@@ -70,13 +70,13 @@ def a_run(
         pytest.param(
             "huggingface",
             marks=pytest.mark.skipif(
-                throughput.obstacle("huggingface") is not None, reason="no transformers"
+                throughput.unsupported_reason("huggingface") is not None, reason="no transformers"
             ),
         ),
         pytest.param(
             "torchtitan",
             marks=pytest.mark.skipif(
-                throughput.obstacle("torchtitan") is not None, reason="no torchtitan"
+                throughput.unsupported_reason("torchtitan") is not None, reason="no torchtitan"
             ),
         ),
     ],

@@ -26,8 +26,8 @@ from tests.compare import DEVICE
 MODEL = ModelConfig(
     vocab_size=256, n_embd=64, n_layers=1, n_heads=4, n_kv_heads=2, multiple_of=32, max_seq_len=8
 )
-START = {"BLOCK": 1024, "num_warps": 4, "NUM_STAGES": 3, "HALF_BLOCK": 32}
-BEST = {"BLOCK": 4096, "num_warps": 16, "NUM_STAGES": 5, "HALF_BLOCK": 32}
+START = {"BLOCK": 1024, "num_warps": 4, "NUM_STAGES": 3, "BLOCK_R": 32}
+BEST = {"BLOCK": 4096, "num_warps": 16, "NUM_STAGES": 5, "BLOCK_R": 32}
 
 
 def steady(seconds: float) -> Spread:
@@ -50,7 +50,7 @@ def test_the_search_ends_at_the_fastest_and_tries_nothing_twice() -> None:
 
     assert climb(START, measure) == BEST
     # What follows from the shape is left alone.
-    assert {config["HALF_BLOCK"] for config in tried} == {32}
+    assert {config["BLOCK_R"] for config in tried} == {32}
 
 
 def test_the_search_stays_where_nothing_is_faster_beyond_noise() -> None:

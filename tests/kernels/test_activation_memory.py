@@ -137,7 +137,7 @@ def test_recomputed_block(kept: str) -> None:
     names, weights = zip(*model.blocks[0].named_parameters(), strict=True)
 
     def run(x: Tensor, residual: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        inputs = x, residual, model.cos_SK[:4], model.sin_SK[:4]
+        inputs = x, residual, model.cos_PR[:4], model.sin_PR[:4]
         named = dict(zip(names, weights, strict=True))
         return torch.func.functional_call(model.blocks[0], named, inputs)
 

@@ -66,7 +66,7 @@ def test_packed_documents(dtype: torch.dtype, n_queries: int, causal: bool) -> N
         return query_by_query(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS)
 
     assert_operator_as_exact_as(
-        lambda q, k, v: attention_reference(q, k, v, causal=causal, cu_seqlens_BD=CU_SEQLENS),
+        lambda q, k, v: attention_reference(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS),
         slow,
         slow,
         qkv(n_queries, 9, (4, 2), dtype),
@@ -81,9 +81,9 @@ def test_a_lone_token_sees_itself() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_token_sees_no_other_document(causal: bool) -> None:
     q, k, v = qkv(9, 9, (4, 2), torch.float32)
-    before = attention_reference(q, k, v, causal=causal, cu_seqlens_BD=CU_SEQLENS)
+    before = attention_reference(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS)
     k[:, 2], v[:, 2] = 100.0, 100.0
-    changed = attention_reference(q, k, v, causal=causal, cu_seqlens_BD=CU_SEQLENS) != before
+    changed = attention_reference(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS) != before
     positions = changed.any(dim=(2, 3))
     # Token 2 is a document of its own in the first sequence; in the second it is in 0 to 4.
     assert positions[0].nonzero().flatten().tolist() == [2]
@@ -101,7 +101,7 @@ def test_a_token_sees_no_later_one() -> None:
 def test_gradients_are_the_slopes() -> None:
     leaves = [x.requires_grad_() for x in qkv(9, 9, (2, 1), torch.float64)]
     assert torch.autograd.gradcheck(
-        lambda q, k, v: attention_reference(q, k, v, cu_seqlens_BD=CU_SEQLENS), leaves
+        lambda q, k, v: attention_reference(q, k, v, cu_seqlens=CU_SEQLENS), leaves
     )
 
 

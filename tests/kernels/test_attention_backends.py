@@ -24,7 +24,7 @@ from fastllama_kernels.attention_backends import (
     backends_for,
     fused_attention,
     pinned_sdpa,
-    reference_attention,
+    sdpa_attention,
     set_flash_implementation,
 )
 from tests.compare import (
@@ -195,7 +195,7 @@ def test_flash_attn_2_is_told_to_be_deterministic(
     inputs = qkv(9, 9, HEADS[0], DTYPES[0])
     # The fakes compare what they are told with the mode.
     flash_attn_2(*inputs)
-    flash_attn_2(*inputs, cu_seqlens_BD=CU_SEQLENS)
+    flash_attn_2(*inputs, cu_seqlens=CU_SEQLENS)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -206,10 +206,10 @@ def test_packed_documents(
     operator: Attention, dtype: torch.dtype, n_queries: int, heads: tuple[int, int], causal: bool
 ) -> None:
     def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention_reference(q, k, v, causal=causal, cu_seqlens_BD=CU_SEQLENS)
+        return attention_reference(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS)
 
     assert_operator_as_exact_as(
-        lambda q, k, v: operator(q, k, v, causal=causal, cu_seqlens_BD=CU_SEQLENS),
+        lambda q, k, v: operator(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS),
         definition,
         definition,
         qkv(n_queries, 9, heads, dtype),
@@ -218,7 +218,7 @@ def test_packed_documents(
 
 def test_causal_unless_told_otherwise(operator: Attention) -> None:
     inputs = qkv(9, 9)
-    for options in ({}, {"cu_seqlens_BD": CU_SEQLENS}):
+    for options in ({}, {"cu_seqlens": CU_SEQLENS}):
         torch.testing.assert_close(
             operator(*inputs, **options), attention_reference(*inputs, **options)
         )
@@ -227,7 +227,7 @@ def test_causal_unless_told_otherwise(operator: Attention) -> None:
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS])
 def test_views_of_one_packed_projection(operator: Attention, cu_seqlens: Tensor | None) -> None:
     def on_packed(attention: Attention) -> Callable[[Tensor], Tensor]:
-        return lambda x: attention(*x.split((4, 2, 2), dim=2), cu_seqlens_BD=cu_seqlens)
+        return lambda x: attention(*x.split((4, 2, 2), dim=2), cu_seqlens=cu_seqlens)
 
     assert_operator_as_exact_as(
         on_packed(operator),
@@ -247,8 +247,8 @@ def test_varlen_attn_of_a_pytorch_without_the_argument_for_groups(
     monkeypatch.setattr(attention_backends, "_GROUPED", {})
     inputs = qkv(9, 9)
     torch.testing.assert_close(
-        pinned_sdpa(SDPBackend.MATH)(*inputs, cu_seqlens_BD=CU_SEQLENS),
-        attention_reference(*inputs, cu_seqlens_BD=CU_SEQLENS),
+        pinned_sdpa(SDPBackend.MATH)(*inputs, cu_seqlens=CU_SEQLENS),
+        attention_reference(*inputs, cu_seqlens=CU_SEQLENS),
     )
 
 
@@ -263,8 +263,8 @@ def test_decoding_runs_on_the_reference(
 ) -> None:
     inputs = qkv(n_queries, n_keys)
     decode = fused_attention(dense=nothing_runs, packed=nothing_runs)
-    out = decode(*inputs, cu_seqlens_BD=cu_seqlens)
-    assert torch.equal(out, attention_reference(*inputs, cu_seqlens_BD=cu_seqlens))
+    out = decode(*inputs, cu_seqlens=cu_seqlens)
+    assert torch.equal(out, attention_reference(*inputs, cu_seqlens=cu_seqlens))
 
 
 class Gradients:
@@ -359,8 +359,8 @@ def test_cudnn_sees_no_mask(
 
     calls = Calls(monkeypatch)
     monkeypatch.setattr(attention_backends, "varlen_attn", varlen)
-    operator = pinned_sdpa(SDPBackend.CUDNN_ATTENTION) if pinned else reference_attention
-    operator(*qkv(n_queries, 9), causal=causal, cu_seqlens_BD=cu_seqlens)
+    operator = pinned_sdpa(SDPBackend.CUDNN_ATTENTION) if pinned else sdpa_attention
+    operator(*qkv(n_queries, 9), causal=causal, cu_seqlens=cu_seqlens)
     assert calls.seen or (pinned and cu_seqlens is not None)
     assert not any("cudnn" in kernels and masked for kernels, masked in calls.seen)
 
@@ -371,7 +371,7 @@ def test_cudnn_sees_training_but_no_decoding(
     pinned: bool, n_queries: int, n_keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = Calls(monkeypatch)
-    operator = pinned_sdpa(SDPBackend.CUDNN_ATTENTION) if pinned else reference_attention
+    operator = pinned_sdpa(SDPBackend.CUDNN_ATTENTION) if pinned else sdpa_attention
     operator(*qkv(n_queries, n_keys))
     ((kernels, _),) = calls.seen
     assert ("cudnn" in kernels) == (n_queries == 9)
@@ -429,7 +429,7 @@ def test_compiles_in_one_graph(operator: Attention, n_queries: int, n_keys: int)
 def test_the_reference_compiles_in_one_graph(
     n_queries: int, n_keys: int, cu_seqlens: Tensor | None
 ) -> None:
-    assert_compiles(reference_attention, qkv(n_queries, n_keys), cu_seqlens_BD=cu_seqlens)
+    assert_compiles(sdpa_attention, qkv(n_queries, n_keys), cu_seqlens=cu_seqlens)
 
 
 @TRACES_FUNCTIONS
@@ -444,7 +444,7 @@ def test_packed_documents_compile_in_one_graph(causal: bool, window: tuple[int, 
 
     torch.compiler.reset()
     torch.compile(pinned_sdpa(SDPBackend.CUDNN_ATTENTION), fullgraph=True, backend=keep)(
-        *qkv(9, 9, dtype=torch.bfloat16), causal=causal, cu_seqlens_BD=CU_SEQLENS
+        *qkv(9, 9, dtype=torch.bfloat16), causal=causal, cu_seqlens=CU_SEQLENS
     )
     (graph,) = graphs
     (call,) = [node for node in graph.graph.nodes if "varlen_attn" in str(node.target)]
@@ -534,7 +534,7 @@ def hopper_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hopper_with_everything")
 def test_every_backend_can_where_all_is_there() -> None:
-    assert [backend.obstacle(SHAPE) for backend in BACKENDS] == [None] * len(BACKENDS)
+    assert [backend.unsupported_reason(SHAPE) for backend in BACKENDS] == [None] * len(BACKENDS)
 
 
 FUSED = BACKENDS[:-1]
@@ -549,17 +549,17 @@ def test_obstacles_of_all(backend: Backend) -> None:
         ({"head_dim": 36}, "not 36"),
         ({"head_dim": 264}, "not 264"),
     ):
-        obstacle = backend.obstacle(replace(SHAPE, **changed))
-        assert obstacle is not None
-        assert clause in obstacle
-    assert backend.obstacle(replace(SHAPE, dtype=torch.float16, head_dim=96)) is None
+        unsupported_reason = backend.unsupported_reason(replace(SHAPE, **changed))
+        assert unsupported_reason is not None
+        assert clause in unsupported_reason
+    assert backend.unsupported_reason(replace(SHAPE, dtype=torch.float16, head_dim=96)) is None
 
 
 @pytest.mark.usefixtures("hopper_with_everything")
 def test_cudnn_has_no_backward_for_wide_heads() -> None:
-    able = [x.name for x in FUSED if x.obstacle(replace(SHAPE, head_dim=256)) is None]
+    able = [x.name for x in FUSED if x.unsupported_reason(replace(SHAPE, head_dim=256)) is None]
     assert able == ["flash-attn-3", "flash-attn-4", "flash-attn-2", "flash"]
-    assert NAMED["cudnn"].obstacle(replace(SHAPE, head_dim=128)) is None
+    assert NAMED["cudnn"].unsupported_reason(replace(SHAPE, head_dim=128)) is None
 
 
 @pytest.mark.usefixtures("hopper_with_everything")
@@ -579,10 +579,10 @@ def test_compute_capability(
     capability: tuple[int, int], able: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_capability(monkeypatch, capability)
-    assert [backend.name for backend in FUSED if backend.obstacle(SHAPE) is None] == able
+    assert [backend.name for backend in FUSED if backend.unsupported_reason(SHAPE) is None] == able
     missing = [backend for backend in FUSED if backend.name not in able]
     clause = "it has no kernels for compute capability {}.{}".format(*capability)
-    assert {backend.obstacle(SHAPE) for backend in missing} <= {clause}
+    assert {backend.unsupported_reason(SHAPE) for backend in missing} <= {clause}
 
 
 @pytest.mark.parametrize("name", ["flash-attn-3", "flash-attn-4", "flash-attn-2"])
@@ -591,15 +591,15 @@ def test_a_missing_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for imported in ("flash_attn_interface", "flash_attn"):
         # None makes the import fail as if it were not there.
         monkeypatch.setitem(sys.modules, imported, None)
-    obstacle = NAMED[name].obstacle(SHAPE)
-    assert obstacle is not None
-    assert "is not installed (" in obstacle
+    unsupported_reason = NAMED[name].unsupported_reason(SHAPE)
+    assert unsupported_reason is not None
+    assert "is not installed (" in unsupported_reason
 
 
 def test_flash_attention_4_alone_is_not_flash_attention_2(monkeypatch: pytest.MonkeyPatch) -> None:
     with_capability(monkeypatch, (9, 0))
     monkeypatch.setitem(sys.modules, "flash_attn", module("flash_attn"))
-    assert NAMED["flash-attn-2"].obstacle(SHAPE) == (
+    assert NAMED["flash-attn-2"].unsupported_reason(SHAPE) == (
         "the package flash_attn is not installed "
         "(pip install --no-build-isolation 'fastllama[flash]')"
     )
@@ -620,10 +620,10 @@ def test_a_broken_package(error: Exception, clause: str, monkeypatch: pytest.Mon
     with_capability(monkeypatch, (9, 0))
     monkeypatch.setattr(attention_backends, "import_module", fail)
     for name in ("flash-attn-3", "flash-attn-4", "flash-attn-2"):
-        obstacle = NAMED[name].obstacle(SHAPE)
-        assert obstacle is not None
-        assert "cannot be imported (" in obstacle
-        assert obstacle.endswith(clause)
+        unsupported_reason = NAMED[name].unsupported_reason(SHAPE)
+        assert unsupported_reason is not None
+        assert "cannot be imported (" in unsupported_reason
+        assert unsupported_reason.endswith(clause)
 
 
 def test_pytorch_is_asked_about_the_shape_as_it_is_called() -> None:
@@ -661,15 +661,17 @@ def test_a_refusal_says_why() -> None:
 def test_each_kernel_of_pytorch_is_asked_about_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with_capability(monkeypatch, (9, 0))
     monkeypatch.setattr(attention_backends, "_refusal", lambda shape, can_use: can_use.__name__)
-    assert NAMED["cudnn"].obstacle(SHAPE) == "can_use_cudnn_attention"
-    assert NAMED["flash"].obstacle(SHAPE) == "can_use_flash_attention"
+    assert NAMED["cudnn"].unsupported_reason(SHAPE) == "can_use_cudnn_attention"
+    assert NAMED["flash"].unsupported_reason(SHAPE) == "can_use_flash_attention"
 
 
 def test_pytorch_refuses_the_cpu() -> None:
     shape = replace(SHAPE, device=torch.device("cpu"))
-    obstacle = attention_backends._refusal(shape, torch.backends.cuda.can_use_flash_attention)
-    assert obstacle is not None
-    assert obstacle.startswith("PyTorch refuses it (")
+    unsupported_reason = attention_backends._refusal(
+        shape, torch.backends.cuda.can_use_flash_attention
+    )
+    assert unsupported_reason is not None
+    assert unsupported_reason.startswith("PyTorch refuses it (")
 
 
 @pytest.mark.parametrize(
@@ -694,9 +696,9 @@ def test_cudnn_comes_before_flash_on_hopper(
 
 def load_or_skip(backend: Backend, **changes: Any) -> Attention:
     shape = replace(SHAPE, batch_size=B, **changes)
-    obstacle = backend.obstacle(shape)
-    if obstacle is not None:
-        pytest.skip(f"{backend.name}: {obstacle}")
+    unsupported_reason = backend.unsupported_reason(shape)
+    if unsupported_reason is not None:
+        pytest.skip(f"{backend.name}: {unsupported_reason}")
     return backend.load()
 
 
@@ -729,13 +731,13 @@ class TestOnGpu:
         operator = load_or_skip(backend, head_dim=width, n_heads=n_heads, n_kv_heads=n_kv_heads)
         for seq_len in (1, 2, 63, 64, 65, 127, 128, 192, 257):
             inputs = qkv(seq_len, seq_len, heads, torch.bfloat16, "cuda", width)
-            assert_right_on_gpu(operator, reference_attention, inputs, causal=causal)
+            assert_right_on_gpu(operator, sdpa_attention, inputs, causal=causal)
 
     @pytest.mark.parametrize("n_queries", [1, 7, 64])
     def test_decoding(self, backend: Backend, n_queries: int) -> None:
         operator = load_or_skip(backend)
         inputs = qkv(n_queries, 64, (4, 2), torch.bfloat16, "cuda", 64)
-        assert_right_on_gpu(operator, reference_attention, inputs)
+        assert_right_on_gpu(operator, sdpa_attention, inputs)
 
     @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
@@ -747,7 +749,7 @@ class TestOnGpu:
         cu_seqlens = torch.tensor([ends, [0, 200, 200, 200, 200, 200]], dtype=torch.int32)
         inputs = qkv(200, 200, heads, torch.bfloat16, "cuda", 64)
         assert_right_on_gpu(
-            operator, reference_attention, inputs, causal=causal, cu_seqlens_BD=cu_seqlens.cuda()
+            operator, sdpa_attention, inputs, causal=causal, cu_seqlens=cu_seqlens.cuda()
         )
 
     @pytest.mark.parametrize("expand", [(0, 0, 0, 0), (0, 0, 0, 1), (1, 0, 1, 1)])
@@ -758,9 +760,9 @@ class TestOnGpu:
         kept = [length if keep else 1 for length, keep in zip(size, expand, strict=True)]
         upstream = randn(*kept, seed=3, dtype=torch.bfloat16, device="cuda").expand(size)
         gradients = torch.autograd.grad(operator(*inputs), inputs, upstream)
-        plain = torch.autograd.grad(reference_attention(*inputs), inputs, upstream.contiguous())
+        plain = torch.autograd.grad(sdpa_attention(*inputs), inputs, upstream.contiguous())
         wide = [x.detach().double().requires_grad_() for x in inputs]
-        truth = torch.autograd.grad(reference_attention(*wide), wide, upstream.double())
+        truth = torch.autograd.grad(sdpa_attention(*wide), wide, upstream.double())
         for compared in zip(gradients, plain, truth, strict=True):
             assert_as_exact_as(*compared)
 
@@ -772,8 +774,8 @@ class TestOnGpu:
 
         assert_operator_as_exact_as(
             on_packed(operator),
-            on_packed(reference_attention),
-            on_packed(reference_attention),
+            on_packed(sdpa_attention),
+            on_packed(sdpa_attention),
             [randn(B, 128, 8, 64, seed=0, dtype=torch.bfloat16, device="cuda")],
         )
 
@@ -784,10 +786,8 @@ class TestOnGpu:
         cu_seqlens = torch.tensor([[0, 5, 128], [0, 128, 128]], dtype=torch.int32, device="cuda")
         inputs = qkv(128, 128, (4, 2), torch.bfloat16, "cuda", 64)
         assert_right_on_gpu(
-            compiled(operator, cu_seqlens_BD=cu_seqlens if packed else None),
-            lambda q, k, v: reference_attention(
-                q, k, v, cu_seqlens_BD=cu_seqlens if packed else None
-            ),
+            compiled(operator, cu_seqlens=cu_seqlens if packed else None),
+            lambda q, k, v: sdpa_attention(q, k, v, cu_seqlens=cu_seqlens if packed else None),
             inputs,
         )
 
@@ -797,7 +797,7 @@ class TestOnGpu:
         operator = load_or_skip(backend)
         cu_seqlens = torch.tensor([[0, 5, 128], [0, 128, 128]], dtype=torch.int32, device="cuda")
         inputs = [x.requires_grad_() for x in qkv(128, 128, (4, 2), torch.bfloat16, "cuda", 64)]
-        options = {"cu_seqlens_BD": cu_seqlens} if packed else {}
+        options = {"cu_seqlens": cu_seqlens} if packed else {}
         torch.autograd.grad(operator(*inputs, **options), inputs, inputs[0].detach())
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -18,7 +18,7 @@ from fastllama_kernels.attention import attention_reference
 from fastllama_kernels.attention_backends import (
     Attention,
     Backend,
-    reference_attention,
+    sdpa_attention,
     set_flash_implementation,
 )
 from fastllama_kernels.attention_choice import (
@@ -43,12 +43,16 @@ def working(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return attention_reference(q, k, v, **options)
 
 
-def fake(name: str, operator: Attention = working, obstacle: str | None = None) -> Backend:
+def fake(
+    name: str, operator: Attention = working, unsupported_reason: str | None = None
+) -> Backend:
     # A function of its own for each, so that they can be told apart.
-    return Backend(name, lambda shape: obstacle, lambda: lambda *x, **y: operator(*x, **y))
+    return Backend(
+        name, lambda shape: unsupported_reason, lambda: lambda *x, **y: operator(*x, **y)
+    )
 
 
-REFERENCE = Backend("reference", lambda shape: None, lambda: reference_attention)
+REFERENCE = Backend("reference", lambda shape: None, lambda: sdpa_attention)
 Install = Callable[..., None]
 
 
@@ -153,7 +157,11 @@ def test_a_cpu_gets_the_reference_unmeasured(
 
 
 def test_a_lone_candidate_need_only_pass_its_test(install: Install, tmp_path: Path) -> None:
-    install(fake("a", obstacle="it is too old"), fake("b"), fake("c", obstacle="it is too new"))
+    install(
+        fake("a", unsupported_reason="it is too old"),
+        fake("b"),
+        fake("c", unsupported_reason="it is too new"),
+    )
     assert choose_attention(SHAPE, cache_folder=tmp_path) == AttentionChoice(
         "b", "the only one that passes its test (a: it is too old; c: it is too new)"
     )
@@ -172,7 +180,7 @@ def test_the_faster_forward_and_backward_wins(
 def test_the_reason_compares_with_the_next_best(
     install: Install, taking: Callable[..., None], tmp_path: Path
 ) -> None:
-    install(fake("a"), fake("b", obstacle="it is too old"), fake("c"), fake("d"))
+    install(fake("a"), fake("b", unsupported_reason="it is too old"), fake("c"), fake("d"))
     taking(0.131, 0.3, 0.1)
     assert choose_attention(SHAPE, cache_folder=tmp_path) == AttentionChoice(
         "d", "1.31x as fast as a, measured (b: it is too old)"
@@ -230,7 +238,11 @@ def test_what_cannot_be_loaded_is_passed_over(
 
 
 def test_the_reference_is_left_when_all_fail(install: Install, tmp_path: Path) -> None:
-    install(fake("a", wrong_mask), fake("b", out_of_memory), fake("c", obstacle="it is too old"))
+    install(
+        fake("a", wrong_mask),
+        fake("b", out_of_memory),
+        fake("c", unsupported_reason="it is too old"),
+    )
     choice = choose_attention(SHAPE, cache_folder=tmp_path)
     assert choice.name == "reference"
     assert choice.reason.startswith("the only one that passes its test (a: its output is off by")
@@ -512,7 +524,7 @@ def test_an_unknown_name_gets_the_nearest_and_all(name: str, guess: str) -> None
 
 
 def test_the_operator_of_a_name(install: Install) -> None:
-    assert attention_operator("reference") is reference_attention
+    assert attention_operator("reference") is sdpa_attention
     install(fake("a", lambda *x: torch.tensor(1.0)), fake("b", lambda *x: torch.tensor(2.0)))
     assert attention_operator("b")().item() == 2.0
 

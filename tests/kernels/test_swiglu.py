@@ -434,8 +434,8 @@ def show(kernel, **constants):
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
     print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"])
 
-show(module._swiglu_fwd_kernel, WIDTH=1000, BLOCK=512)
-show(module._swiglu_bwd_kernel, WIDTH=1000, BLOCK=512, RECOMPUTE=True)
+show(module._swiglu_fwd_kernel, F=1000, BLOCK=512)
+show(module._swiglu_bwd_kernel, F=1000, BLOCK=512, RECOMPUTE=True)
 """
 
 
