@@ -14,11 +14,10 @@ import time
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastllama.data.order import sequence_indices
+from fastllama.data.batch import read_batch, sequences_at
 from fastllama.data.stream import TokenStream
 
 
@@ -112,7 +111,9 @@ class BatchLoader:
             while (slot := self._free.get()) is not None:
                 if slot.copied is not None:
                     slot.copied.synchronize()
-                self._fill(slot.host, first)
+                positions = range(first, first + slot.host.shape[1])
+                sequences = sequences_at(positions, self._stream, self._seq_len, self._seed)
+                read_batch(self._stream, sequences, slot.host)
                 if slot.copied is not None and slot.used is not None and side is not None:
                     with torch.cuda.stream(side):
                         side.wait_event(slot.used)
@@ -122,14 +123,6 @@ class BatchLoader:
                 first += self._stride
         except Exception as error:  # handed to the training thread, which raises it
             self._ready.put(error)
-
-    def _fill(self, host: Tensor, first: int) -> None:
-        inputs, targets = host.numpy()
-        positions = np.arange(first, first + len(inputs), dtype=np.int64)
-        indices = sequence_indices(positions, self._stream.n_sequences(self._seq_len), self._seed)
-        for row, index in enumerate(indices):
-            tokens = self._stream.read(int(index), self._seq_len)
-            inputs[row], targets[row] = tokens[:-1], tokens[1:]
 
     def close(self) -> None:
         """Stop the reader."""

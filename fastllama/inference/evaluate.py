@@ -3,14 +3,13 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastllama.config import Config
+from fastllama.data.batch import read_batch
 from fastllama.data.dataset import Dataset
 from fastllama.data.stream import TokenStream
 from fastllama.distributed.world import World
-
-IGNORED = -100  # the ignore_index that the operators default to
 
 
 @torch.no_grad()
@@ -23,29 +22,20 @@ def validation_loss(model: nn.Module, stream: TokenStream, config: Config, world
     wanted = max(1, config.training.eval_tokens // seq_len)
     n_sequences = min(wanted, stream.n_sequences(seq_len))
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    batch = torch.empty(2, batch_size, seq_len, dtype=torch.int64)
     model.eval()
     for first in range(0, n_sequences, batch_size * world.size):
         begin = first + world.rank * batch_size
         rows = range(begin, min(begin + batch_size, n_sequences))
-        inputs, targets = _read_batch(stream, rows, batch_size, seq_len)
-        loss = model(inputs.to(world.device), targets.to(world.device))
+        read_batch(stream, rows, batch)
+        inputs, targets = batch.to(world.device)
+        loss = model(inputs, targets)
         n_tokens = len(rows) * seq_len
         sums[0] += loss.double() * n_tokens
         sums[1] += n_tokens
     model.train()
     loss_sum, token_sum = world.mean(sums).tolist()
     return loss_sum / token_sum
-
-
-def _read_batch(
-    stream: TokenStream, indices: range, batch_size: int, seq_len: int
-) -> tuple[Tensor, Tensor]:
-    inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
-    targets = torch.full_like(inputs, IGNORED)
-    for row, index in enumerate(indices):
-        tokens = torch.from_numpy(stream.read(index, seq_len).astype("int64"))
-        inputs[row], targets[row] = tokens[:-1], tokens[1:]
-    return inputs, targets
 
 
 def bits_per_byte(loss: float, dataset: Dataset) -> float:
