@@ -528,7 +528,8 @@ def generate(args: list[str]) -> None:
     """`fastllama generate`."""
     options = parse(GenerateOptions, args, "fastllama generate")
     from fastllama.distributed.world import choose_device
-    from fastllama.inference.generate import Sampling, generate_text, load_run
+    from fastllama.inference.generate import generate_text, load_run
+    from fastllama.inference.sampling import Sampling
 
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,

@@ -17,41 +17,11 @@ from fastllama.checkpoints.reading import (
 )
 from fastllama.checkpoints.state import MODEL, model_tensors
 from fastllama.data.tokenizer import load_tokenizer
+from fastllama.inference.sampling import Sampling
 from fastllama.model.llama import KVCache, Llama
 from fastllama.run_folder import RunFolder
 from fastllama_kernels import REFERENCE
 from fastllama_kernels.attention_backends import attention_without_cudnn
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from the logits."""
-
-    max_new_tokens: int = 128
-    """Tokens to add to the prompt, if the text does not end before."""
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the most likely token."""
-    top_k: int | None = None
-    """Keep only this many most likely tokens."""
-    top_p: float = 1.0
-    """Keep the fewest most likely tokens whose probabilities sum to at least this."""
-    seed: int = 0
-    """The same seed draws the same text."""
-
-    def validate(self) -> None:
-        """Refuse values no text can be drawn with.
-
-        Raises:
-            ValueError: one sentence with the value.
-        """
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"--temperature must be 0 or more, not {self.temperature}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"--top-k must be at least 1, not {self.top_k}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p must be greater than 0 and at most 1, not {self.top_p}.")
 
 
 def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

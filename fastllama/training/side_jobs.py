@@ -13,7 +13,8 @@ from fastllama.data.dataset import Dataset
 from fastllama.distributed.fsdp import reshard
 from fastllama.distributed.world import World
 from fastllama.inference.evaluate import bits_per_byte, validation_loss
-from fastllama.inference.generate import Sampling, generate_text
+from fastllama.inference.generate import generate_text
+from fastllama.inference.sampling import Sampling
 from fastllama.logs.recorder import Recorder
 from fastllama.logs.sinks import append, outlived, plot_loss
 from fastllama.run_folder import RunFolder

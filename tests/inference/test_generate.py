@@ -11,12 +11,12 @@ from fastllama.cli import main
 from fastllama.config import ModelConfig
 from fastllama.data.tokenizer import train_tokenizer
 from fastllama.inference.generate import (
-    Sampling,
     generate_text,
     generate_tokens,
     load_run,
     sample_token,
 )
+from fastllama.inference.sampling import Sampling
 from fastllama.model.llama import Llama
 from fastllama_kernels import REFERENCE
 from tests.compare import randn
