@@ -1,4 +1,4 @@
-"""Files that are either the old version or the complete new one, whatever kills the process."""
+"""Atomic file writes, and a lock that lets one process at a time write into a folder."""
 
 import fcntl
 import os
@@ -10,7 +10,7 @@ LOCK_FILE = ".lock"
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names inside `folder` durable: a rename survives a power cut only after this."""
+    """Flush the names in `folder` to the disk. Only then does a rename survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,18 +20,18 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process from writing into `folder`; the lock ends with the process.
+    """Lock `folder` so that no second process writes into it.
 
-    The file that is locked, `LOCK_FILE`, stays: only who removes the folder may remove it, and
-    while the lock is held. Where nothing can be written, as with data on a read-only disk, no lock
-    is needed and none is taken.
+    The lock ends with the process; its file, `LOCK_FILE`, stays. Delete the file only together
+    with the folder and while holding the lock. A folder that is not writable, as on a read-only
+    disk, needs no lock and gets none.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds the lock.
     """
     path = folder / LOCK_FILE
     try:
-        # NFS keeps a lock between nodes on a file that is open for writing, but not on a folder.
+        # NFS shares a lock between nodes only on a file open for writing, not on a folder.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError:
         if os.access(folder, os.W_OK):
@@ -41,35 +41,39 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        if not _take(descriptor, path):
+        if not _acquire(descriptor, path):
             raise ValueError(
-                f"another process is writing into {folder}: wait until it ends, or stop it"
+                f"another process is writing into {folder}: wait until it exits, or stop it"
             )
         yield
     finally:
         os.close(descriptor)
 
 
-def _take(descriptor: int, path: Path) -> bool:
-    """Whether the lock on the file at `path`, opened as `descriptor`, is this process's now."""
+def _acquire(descriptor: int, path: Path) -> bool:
+    """Try to lock the file `descriptor`, opened at `path`. Return whether this process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Since it was opened the folder may have been removed, and another made in its place.
+        # The folder may have been deleted since the file was opened, and even created again. A
+        # lock on the deleted file protects nothing.
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except (BlockingIOError, FileNotFoundError):
         return False
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write `content` beside `path`, make it durable, then rename it into place."""
+    """Replace `path` by `content` in one step: an interruption leaves the old or the new file.
+
+    Writes a temporary file beside `path`, flushes it to the disk, and renames it.
+    """
     data = content.encode() if isinstance(content, str) else content
-    aside = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(aside, "wb") as file:
+        with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(partial, path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     fsync_folder(path.parent)

@@ -1,17 +1,17 @@
-"""Failures a user is told about in a sentence that are not mistakes in what was asked for."""
+"""Failures that end a run. The command line reports them in one sentence."""
 
 
 class TrainingFailedError(RuntimeError):
-    """The run cannot go on; what is on disk is whole."""
+    """The run cannot continue. All files on disk are intact."""
 
 
-class FailedFirstError(RuntimeError):
-    """What ended a process of several, before any other failed; its cause is the failure."""
+class RankFailedError(RuntimeError):
+    """This rank failed before all other ranks. `__cause__` is its failure."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(f"rank {rank} failed")
         self.rank = rank
 
 
-class FailedElsewhereError(RuntimeError):
-    """A process ended because another, which tells why, had failed."""
+class PeerFailedError(RuntimeError):
+    """This rank ended because another rank failed first. The other rank reports the failure."""

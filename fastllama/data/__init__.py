@@ -1,1 +1,1 @@
-"""From documents to device batches: tokenizer, token shards, order, loader."""
+"""From documents to batches on the device: tokenizer, token shards, data order, loader."""

@@ -1,4 +1,4 @@
-"""A prepared folder, opened for a run: refused at once where the two do not fit."""
+"""Opens a data folder for training and checks that it fits the model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,10 @@ from fastllama.data.tokenizer import fingerprint, load_tokenizer
 
 @dataclass(frozen=True)
 class Dataset:
-    """Streams of a prepared folder and the tokenizer that made them."""
+    """The token streams of a data folder and its tokenizer.
+
+    `validation` is None where the held-out split is missing or shorter than one sequence.
+    """
 
     folder: Path
     manifest: Manifest
@@ -23,17 +26,18 @@ class Dataset:
 
     @property
     def validation_bytes_per_token(self) -> float:
-        """UTF-8 bytes of text a token of the held-out split stands for, on average."""
+        """Mean UTF-8 bytes of text per token of the held-out split."""
         split = self.manifest.splits["validation"]
         return split.text_bytes / split.tokens
 
 
 def open_dataset(config: Config) -> Dataset:
-    """Open `data.path` without reading the tokens.
+    """Open the folder `data.path`. Reads the headers of the shards, not their tokens.
 
     Raises:
-        ValueError: the folder is missing, unfinished, damaged or another tokenizer's, or does not
-            fit the model: more token ids than the vocabulary, fewer tokens than one update needs.
+        ValueError: the folder is missing, incomplete or damaged, was prepared with another
+            tokenizer, has more token ids than `model.vocab_size`, or is shorter than one sequence;
+            or the sample prompt fills a whole sequence.
     """
     if not config.data.path:
         raise ValueError("data.path is empty; give the folder that `fastllama prepare` wrote.")
@@ -45,24 +49,25 @@ def open_dataset(config: Config) -> Dataset:
         if fingerprint(load_tokenizer(Path(source))) != manifest.tokenizer_fingerprint:
             raise ValueError(
                 f"{folder} was not prepared with the tokenizer {source}; prepare the data again "
-                "with it, or point data.tokenizer at the one that was used."
+                "with this tokenizer, or set data.tokenizer to the tokenizer of the data."
             )
     if manifest.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's "
-            f"{manifest.vocab_size} entries in {folder}; raise it to at least that."
+            f"{manifest.vocab_size} entries in {folder}; raise model.vocab_size to at least "
+            f"{manifest.vocab_size}."
         )
     train = TokenStream(folder, manifest, "train")
     if train.n_sequences(config.model.max_seq_len) < 1:
         raise ValueError(
             f"model.max_seq_len = {config.model.max_seq_len} is longer than the data, "
-            f"{train.n_tokens} tokens in {folder}; prepare more text or shorten the sequences."
+            f"{train.n_tokens} tokens in {folder}; prepare more text or lower model.max_seq_len."
         )
     prompt = tokenizer.encode(config.logging.sample_prompt, add_special_tokens=False)
     if len(prompt.ids) >= config.model.max_seq_len:
         raise ValueError(
             f"logging.sample_prompt fills the {config.model.max_seq_len} tokens of a sequence and "
-            "leaves nothing to write; shorten it."
+            "leaves no room for a sample; shorten it."
         )
     validation = None
     if "validation" in manifest.splits:

@@ -1,4 +1,4 @@
-"""Reads documents from text, JSON Lines and Parquet files, from any position on."""
+"""Reads documents from text, JSON Lines and Parquet files, starting at any position."""
 
 import glob
 import io
@@ -20,11 +20,11 @@ SUFFIXES = (
     *(text + packed for text in (".txt", ".jsonl") for packed in COMPRESSIONS),
 )
 PARQUET_BATCH_ROWS = 1024
-TOLD_RECORDS = 10
+REPORTED_RECORDS = 10
 
 
 class Position(NamedTuple):
-    """Where reading stands: before record number `record` (from 0) of file number `file`.
+    """The next record to read: record number `record` of file number `file`, both from 0.
 
     A record is a line of JSON Lines, a row of Parquet, or a whole text file.
     """
@@ -38,16 +38,16 @@ START = Position(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that is not empty and is encodable in UTF-8."""
+    """A text, not empty and encodable in UTF-8."""
 
     text: str
     next: Position
-    bytes_read: int  # of all input files up to here, as they lie on the disk
+    bytes_read: int  # of all input files so far, before decompression
 
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """A record that holds no document, or the rest of a file that cannot be read."""
+    """A record without a readable text, or the unreadable rest of a file."""
 
     where: str  # file:line, or file:row for Parquet, from 1
     reason: str
@@ -56,43 +56,46 @@ class Malformed:
 
 
 @dataclass
-class Skipping:
-    """Leaves malformed records out, counts them, and tells the first `TOLD_RECORDS`."""
+class MalformedFilter:
+    """Skips malformed records, counts them, and reports the first `REPORTED_RECORDS`."""
 
-    tell: Callable[[str], None]
+    report: Callable[[str], None]
     count: int = 0
 
     def documents(self, records: Iterable[Document | Malformed]) -> Iterator[Document]:
-        """Those of `records` that are documents."""
+        """Yield the documents among `records`."""
         for record in records:
             if isinstance(record, Document):
                 yield record
                 continue
-            if self.count < TOLD_RECORDS:
-                self.tell(f"{record.where}: {record.reason}")
+            if self.count < REPORTED_RECORDS:
+                self.report(f"{record.where}: {record.reason}")
             self.count += 1
 
 
 @dataclass(frozen=True, slots=True)
-class _Flaw:
-    """Why a record holds no text."""
+class _Invalid:
+    """Why a record has no readable text."""
 
     reason: str
-    fields: tuple[str, ...] | None = None  # the record's, when the one asked for is missing
+    fields: tuple[str, ...] | None = None  # of the record, if the text field is missing
     ends_file: bool = False
 
 
 class _Record(NamedTuple):
     number: int  # from 1
-    content: str | _Flaw
+    content: str | _Invalid
     bytes_read: int  # of this file
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
-    """The files that `inputs` (files, folders, glob patterns) name: absolute, sorted, each once.
+    """Absolute paths of the files in `inputs` (files, folders, glob patterns), sorted, each once.
 
-    Folders are searched recursively, and like patterns give only visible files with a suffix in
-    `SUFFIXES`. Raises ValueError for an input that gives no file.
+    Folders are searched recursively. Folders and patterns give only visible files with a suffix in
+    `SUFFIXES`.
+
+    Raises:
+        ValueError: an input gives no file, or is a file with another suffix.
     """
     found: list[Path] = []
     for value in inputs:
@@ -100,7 +103,7 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
         if path.is_file():
             if not _is_supported(path):
                 raise ValueError(
-                    f"cannot read {value}: its suffix is none of {', '.join(SUFFIXES)}"
+                    f"cannot read {value}: its suffix is not one of {', '.join(SUFFIXES)}"
                 )
             found.append(path.absolute())
             continue
@@ -123,18 +126,19 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
 def read_documents(
     files: Sequence[Path], field: str = "text", start: Position = START
 ) -> Iterator[Document | Malformed]:
-    """Yield the documents of `files` from `start` on, malformed records in their place.
+    """Yield documents and malformed records of `files` in order, beginning at `start`.
 
-    `field` is the one that holds the text in JSON Lines and Parquet. Empty documents are left out,
-    and so are blank lines. Started at a document's `next`, reading continues right after it.
+    `field` names the text in JSON Lines and Parquet. Empty documents and blank lines are left out.
+    To continue after a record, start at its `next`.
 
-    Raises ValueError at the end when the whole input, read from its beginning, has no document;
-    OSError when a file cannot be opened or the disk fails.
+    Raises:
+        ValueError: the input was read from its beginning to its end and has no document.
+        OSError: a file cannot be opened, or the disk fails.
     """
     documents = 0
     field_found = False
     other_fields: set[str] = set()
-    first_flaw = ""
+    first_malformed = ""
     bytes_before = sum(path.stat().st_size for path in files[: start.file])
     for index, path in enumerate(files[start.file :], start.file):
         skip = start.record if index == start.file else 0
@@ -151,7 +155,8 @@ def read_documents(
                 if content.ends_file:
                     after = Position(index + 1, 0)
                 where = f"{path}:{number}"
-                first_flaw = first_flaw or f", the first of these {where}: {content.reason}"
+                if not first_malformed:
+                    first_malformed = f"; the first malformed record is {where}: {content.reason}"
                 yield Malformed(where, content.reason, after, bytes_before + bytes_read)
         bytes_before += path.stat().st_size
     if not documents and start == START:
@@ -161,7 +166,7 @@ def read_documents(
                 f"choose one of {', '.join(sorted(other_fields))} with --field"
             )
         raise ValueError(
-            f"the input has no document: every record is empty or malformed{first_flaw}"
+            f"the input has no document: every record is empty or malformed{first_malformed}"
         )
 
 
@@ -178,7 +183,7 @@ def _files_under(path: Path) -> list[Path]:
 
 
 def _read_file(path: Path, field: str, skip: int) -> Iterator[_Record]:
-    """Yield the records of one file after the first `skip`; an unreadable rest is one flaw."""
+    """Yield the records of one file after the first `skip`. An unreadable rest is one record."""
     if path.suffix == ".parquet":
         records = _read_parquet(path, field, skip)
     elif ".jsonl" in path.suffixes[-2:]:
@@ -191,17 +196,17 @@ def _read_file(path: Path, field: str, skip: int) -> Iterator[_Record]:
             number = record.number
             yield record
     except (OSError, pa.ArrowException) as error:
-        # Damaged data carries no errno; a missing file or a failing disk does, and must not be
-        # taken for a record to skip.
+        # Damaged data has no errno. A missing file or a failing disk has one, and must end the
+        # reading instead of being skipped as malformed.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = f"the rest of the file cannot be read ({error})"
-        yield _Record(number + 1, _Flaw(reason, ends_file=True), path.stat().st_size)
+        yield _Record(number + 1, _Invalid(reason, ends_file=True), path.stat().st_size)
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The file as it lies on the disk, and its decompressed content."""
+    """Yield the raw file, whose position tells how much is read, and its decompressed content."""
     compression = COMPRESSIONS.get(path.suffix)
     with open(path, "rb") as raw:
         if compression is None:
@@ -221,14 +226,14 @@ def _read_text(path: Path, skip: int) -> Iterator[_Record]:
         yield _Record(1, data.decode("utf-8-sig"), size)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        yield _Record(1, _Flaw(f"not UTF-8 in line {line}"), size)
+        yield _Record(1, _Invalid(f"not UTF-8 in line {line}"), size)
 
 
 def _read_json_lines(path: Path, field: str, skip: int) -> Iterator[_Record]:
     with _open(path) as (raw, content):
         for number, line in enumerate(content, 1):
             if number > skip and not line.isspace():
-                yield _Record(number, _parse(line, field), raw.tell())
+                yield _Record(number, _parse_line(line, field), raw.tell())
 
 
 def _read_parquet(path: Path, field: str, skip: int) -> Iterator[_Record]:
@@ -237,8 +242,9 @@ def _read_parquet(path: Path, field: str, skip: int) -> Iterator[_Record]:
         rows = file.metadata.num_rows
         fields = tuple(file.schema_arrow.names)
         if field not in fields:
-            flaw = _missing(field, fields)
-            yield from (_Record(row, flaw, size * row // rows) for row in range(skip + 1, rows + 1))
+            invalid = _missing_field(field, fields)
+            for row in range(skip + 1, rows + 1):
+                yield _Record(row, invalid, size * row // rows)
             return
         row = 0
         for group in range(file.num_row_groups):
@@ -253,38 +259,38 @@ def _read_parquet(path: Path, field: str, skip: int) -> Iterator[_Record]:
                         yield _Record(row, _parse_scalar(value, field), size * row // rows)
 
 
-def _parse(line: bytes, field: str) -> str | _Flaw:
+def _parse_line(line: bytes, field: str) -> str | _Invalid:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return _Flaw(f"not UTF-8 at byte {error.start}")
+        return _Invalid(f"not UTF-8 at byte {error.start}")
     except (ValueError, RecursionError) as error:
-        return _Flaw(f"not JSON ({error})")
+        return _Invalid(f"not JSON ({error})")
     if not isinstance(record, dict):
-        return _Flaw("not a JSON object")
+        return _Invalid("not a JSON object")
     if field not in record:
-        return _missing(field, tuple(record))
-    return _check(record[field], field)
+        return _missing_field(field, tuple(record))
+    return _check_text(record[field], field)
 
 
-def _parse_scalar(value: pa.Scalar, field: str) -> str | _Flaw:
+def _parse_scalar(value: pa.Scalar, field: str) -> str | _Invalid:
     try:
-        return _check(value.as_py(), field)
+        return _check_text(value.as_py(), field)
     except UnicodeDecodeError as error:
-        return _Flaw(f"not UTF-8 at byte {error.start}")
+        return _Invalid(f"not UTF-8 at byte {error.start}")
 
 
-def _missing(field: str, fields: tuple[str, ...]) -> _Flaw:
-    return _Flaw(f"no field {field!r} among {', '.join(fields) or 'none'}", fields)
+def _missing_field(field: str, fields: tuple[str, ...]) -> _Invalid:
+    return _Invalid(f"no field {field!r} among {', '.join(fields) or 'none'}", fields)
 
 
-def _check(value: object, field: str) -> str | _Flaw:
+def _check_text(value: object, field: str) -> str | _Invalid:
     if value is None:
-        return _Flaw(f"field {field!r} is null")
+        return _Invalid(f"field {field!r} is null")
     if not isinstance(value, str):
-        return _Flaw(f"field {field!r} is of type {type(value).__name__}, not a string")
+        return _Invalid(f"field {field!r} is of type {type(value).__name__}, not a string")
     try:
         value.encode()
     except UnicodeEncodeError:
-        return _Flaw(f"field {field!r} has a lone surrogate")
+        return _Invalid(f"field {field!r} has a lone surrogate")
     return value

@@ -1,11 +1,13 @@
 """Micro-batches, read and copied to the device ahead of use.
 
-A background thread fills a ring of pinned host buffers and, on CUDA, copies each to its device
-buffer on a stream of its own. Events order the three: a copy waits until the batch before it in
-the same slot has been used, the training stream waits for the copy, and a host buffer is refilled
-only after its copy has ended. The training thread waits when the ring is empty: because the reader
-is slow, and that time is counted, or because the device is still busy with the micro-batches it was
-handed, and then nothing is lost.
+A background thread fills a ring of pinned host buffers. On CUDA it copies each buffer to the device
+on its own stream. Events order the work on one slot of the ring: a copy waits until training has
+used the previous batch, training waits for the copy, and the thread refills the host buffer after
+the copy.
+
+The training thread waits when the ring is empty. If the device is idle, the reader is too slow and
+the wait is counted. If the device is still busy with earlier micro-batches, the wait costs nothing
+and is not counted.
 """
 
 import queue
@@ -22,7 +24,10 @@ from fastllama.data.stream import TokenStream
 
 
 class _Slot:
-    """One place of the ring: (2, B, T) int64, inputs and targets, on the host and the device."""
+    """Buffers of one micro-batch on the host and the device: (2, B, T) int64, inputs and targets.
+
+    On the CPU both are one buffer.
+    """
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
         on_cuda = device.type == "cuda"
@@ -31,16 +36,17 @@ class _Slot:
         self.copied = torch.cuda.Event() if on_cuda else None
         self.used = torch.cuda.Event() if on_cuda else None
         if self.used is not None:
-            # The memory may be that of a tensor the stream of the allocation has still to read.
+            # The allocator may reuse memory that pending kernels of the current stream still read.
+            # The first copy to the buffer has to wait for them.
             self.used.record(torch.cuda.current_stream(device))
 
 
 class BatchLoader:
-    """Endless micro-batches of this rank, in the order `fastllama.data.order` gives.
+    """Endless micro-batches of one rank, in the data order of `fastllama.data.order`.
 
-    A round of micro-batches, one a rank, takes the next `batch_size * world_size` positions, so
-    the set of sequences in an update depends on the global position alone, not on how the update
-    is cut.
+    One micro-batch of every rank together takes the next `batch_size * world_size` positions. The
+    set of sequences in an update therefore depends only on the global position, not on the number
+    of ranks or the micro-batch size.
     """
 
     def __init__(
@@ -56,13 +62,16 @@ class BatchLoader:
         world_size: int = 1,
         depth: int = 4,
     ) -> None:
-        """Start reading at the global `position`, counted in sequences since the run began."""
+        """Start reading at global `position`, in sequences since the run began.
+
+        `depth` is the number of micro-batches read ahead. `wait_seconds` starts at 0.
+        """
         self.wait_seconds = 0.0
         self._stream, self._seq_len, self._seed = stream, seq_len, seed
         self._first = position + rank * batch_size
         self._stride = batch_size * world_size
         self._device = device
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Slot | Exception] = queue.SimpleQueue()
         self._current: _Slot | None = None
@@ -75,7 +84,7 @@ class BatchLoader:
         """Inputs and targets, (B, T) int64 on the device, valid until the next call.
 
         Raises:
-            OSError: the shards could no longer be read.
+            OSError: a shard can no longer be read.
         """
         used = self._release()
         start = time.perf_counter()
@@ -83,7 +92,7 @@ class BatchLoader:
         if used is None or used.query():
             self.wait_seconds += time.perf_counter() - start
         if isinstance(slot, Exception):
-            self._ready.put(slot)  # for a caller that asks again
+            self._ready.put(slot)  # A later call raises it again.
             raise slot
         if slot.copied is not None:
             torch.cuda.current_stream(self._device).wait_event(slot.copied)
@@ -91,7 +100,10 @@ class BatchLoader:
         return slot.device[0], slot.device[1]
 
     def _release(self) -> torch.cuda.Event | None:
-        """Give the last batch's slot back; on CUDA, return the event of its last use."""
+        """Return the slot of the previous batch to the ring.
+
+        On CUDA, return the event after which training no longer reads the slot.
+        """
         if self._current is None:
             return None
         used = self._current.used
@@ -103,9 +115,9 @@ class BatchLoader:
 
     def _read_ahead(self) -> None:
         try:
-            side = self._side
-            if side is not None:
-                # A new thread starts on GPU 0 and would make a context there.
+            copy_stream = self._copy_stream
+            if copy_stream is not None:
+                # A new thread starts on GPU 0 and would create a CUDA context there.
                 torch.cuda.set_device(self._device)
             first = self._first
             while (slot := self._free.get()) is not None:
@@ -114,23 +126,23 @@ class BatchLoader:
                 positions = range(first, first + slot.host.shape[1])
                 sequences = sequences_at(positions, self._stream, self._seq_len, self._seed)
                 read_batch(self._stream, sequences, slot.host)
-                if slot.copied is not None and slot.used is not None and side is not None:
-                    with torch.cuda.stream(side):
-                        side.wait_event(slot.used)
+                if slot.copied is not None and slot.used is not None and copy_stream is not None:
+                    with torch.cuda.stream(copy_stream):
+                        copy_stream.wait_event(slot.used)
                         slot.device.copy_(slot.host, non_blocking=True)
-                        slot.copied.record(side)
+                        slot.copied.record(copy_stream)
                 self._ready.put(slot)
                 first += self._stride
-        except Exception as error:  # handed to the training thread, which raises it
+        except Exception as error:  # `next` raises it in the training thread.
             self._ready.put(error)
 
     def close(self) -> None:
-        """Stop the reader."""
+        """Stop the reader thread and wait for its copies."""
         self._free.put(None)
         self._thread.join()
-        if self._side is not None:
-            # The allocator knows nothing of copies that are still to come to the buffers.
-            self._side.synchronize()
+        if self._copy_stream is not None:
+            # The allocator does not know about pending copies and could reuse the buffers.
+            self._copy_stream.synchronize()
 
     def __enter__(self) -> Self:
         return self

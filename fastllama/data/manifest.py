@@ -1,4 +1,4 @@
-"""What a data folder holds: the shards of token ids, and how to know that they are whole."""
+"""The manifest of a data folder: its shards of token ids, and checks that they are intact."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ from fastllama.data.token_file import TokenFile
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
-# At a time, so that a check of any shard takes little memory.
-CHECKED_TOKENS = 2**20
+# Bounds the memory that checking a shard takes.
+CHECK_CHUNK_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """The documents of one use, "train" or "validation", as one stream over its shards."""
+    """The token stream "train" or "validation", stored as shards."""
 
     tokens: int
     documents: int
-    text_bytes: int  # of the documents in UTF-8, for bits per byte
+    text_bytes: int  # UTF-8 bytes of the documents, for bits per byte
     shards: tuple[Shard, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `manifest.json`; only splits with at least one token are in `splits`."""
+    """The content of `manifest.json`. `splits` leaves out a split without tokens."""
 
     dtype: str  # "uint16" or "uint32"
     vocab_size: int
@@ -53,15 +53,16 @@ class Manifest:
     def load(cls, folder: Path) -> "Manifest":
         """Read the manifest of `folder`.
 
-        Raises ValueError when there is no such folder, no manifest (an interrupted preparation),
-        or one that cannot be read or that a newer version wrote.
+        Raises:
+            ValueError: the folder or the manifest is missing, or the manifest cannot be read or
+                was written by a newer version. An interrupted `prepare` leaves no manifest.
         """
         if not folder.is_dir():
             raise ValueError(f"data folder {folder} does not exist: make it with fastllama prepare")
         path = folder / MANIFEST_FILE
         if not path.is_file():
             raise ValueError(
-                f"{folder} has no {MANIFEST_FILE}: if its preparation was interrupted, "
+                f"{folder} has no {MANIFEST_FILE}: if `fastllama prepare` was interrupted, "
                 "run the same prepare command again to finish it"
             )
         try:
@@ -77,17 +78,17 @@ class Manifest:
                 f"{path} cannot be read ({error!r}): delete {folder} and prepare the data again"
             ) from error
         raise ValueError(
-            f"{path} has format version {version} and this fastllama reads up to "
+            f"{path} has format version {version}, and this fastllama reads versions up to "
             f"{FORMAT_VERSION}: upgrade fastllama or prepare the data again"
         )
 
     def save(self, folder: Path) -> None:
-        """Write `manifest.json`, whole or not at all; with it the folder counts as complete."""
+        """Write `manifest.json` atomically. It marks the folder as complete."""
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
         write_atomic(folder / MANIFEST_FILE, json.dumps(content, indent=2) + "\n")
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what determines the token streams and the meaning of their ids."""
+        """SHA-256 (hex) of the token streams and the tokenizer. Equal data has equal values."""
         streams = {
             name: [(shard.tokens, shard.sha256) for shard in split.shards]
             for name, split in self.splits.items()
@@ -96,31 +97,34 @@ class Manifest:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def check_files(self, folder: Path) -> None:
-        """Raise ValueError for a shard in `folder` that is missing or of the wrong size or type.
+        """Check the size and type of every shard in `folder`. Reads only headers.
 
-        Reads only headers.
+        Raises:
+            ValueError: a shard is missing or has the wrong size, shape or type.
         """
         for shard in self._shards():
             self._open(folder, shard)
 
     def check_contents(self, folder: Path) -> None:
-        """Raise ValueError for a shard in `folder` whose bytes or token ids are wrong.
+        """Check the SHA-256 and the token ids of every shard in `folder`. Reads everything.
 
-        Reads everything.
+        Raises:
+            ValueError: as `check_files`, or the checksum differs, or a token id is outside of the
+                vocabulary.
         """
         for shard in self._shards():
             path = folder / shard.file
             tokens = self._open(folder, shard)
             found = sha256_of(path)
             if found != shard.sha256:
-                raise _damage(path, f"SHA-256 {found}", shard.sha256)
-            starts = range(0, shard.tokens, CHECKED_TOKENS)
+                raise _damaged(path, f"SHA-256 {found}", shard.sha256)
+            starts = range(0, shard.tokens, CHECK_CHUNK_TOKENS)
             largest = max(
-                int(tokens.read(start, min(CHECKED_TOKENS, shard.tokens - start)).max())
+                int(tokens.read(start, min(CHECK_CHUNK_TOKENS, shard.tokens - start)).max())
                 for start in starts
             )
             if largest >= self.vocab_size:
-                raise _damage(path, f"token id {largest}", f"ids below {self.vocab_size}")
+                raise _damaged(path, f"token id {largest}", f"ids below {self.vocab_size}")
 
     def _shards(self) -> Iterator[Shard]:
         for split in self.splits.values():
@@ -133,30 +137,30 @@ class Manifest:
         try:
             tokens = TokenFile(path)
         except FileNotFoundError:
-            raise _damage(path, "no such file", expected) from None
+            raise _damaged(path, "no such file", expected) from None
         except ValueError as error:
-            raise _damage(path, f"no whole .npy file ({error})", expected) from error
+            raise _damaged(path, f"no valid .npy file ({error})", expected) from error
         if tokens.dtype != dtype or tokens.shape != (shard.tokens,):
-            raise _damage(path, f"{tokens.dtype} of shape {tokens.shape}", expected)
+            raise _damaged(path, f"{tokens.dtype} of shape {tokens.shape}", expected)
         size, whole = path.stat().st_size, tokens.offset + shard.tokens * dtype.itemsize
         if size != whole:
-            raise _damage(path, f"{size} bytes", f"{whole}")
+            raise _damaged(path, f"{size} bytes", f"{whole}")
         return tokens
 
 
 def split_from_json(content: dict[str, Any]) -> Split:
-    """The inverse of `dataclasses.asdict` for a split that has been through JSON."""
+    """Rebuild a `Split` from the JSON of its `dataclasses.asdict`."""
     shards = tuple(Shard(**shard) for shard in content["shards"])
     return Split(**{**content, "shards": shards})
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a whole file."""
+    """SHA-256 (hex) of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _damage(path: Path, found: str, expected: str) -> ValueError:
+def _damaged(path: Path, found: str, expected: str) -> ValueError:
     return ValueError(
         f"{path} is damaged: found {found}, expected {expected}; "
         f"restore the file, or delete {path.parent} and prepare the data again"

@@ -1,12 +1,12 @@
-"""The order sequences are trained in: a permutation computed where it is asked for.
+"""The data order: a pseudo-random permutation of the sequences, computed instead of stored.
 
-Position p of the run is sequence `permutation(p mod n)` of epoch `p // n`, with one permutation a
-(seed, epoch). Nothing is stored or shuffled in memory, so any number of processes agree on the
-order, and a run resumes from the one integer p.
+Position p of the run is sequence `permutation(p mod n)` of epoch `p // n`. Every (seed, epoch) has
+its own permutation. Nothing is stored or shuffled in memory, so any number of ranks agree on the
+order, and a run resumes from the single integer p.
 
-The permutation is a Feistel network over the smallest even number of bits that holds n, walked
-along its cycle until the value is below n (Black and Rogaway 2002, "Ciphers with arbitrary finite
-domains").
+The permutation is a Feistel network over the smallest even number of bits that holds n - 1. Values
+of n or more are encrypted again until they are below n (cycle walking: Black and Rogaway 2002,
+"Ciphers with arbitrary finite domains").
 """
 
 import hashlib
@@ -18,7 +18,7 @@ _ROUNDS = 6
 
 
 def sequence_indices(positions: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
-    """Which of the `n` sequences stands at each global position (any shape, non-negative)."""
+    """Numbers, in [0, n), of the sequences at global `positions`: any shape, non-negative."""
     indices = np.empty_like(positions)
     epochs = positions // n
     for epoch in np.unique(epochs):
@@ -28,7 +28,7 @@ def sequence_indices(positions: NDArray[np.int64], n: int, seed: int) -> NDArray
 
 
 def permutation(indices: NDArray[np.int64], n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The images of `indices`, each in [0, n), under the permutation of (seed, epoch)."""
+    """Images of `indices`, each in [0, n), under the permutation of (seed, epoch)."""
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     keys = _round_keys(seed, epoch)
     values = _feistel(indices.astype(np.uint64), half_bits, keys)
@@ -53,7 +53,7 @@ def _feistel(
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele et al. 2014): every input bit reaches every output."""
+    """Finaliser of SplitMix64 (Steele et al. 2014): each input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,18 +1,19 @@
-"""Encodes documents into a data folder of token shards, and continues where it was stopped.
+"""Encodes documents into a data folder of token shards, and resumes after an interruption.
 
-The folder tells how far it is: `job.json` says what is being prepared, `progress.json` up to where
-everything is safely on the disk, and `manifest.json`, written last, that the data is complete.
-What a shard holds beyond the recorded progress is cut off before the work goes on, so that the
-result is the same, byte for byte, however often it was interrupted.
+Three files of the folder record its state: `job.json` holds the inputs and settings,
+`progress.json` the position up to which every token is durable, and `manifest.json`, written last,
+marks the data as complete. A resumed run first truncates the shards to the recorded progress, so
+interruptions never change a byte of the result.
 """
 
+import dataclasses
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,8 +29,8 @@ from fastllama.data.documents import (
     START,
     Document,
     Malformed,
+    MalformedFilter,
     Position,
-    Skipping,
     find_files,
     read_documents,
 )
@@ -55,7 +56,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides the content of the data folder."""
+    """The inputs and settings of one preparation. They determine every byte of the result."""
 
     files: list[Path]
     field: str
@@ -65,7 +66,7 @@ class Job:
     shard_tokens: int
 
     def describe(self) -> dict[str, Any]:
-        """The job as JSON; equal descriptions give equal data."""
+        """The job as JSON. Input files appear as path, size and modification time."""
         stats = [(path, path.stat()) for path in self.files]
         return {
             "inputs": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
@@ -78,23 +79,23 @@ class Job:
 
     @property
     def dtype(self) -> np.dtype:
-        """The narrowest type that holds every token id."""
+        """The narrowest dtype for the token ids: uint16 or uint32."""
         return np.dtype("uint16" if vocabulary_size(self.tokenizer) <= 2**16 else "uint32")
 
 
 @dataclass
 class PrepareProgress:
-    """The documents before `position` are in the shards, but for `skipped` malformed records."""
+    """The shards hold all documents before `position`, without `skipped` malformed records."""
 
     position: Position = START
     skipped: int = 0
-    splits: dict[str, SplitProgress] = field(
+    splits: dict[str, SplitProgress] = dataclasses.field(
         default_factory=lambda: {name: SplitProgress() for name in SPLITS}
     )
 
     @classmethod
     def load(cls, folder: Path) -> "PrepareProgress":
-        """Read the recorded progress; a folder without one is at the beginning."""
+        """Read the progress of `folder`. A folder without a record is at the beginning."""
         path = folder / PROGRESS_FILE
         if not path.exists():
             return cls()
@@ -106,7 +107,7 @@ class PrepareProgress:
         return cls(Position(*content["position"]), content["skipped"], splits)
 
     def save(self, folder: Path) -> None:
-        write_atomic(folder / PROGRESS_FILE, json.dumps(asdict(self), indent=2) + "\n")
+        write_atomic(folder / PROGRESS_FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @property
     def documents(self) -> int:
@@ -131,14 +132,17 @@ def prepare(
 ) -> Manifest:
     """Encode the documents of `inputs` into the folder `output`, and return its manifest.
 
-    Each document is ended by the end token. Called again after an interruption it continues, and
-    after completion it returns at once. Malformed records are counted and skipped, unless
-    `strict`. `workers` is the number of encoding threads (default: one per core); the tokenizers
-    library reads it once, so it has no effect on a process that has already encoded a batch.
+    The end token follows each document. A call after an interruption resumes; a call on complete
+    data returns at once. Malformed records are counted and skipped, unless `strict`.
 
-    Raises ValueError for settings that cannot work, for an `output` that holds anything else than
-    this job, for an input without documents, and when `strict` for the first malformed record;
-    OSError when reading or writing fails, after which it can be called again.
+    `workers` is the number of encoding threads (default: one per core). The tokenizers library
+    reads it once, so it has no effect in a process that has already encoded a batch.
+
+    Raises:
+        ValueError: a setting is invalid, `output` holds other files or the data of another job,
+            the input has no document or changes while it is read, or `strict` and a record is
+            malformed.
+        OSError: reading or writing fails. Call again to resume.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation fraction {validation_fraction} is not in [0, 1)")
@@ -161,21 +165,21 @@ def prepare(
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    # First, so that not even a lock is left among them.
-    _refuse_other_files(output)
+    # Before the lock, which would add a file to a folder of other files.
+    _reject_other_files(output)
     with locked(output):
         try:
             return _prepare_folder(output, job, strict, console)
         except BaseException:
-            if is_new and not _holds_work(output):
-                # Another process may be opening the lock at this moment.
+            if is_new and not _has_recorded_work(output):
+                # Errors are ignored because another process may be opening the lock right now.
                 shutil.rmtree(output, ignore_errors=True)
             raise
 
 
 def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> Manifest:
     description = job.describe()
-    _claim(output, description)
+    _claim_folder(output, description)
     if (output / MANIFEST_FILE).exists():
         manifest = Manifest.load(output)
         manifest.check_files(output)
@@ -195,7 +199,7 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
         raise ValueError(
             f"an input file changed while it was read: delete {output} and prepare the data again"
         )
-    manifest = _complete(output, job, progress, writers)
+    manifest = _complete_folder(output, job, progress, writers)
     splits = ", ".join(f"{split.tokens:,} {name}" for name, split in manifest.splits.items())
     console.print(
         f"{output}: {progress.documents:,} documents, {splits} tokens, "
@@ -204,25 +208,32 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
     return manifest
 
 
-def _refuse_other_files(output: Path) -> None:
+def _reject_other_files(output: Path) -> None:
     present = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
     if present and JOB_FILE not in present:
         raise ValueError(
-            f"{output} holds other files ({present[0]}): choose another --output or empty it"
+            f"{output} holds other files ({present[0]}): choose another --output, or empty the "
+            "folder"
         )
 
 
-def _claim(output: Path, description: dict[str, Any]) -> None:
-    """Make `output` the folder of this job; refuse when it holds the work of another."""
+def _claim_folder(output: Path, description: dict[str, Any]) -> None:
+    """Write the description of this job to `output`.
+
+    Shards of another job that recorded no progress are deleted.
+
+    Raises:
+        ValueError: `output` holds recorded work of another job.
+    """
     if (output / JOB_FILE).exists():
         earlier = json.loads((output / JOB_FILE).read_text())
         if earlier == description:
             return
-        if _holds_work(output):
+        if _has_recorded_work(output):
             changed = [name for name, value in description.items() if earlier.get(name) != value]
             raise ValueError(
                 f"{output} holds data of another job ({', '.join(changed)} differ): "
-                "choose another --output, or delete the folder to prepare it anew"
+                "choose another --output, or delete the folder"
             )
         for name in SPLITS:
             for shard in output.glob(f"{name}-*.npy"):
@@ -230,7 +241,7 @@ def _claim(output: Path, description: dict[str, Any]) -> None:
     write_atomic(output / JOB_FILE, json.dumps(description, indent=2) + "\n")
 
 
-def _holds_work(output: Path) -> bool:
+def _has_recorded_work(output: Path) -> bool:
     return (output / PROGRESS_FILE).exists() or (output / MANIFEST_FILE).exists()
 
 
@@ -242,7 +253,7 @@ def _encode(
     strict: bool,
     console: Console,
 ) -> None:
-    """Append every document from the recorded position on, recording progress now and then."""
+    """Append all remaining documents. Record progress every `COMMIT_SECONDS` and at the end."""
     sizes = [path.stat().st_size for path in job.files]
     started = committed = time.monotonic()
     tokens_before = progress.tokens
@@ -256,17 +267,17 @@ def _encode(
             rate=0.0,
         )
         records = read_documents(job.files, job.field, progress.position)
-        skipping = Skipping(console.print, progress.skipped)
-        for batch in _read_ahead(_batches(records)):
+        malformed = MalformedFilter(console.print, progress.skipped)
+        for batch in _prefetch(_record_batches(records)):
             if strict:
-                _refuse_malformed(batch)
-            documents = list(skipping.documents(batch))
-            progress.skipped = skipping.count
+                _reject_malformed(batch)
+            documents = list(malformed.documents(batch))
+            progress.skipped = malformed.count
             _append(documents, job, writers)
             progress.position = batch[-1].next
             now = time.monotonic()
-            # Without a document there is nothing to lose, and a reader that starts at the
-            # beginning can tell an input without any.
+            # Before the first document there is nothing to lose. `read_documents` reports an input
+            # without documents only if it starts at the beginning.
             if now - committed >= COMMIT_SECONDS and progress.documents:
                 _commit(output, progress, writers)
                 committed = now
@@ -286,7 +297,7 @@ def _commit(output: Path, progress: PrepareProgress, writers: dict[str, SplitWri
     progress.save(output)
 
 
-def _batches(
+def _record_batches(
     records: Iterator[Document | Malformed],
 ) -> Iterator[list[Document | Malformed]]:
     batch: list[Document | Malformed] = []
@@ -301,8 +312,8 @@ def _batches(
         yield batch
 
 
-def _read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield from `items` while a thread works on the next one."""
+def _prefetch(items: Iterator[T]) -> Iterator[T]:
+    """Yield `items` while a thread computes the next one."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         upcoming = thread.submit(next, items, None)
         while (item := upcoming.result()) is not None:
@@ -310,23 +321,23 @@ def _read_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _refuse_malformed(batch: list[Document | Malformed]) -> None:
+def _reject_malformed(batch: list[Document | Malformed]) -> None:
     for record in batch:
         if isinstance(record, Malformed):
             raise ValueError(
-                f"{record.where}: {record.reason}; mend the input or leave out --strict"
+                f"{record.where}: {record.reason}; fix the input or leave out --strict"
             )
 
 
 def _append(documents: list[Document], job: Job, writers: dict[str, SplitWriter]) -> None:
-    # The end token is added here, so what the tokenizer itself would put around a text is not.
+    # Without the special tokens of the tokenizer's own template. The loop adds the end token.
     encodings = job.tokenizer.encode_batch_fast(
         [document.text for document in documents], add_special_tokens=False
     )
     ids: dict[str, list[int]] = {name: [] for name in writers}
     for document, encoding in zip(documents, encodings, strict=True):
         data = document.text.encode()
-        name = _choose_split(data, job.validation_fraction)
+        name = _split_of(data, job.validation_fraction)
         ids[name] += encoding.ids
         ids[name].append(job.end_token_id)
         writers[name].progress.documents += 1
@@ -335,13 +346,13 @@ def _append(documents: list[Document], job: Job, writers: dict[str, SplitWriter]
         writer.append(np.array(ids[name], writer.dtype))
 
 
-def _choose_split(data: bytes, validation_fraction: float) -> str:
-    """Equal documents get the same split: none is seen in training and judged on as well."""
+def _split_of(data: bytes, validation_fraction: float) -> str:
+    """Choose the split by a hash of the text, so exact copies never fall into both splits."""
     draw = int.from_bytes(blake2b(data, digest_size=8).digest(), "big") / 2**64
     return "validation" if draw < validation_fraction else "train"
 
 
-def _complete(
+def _complete_folder(
     output: Path, job: Job, progress: PrepareProgress, writers: dict[str, SplitWriter]
 ) -> Manifest:
     for writer in writers.values():

@@ -1,4 +1,4 @@
-"""The Python standard library as a training corpus: every machine that runs this has it."""
+"""Writes the Python standard library as a training corpus, because every machine has it."""
 
 import argparse
 import json
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from fastllama.atomic import write_atomic
 
-# The encodings are tables of character codes: a model of them writes hexadecimal, not Python.
+# `encodings` holds tables of character codes. A model trained on them writes hexadecimal numbers.
 EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings"}
 
 
 def read_sources(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield (path relative to `folder`, source) of each Python file below it, sorted by path.
 
-    Empty files, files that cannot be decoded, and repetitions of an earlier file are left out.
+    Leaves out empty files, files that cannot be decoded, and copies of an earlier file.
     """
     seen = {""}
     for path in sorted(folder.rglob("*.py")):
@@ -34,9 +34,9 @@ def read_sources(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def write_corpus(output: Path, folder: Path) -> int:
-    """Write the sources below `folder` as JSON Lines with "path" and "text"; return their number.
+    """Write the sources below `folder` to `output`, atomically; return the number of documents.
 
-    Either all of `output` is written or none of it.
+    Each line is a JSON object with the fields "path" and "text".
     """
     lines = [
         json.dumps({"path": path, "text": source}) + "\n" for path, source in read_sources(folder)
@@ -47,9 +47,14 @@ def write_corpus(output: Path, folder: Path) -> int:
 
 
 def main() -> None:
-    """Write the standard library of the running Python, unless the output is already there."""
+    """Write the standard library of the running Python, unless the output file exists."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("data/python-stdlib.jsonl"))
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("data/python-stdlib.jsonl"),
+        help="JSON Lines file to write (default: %(default)s); an existing file is reused",
+    )
     output: Path = parser.parse_args().output
     if output.exists():
         print(f"{output} exists and is reused")

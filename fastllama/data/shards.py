@@ -1,4 +1,4 @@
-"""Writes the tokens of a split into `.npy` shards of one size, so that none is ever half valid."""
+"""Writes the tokens of a split into `.npy` shards of equal size. A partial shard is never valid."""
 
 import io
 import os
@@ -15,7 +15,7 @@ HEADER_BYTES = 128
 
 @dataclass
 class SplitProgress:
-    """How far one split is; `open_tokens` are in the shard after the complete `shards`."""
+    """What is written of one split: complete `shards`, then `open_tokens` in the open shard."""
 
     documents: int = 0
     text_bytes: int = 0
@@ -30,8 +30,8 @@ class SplitProgress:
 class SplitWriter:
     """Appends token ids to the shards of one split.
 
-    The header of a shard stays zero until the shard is complete, so that nothing takes an
-    incomplete one for an array.
+    The header of a shard stays zero until the shard is complete, so no reader accepts a partial
+    shard as an array.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class SplitWriter:
         self.dtype = dtype
         self.progress = progress
         if progress.open_tokens:
-            self._cut_back()
+            self._truncate()
 
     @property
     def open_path(self) -> Path:
         return self.folder / f"{self.name}-{len(self.progress.shards):05d}.npy"
 
     def append(self, tokens: np.ndarray) -> None:
-        """Append a 1-D array of `dtype`, completing each shard that becomes full."""
+        """Append a 1-D array of `dtype`. Complete each shard that becomes full."""
         while tokens.size:
             if not self.progress.open_tokens:
                 self.open_path.write_bytes(bytes(HEADER_BYTES))
@@ -69,13 +69,13 @@ class SplitWriter:
             tokens = tokens[now.size :]
 
     def sync(self) -> None:
-        """Make everything appended so far durable."""
+        """Flush all appended tokens to the disk."""
         if self.progress.open_tokens:
             with open(self.open_path, "rb") as file:
                 os.fsync(file.fileno())
 
     def complete_shard(self) -> None:
-        """Give the open shard, which has at least one token, its header."""
+        """Write the header of the open shard, which must have at least one token."""
         path = self.open_path
         tokens = self.progress.open_tokens
         with open(path, "r+b") as file:
@@ -85,7 +85,8 @@ class SplitWriter:
         self.progress.shards.append(Shard(path.name, tokens, sha256_of(path)))
         self.progress.open_tokens = 0
 
-    def _cut_back(self) -> None:
+    def _truncate(self) -> None:
+        """Cut the open shard to its recorded tokens."""
         size = HEADER_BYTES + self.progress.open_tokens * self.dtype.itemsize
         if not self.open_path.exists() or self.open_path.stat().st_size < size:
             raise ValueError(
@@ -96,7 +97,7 @@ class SplitWriter:
 
 
 def _npy_header(dtype: np.dtype, tokens: int) -> bytes:
-    """The header of a 1-D array; NumPy pads it so that its size is the same for any length."""
+    """Header of a 1-D array. NumPy pads it to the same size for any number of tokens."""
     header = io.BytesIO()
     description = {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(header, description)

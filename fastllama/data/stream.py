@@ -1,4 +1,4 @@
-"""The shards of one split as one stream of tokens, cut into sequences."""
+"""The shards of one split as a single stream of tokens, cut into sequences."""
 
 from pathlib import Path
 
@@ -10,24 +10,25 @@ from fastllama.data.token_file import TokenFile
 
 
 class TokenStream:
-    """Sequence i holds tokens [i * T, i * T + T], its last token being the first of sequence i + 1.
+    """Token stream of a split. Sequence i is tokens i*T to i*T + T, both included.
 
-    T inputs and T targets need T + 1 tokens; sequences may cross shards.
+    T inputs and T targets need T + 1 tokens, so sequences i and i + 1 share one token. Sequences
+    may cross shards.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
-        """Open the shards of `split`; `manifest.check_files` has found them whole."""
+        """Open the shards of `split`. Call `manifest.check_files` first."""
         shards = manifest.splits[split].shards
         self._shards = [TokenFile(folder / shard.file) for shard in shards]
         self._starts = np.cumsum([0] + [shard.tokens for shard in shards])
         self.n_tokens = int(self._starts[-1])
 
     def n_sequences(self, seq_len: int) -> int:
-        """Whole sequences of `seq_len` inputs."""
+        """Number of whole sequences of `seq_len` inputs."""
         return max(0, (self.n_tokens - 1) // seq_len)
 
     def read(self, index: int, seq_len: int) -> NDArray[np.integer]:
-        """Tokens of one sequence, (seq_len + 1,), in the type of the shards.
+        """Tokens of sequence `index`, (seq_len + 1,), in the dtype of the shards.
 
         Raises:
             OSError: a shard can no longer be read.

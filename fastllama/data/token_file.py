@@ -1,7 +1,7 @@
-"""Reads the token ids of one shard by its file descriptor.
+"""Reads the token ids of one shard with `pread`.
 
-Not through a memory map: where a disk fails or a file was cut short, reading one ends the process
-with SIGBUS, and no sentence says which file it was.
+A memory map would end the process with SIGBUS, without naming the file, where the disk fails or the
+file was truncated.
 """
 
 import io
@@ -16,29 +16,29 @@ from numpy.typing import NDArray
 class TokenFile:
     """A `.npy` file of token ids, open as long as this object lives.
 
-    Threads and forked processes may read at the same time: none moves a position of another.
+    Threads and forked processes may read at the same time: reads share no file position.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the header, which says the type and shape, and where the tokens begin.
+        """Read dtype, shape and data offset from the header.
 
         Raises:
-            ValueError: it is not a whole `.npy` file.
-            OSError: it cannot be opened.
+            ValueError: the file is not a whole `.npy` file.
+            OSError: the file cannot be opened.
         """
         self.path = path
-        # NumPy's shortest way to the offset; nothing is read through this map.
+        # NumPy gives the offset only with a map. No token is read through it.
         header = np.lib.format.open_memmap(path, mode="r")
         self.dtype, self.shape, self.offset = header.dtype, header.shape, header.offset
         self._file = io.FileIO(path)
-        # At the end of the interpreter as well, which warns of files that are left open.
+        # Also runs when the interpreter exits, which would warn about an open file.
         weakref.finalize(self, self._file.close)
 
     def read(self, first: int, n: int) -> NDArray[np.integer]:
-        """Tokens number `first` to `first + n`, which the file has, (n,), read-only.
+        """Tokens [first, first + n) as a read-only array (n,).
 
         Raises:
-            OSError: the disk fails, or the file has become shorter.
+            OSError: the disk fails, or the file ends before these tokens.
         """
         position, end = (self.offset + i * self.dtype.itemsize for i in (first, first + n))
         data = b""
@@ -50,8 +50,8 @@ class TokenFile:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             if not piece:
                 raise OSError(
-                    f"{self.path} ends at byte {at} now, before tokens that were to be read; "
-                    "restore the file and go on with the same command"
+                    f"{self.path} ends at byte {at}, before the end of the requested tokens; "
+                    "restore the file and run the same command again"
                 )
             data += piece
         return np.frombuffer(data, self.dtype)

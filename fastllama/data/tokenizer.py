@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: training, storing, loading, and what the data needs to know of one."""
+"""Tokenizers: train a byte-level BPE, save, load, fingerprint, find the end token."""
 
 import hashlib
 import json
@@ -17,19 +17,21 @@ from fastllama.atomic import write_atomic
 
 SPECIAL_TOKENS = ("<SOS>", "<EOS>", "<PAD>", "<UNK>")
 END_TOKENS = ("<EOS>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
-SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
-    """Train a byte-level BPE tokenizer; `SPECIAL_TOKENS` get the ids 0 to 3.
+    """Train a byte-level BPE tokenizer. `SPECIAL_TOKENS` get the ids 0 to 3.
 
-    The vocabulary is smaller than `vocab_size` when `texts` have too few pairs left to merge.
-    Raises ValueError when `vocab_size` cannot hold the special tokens and the 256 bytes.
+    The vocabulary is smaller than `vocab_size` if `texts` run out of pairs to merge.
+
+    Raises:
+        ValueError: `vocab_size` cannot hold the special tokens and the 256 bytes.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
             f"vocabulary size {vocab_size} is too small: {len(SPECIAL_TOKENS)} special tokens and "
-            f"256 bytes need at least {SMALLEST_VOCABULARY}"
+            f"256 bytes need at least {MIN_VOCAB_SIZE}"
         )
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -41,11 +43,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _encode_plainly(tokenizer)
+    return _reset_encoding_options(tokenizer)
 
 
-def refuse_output(path: Path) -> None:
-    """Raise ValueError where `save_tokenizer` could not write `path`, before the work is done."""
+def check_writable(path: Path) -> None:
+    """Check that `save_tokenizer` can write `path`, before a long training.
+
+    Raises:
+        ValueError: `path` is a folder or not a file, or its folder is not writable.
+    """
     if path.is_dir():
         raise ValueError(f"output {path} is a folder: name a file in it, {path / 'tokenizer.json'}")
     if path.exists() and not path.is_file():
@@ -53,21 +59,22 @@ def refuse_output(path: Path) -> None:
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise ValueError(
-            f"output {path} cannot be written, as {nearest} is no folder to write in: "
+            f"output {path} cannot be written because {nearest} is not a writable folder: "
             "choose another --output"
         )
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write `tokenizer` as a `tokenizer.json`, whole or not at all."""
+    """Write `tokenizer` atomically as a Hugging Face `tokenizer.json`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, tokenizer.to_str(pretty=True))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read any `tokenizer.json` of the Hugging Face library.
+    """Read any Hugging Face `tokenizer.json`.
 
-    Raises ValueError when the file is missing, is not JSON, or is not a tokenizer.
+    Raises:
+        ValueError: the file is missing, is not JSON, or is not a tokenizer.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -84,32 +91,36 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ) from error
     try:
         tokenizer = Tokenizer.from_str(content)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # The library raises nothing narrower.
         raise ValueError(
             f"{path} is not a tokenizer ({error}): name a Hugging Face tokenizer.json"
         ) from error
-    return _encode_plainly(tokenizer)
+    return _reset_encoding_options(tokenizer)
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """The number of rows an embedding needs: the largest id plus one, gaps between ids included."""
+    """Rows of the embedding: the largest token id plus one, including gaps between ids."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 (hex) of what decides the ids of a text, whatever the formatting of its file."""
+    """SHA-256 (hex) of the tokenizer, independent of the file's formatting.
+
+    Truncation and padding are left out because fastllama resets both.
+    """
     content = json.loads(tokenizer.to_str())
     del content["truncation"], content["padding"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def end_token_id(tokenizer: Tokenizer, end_token: str | None = None) -> int:
-    """The id that ends a document: that of `end_token`, else of the first known name it has.
+    """Id of the special token that ends a document: `end_token`, or the first of `END_TOKENS`.
 
-    Raises ValueError when `end_token`, or without it every name in `END_TOKENS`, is none of the
-    tokenizer's special tokens.
+    Raises:
+        ValueError: `end_token`, or without it every name in `END_TOKENS`, is not a special token
+            of the tokenizer.
     """
-    # An ordinary entry would end a document wherever the text holds it.
+    # An ordinary token would end a document wherever the text contains it.
     added = tokenizer.get_added_tokens_decoder()
     special = {token.content: number for number, token in sorted(added.items()) if token.special}
     for name in END_TOKENS if end_token is None else (end_token,):
@@ -118,31 +129,36 @@ def end_token_id(tokenizer: Tokenizer, end_token: str | None = None) -> int:
     known = ", ".join(special) or "none"
     if end_token is not None:
         raise ValueError(
-            f"end token {end_token!r} is no special token of the tokenizer: "
-            f"give --end-token one of those it has ({known})"
+            f"end token {end_token!r} is not a special token of the tokenizer: "
+            f"set --end-token to one of its special tokens ({known})"
         )
     raise ValueError(
         f"none of the usual end tokens ({', '.join(END_TOKENS)}) is a special token of the "
-        f"tokenizer: name its own with --end-token, one of {known}"
+        f"tokenizer: set --end-token to one of its special tokens ({known})"
     )
 
 
 def verify_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
-    """Raise ValueError with an excerpt of the first text that decoding does not give back."""
+    """Check that decoding returns every text unchanged.
+
+    Raises:
+        ValueError: a text changes; the message quotes its first 80 characters.
+    """
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         if tokenizer.decode(ids, skip_special_tokens=False) != text:
             raise ValueError(
-                f"the tokenizer does not give back the text {text[:80]!r}: "
-                "train another one on text like it, or use a byte-level one"
+                f"decoding does not return the text {text[:80]!r}: "
+                "train the tokenizer on similar text, or use a byte-level tokenizer"
             )
 
 
-def _encode_plainly(tokenizer: Tokenizer) -> Tokenizer:
-    """Make `tokenizer` encode all of a text, and a special token's name inside it as text.
+def _reset_encoding_options(tokenizer: Tokenizer) -> Tokenizer:
+    """Encode a special token's name inside a text as plain text; never truncate or pad.
 
-    None of these settings survives in a file as needed: a document that mentions `<EOS>` would
-    end early, and a tokenizer saved for inference may cut long documents.
+    Otherwise a document that mentions `<EOS>` would end early, and a tokenizer saved for inference
+    could truncate long documents. A `tokenizer.json` does not store the first option and may set
+    the others.
     """
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()

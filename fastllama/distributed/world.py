@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from fastllama.config import Config
-from fastllama.errors import FailedElsewhereError, FailedFirstError
+from fastllama.errors import PeerFailedError, RankFailedError
 
 Result = TypeVar("Result")
 
@@ -109,8 +109,8 @@ def distributed(config: Config) -> Iterator[World]:
     """Join the process group torchrun describes, or a group of one, and leave it at the end.
 
     Raises:
-        FailedFirstError: what ended this process of several, before any other.
-        FailedElsewhereError: it ended after another had failed, most likely for the want of it.
+        RankFailedError: what ended this process of several, before any other.
+        PeerFailedError: it ended after another had failed, most likely for the want of it.
     """
     device = choose_device(config.training.device)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
@@ -144,8 +144,8 @@ def distributed(config: Config) -> Iterator[World]:
             raise
         # Before the group is gone, which is what makes the others fail.
         if _is_first_failure():
-            raise FailedFirstError(dist.get_rank()) from error
-        raise FailedElsewhereError from error
+            raise RankFailedError(dist.get_rank()) from error
+        raise PeerFailedError from error
     finally:
         dist.destroy_process_group()
 

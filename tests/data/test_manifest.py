@@ -97,9 +97,9 @@ def save_wrongly(path: Path, damage: str) -> None:
     ("damage", "found"),
     [
         ("missing", "no such file"),
-        ("empty", r"no whole \.npy file"),
-        ("header", r"no whole \.npy file"),
-        ("short", r"no whole \.npy file"),
+        ("empty", r"no valid \.npy file"),
+        ("header", r"no valid \.npy file"),
+        ("short", r"no valid \.npy file"),
         ("long", "137 bytes, expected 136"),
         ("dtype", "int16"),
         ("length", r"shape \(3,\)"),
@@ -129,7 +129,7 @@ def test_changed_content_is_found_by_reading(folder: Path) -> None:
 def test_token_ids_beyond_the_vocabulary_are_found(
     folder: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int
 ) -> None:
-    monkeypatch.setattr("fastllama.data.manifest.CHECKED_TOKENS", at_a_time)
+    monkeypatch.setattr("fastllama.data.manifest.CHECK_CHUNK_TOKENS", at_a_time)
     make_manifest(folder).check_contents(folder)
     with pytest.raises(ValueError, match="token id 299, expected ids below 299"):
         make_manifest(folder, vocab_size=299).check_contents(folder)

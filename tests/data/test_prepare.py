@@ -398,7 +398,7 @@ def test_input_without_documents_leaves_nothing_behind(source: Path, tmp_path: P
         ({"shard_tokens": 0}, "shard tokens 0"),
         ({"workers": 0}, "workers 0"),
         ({"end_token": "nothing"}, "'nothing'"),
-        ({"end_token": "a"}, r"'a' is no special token .*\(<SOS>, <EOS>, <PAD>, <UNK>\)"),
+        ({"end_token": "a"}, r"'a' is not a special token .*\(<SOS>, <EOS>, <PAD>, <UNK>\)"),
         ({"inputs": ["nowhere"]}, "'nowhere' matches no file"),
         ({"tokenizer": Path("nowhere")}, "nowhere does not exist"),
     ],

@@ -37,7 +37,9 @@ def test_a_shard_cut_short_while_in_use_is_named(tmp_path: Path) -> None:
     shard = tmp_path / "train-00001.npy"
     os.truncate(shard, 128 + 2 * 5000)
     assert stream.read(1, 5000).tolist() == [*range(5000, 10_000), 0]
-    with pytest.raises(OSError, match=rf"^{shard} ends at byte 10128 now, .*; restore .* command$"):
+    with pytest.raises(
+        OSError, match=rf"^{shard} ends at byte 10128, .*; restore .* command again$"
+    ):
         stream.read(2, 5000)
 
 

@@ -12,10 +12,10 @@ from tokenizers.processors import TemplateProcessing
 
 from fastllama.data.tokenizer import (
     SPECIAL_TOKENS,
+    check_writable,
     end_token_id,
     fingerprint,
     load_tokenizer,
-    refuse_output,
     save_tokenizer,
     train_tokenizer,
     verify_round_trip,
@@ -126,19 +126,19 @@ def test_end_token_by_name_and_by_order() -> None:
     tokenizer = foreign_tokenizer("</s>", "<EOS>", "stop", special=["stop", "</s>", "<EOS>"])
     assert end_token_id(tokenizer) == 1
     assert end_token_id(tokenizer, "stop") == 2
-    with pytest.raises(ValueError, match=r"'halt'.*--end-token one of .*\(</s>, <EOS>, stop\)"):
+    with pytest.raises(ValueError, match=r"'halt'.*--end-token to one of .*\(</s>, <EOS>, stop\)"):
         end_token_id(tokenizer, "halt")
-    with pytest.raises(ValueError, match="--end-token, one of none"):
+    with pytest.raises(ValueError, match=r"--end-token to one of .*\(none\)"):
         end_token_id(foreign_tokenizer("a"))
 
 
 def test_an_entry_that_text_may_hold_ends_no_document() -> None:
     tokenizer = foreign_tokenizer("a", "</s>", "the", special=["stop"])
     tokenizer.add_tokens(["added"])
-    with pytest.raises(ValueError, match=r"none of the usual .*, one of stop$"):
+    with pytest.raises(ValueError, match=r"none of the usual .* one of .*\(stop\)$"):
         end_token_id(tokenizer)
     for ordinary in ("the", "</s>", "added"):
-        with pytest.raises(ValueError, match=f"{ordinary}' is no special token .*\\(stop\\)"):
+        with pytest.raises(ValueError, match=f"{ordinary}' is not a special token .*\\(stop\\)"):
             end_token_id(tokenizer, ordinary)
 
 
@@ -146,7 +146,7 @@ def test_an_entry_that_text_may_hold_ends_no_document() -> None:
     ("output", "message"),
     [
         (".", "is a folder: name a file in it"),
-        ("file/tokenizer.json", "file is no folder to write in: choose another"),
+        ("file/tokenizer.json", "file is not a writable folder: choose another"),
         ("pipe", "pipe is not a file: choose another"),
     ],
 )
@@ -157,9 +157,9 @@ def test_an_output_that_cannot_be_written_is_refused(
     (tmp_path / "file").touch(mode=0o777)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match=message):
-        refuse_output(tmp_path / output)
+        check_writable(tmp_path / output)
     for good in ("file", "new.json", "new/deeper/tokenizer.json"):
-        refuse_output(tmp_path / good)
+        check_writable(tmp_path / good)
     assert not (tmp_path / "new").exists()
 
 
@@ -168,8 +168,8 @@ def test_an_output_in_a_folder_of_others_is_refused(
 ) -> None:
     # Root may write everywhere, so a mode would not do.
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
-    with pytest.raises(ValueError, match=f"as {tmp_path} is no folder to write in"):
-        refuse_output(tmp_path / "new" / "tokenizer.json")
+    with pytest.raises(ValueError, match=f"because {tmp_path} is not a writable folder"):
+        check_writable(tmp_path / "new" / "tokenizer.json")
 
 
 def test_vocabulary_size_covers_gaps_between_ids() -> None:
@@ -177,7 +177,7 @@ def test_vocabulary_size_covers_gaps_between_ids() -> None:
 
 
 def test_lossy_tokenizer_fails_the_round_trip() -> None:
-    with pytest.raises(ValueError, match="does not give back the text 'x y'"):
+    with pytest.raises(ValueError, match="does not return the text 'x y'"):
         verify_round_trip(foreign_tokenizer("unknown", "a"), ["a", "x y"])
 
 
