@@ -1,11 +1,17 @@
-"""The bound H of a training step: the least time it can take on one device, part by part.
+"""The bound H: the most tokens per second that training can reach on one device.
 
-    H = 1 / (matmul + attention + memory + optimizer), seconds a token of each
+    H = 1 / (matmul + attention + memory + optimizer), each in seconds per token
 
-Each part is alone on the device at a rate that its best kernel reaches, so no schedule of these
-kernels is faster. Matrix products run at the rate of a large one; attention at the rate of the best
-kernel for its head width and length; everything else moves the fewest bytes that one well-fused
-kernel each can move, at the bandwidth of a copy. Recomputation is not in it.
+Each part runs alone on the device at the rate of its best kernel, so no schedule of these kernels
+is faster:
+
+- matmul: all matmuls, at the rate of a large matmul.
+- attention: at the rate of the best kernel for its head width and sequence length.
+- memory: each other operator as one fused kernel that moves the fewest bytes possible, at the
+  bandwidth of a device copy.
+- optimizer: AdamW in one such kernel.
+
+Recomputation is not counted.
 """
 
 import math
@@ -15,25 +21,25 @@ from fastllama.config import ModelConfig
 from fastllama.planning.flops import matmul_parameters, n_parameters
 
 ADAMW_BYTES = 28
-"""A parameter and update: gradient bf16, weight and two moments float32 read; these three written
-again, and the weight in bf16."""
+"""Bytes per parameter and update: read a bf16 gradient and float32 weight and moments (14), write
+the float32 weight and moments and a bf16 weight (14)."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device reaches at best."""
+    """The best rates of one device."""
 
     matmul: float
-    """FLOP/s of a large bf16 matrix product of random numbers."""
+    """FLOP/s of a large bf16 matmul of random numbers."""
     bandwidth: float
     """Bytes/s of a device copy, read and written bytes together."""
     attention: dict[int, dict[int, tuple[float, float]]]
-    """FLOP/s of causal attention, forward and backward, by head width and sequence length.
+    """FLOP/s of causal attention, (forward, backward), by head width K and sequence length T.
 
-    A forward counts 2 T^2 K a head, a backward 2.5 times that.
+    A forward counts 2 T^2 K FLOPs per head, a backward 2.5 times as many.
     """
     source: str
-    """Where the numbers are from."""
+    """Origin of the numbers, for reports."""
 
 
 _HOPPER_ATTENTION = {
@@ -52,9 +58,10 @@ _HOPPER_ATTENTION = {
         16384: (690e12, 579e12),
     },
 }
-# Assumptions until the GPU suite has measured them: the matrix product and the copy as reported for
-# these GPUs, attention as published for the H100 with FlashAttention 3 and cuDNN. The backward at
-# width 64 is the weakest: the published non-causal rate times the causal share seen at width 128.
+# Assumptions, for use until the GPU suite measures the device. Matmul and copy are as reported for
+# these GPUs. Attention is as published for the H100 with FlashAttention 3 and cuDNN. The weakest
+# assumption is the backward at head width 64: the published non-causal rate, times the ratio of
+# causal to non-causal at width 128.
 ASSUMED_RATES = {
     "H200": Rates(790e12, 4.3e12, _HOPPER_ATTENTION, "assumed for the H200, from published rates"),
     "H100": Rates(790e12, 3.0e12, _HOPPER_ATTENTION, "assumed for the H100, from published rates"),
@@ -63,52 +70,57 @@ ASSUMED_RATES = {
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds a token of every part of a training step, at best."""
+    """The least seconds per token of each part of a training step."""
 
     matmul: float
     attention_forward: float
     attention_backward: float
     memory: dict[str, float]
-    """Of everything between the products, by operator."""
+    """Operators between the matmuls, by name."""
     optimizer: float
 
     @property
     def seconds_per_token(self) -> float:
-        """All parts, one after the other."""
+        """Sum of all parts."""
         attention = self.attention_forward + self.attention_backward
         return self.matmul + attention + sum(self.memory.values()) + self.optimizer
 
     @property
     def tokens_per_second(self) -> float:
-        """H."""
+        """The bound H."""
         return 1 / self.seconds_per_token
 
 
 def bound(model: ModelConfig, tokens_per_update: int, rates: Rates) -> Bound:
-    """The bound of training `model` in bf16 on one device with `rates`."""
-    n_attended = model.n_layers * model.n_embd * model.max_seq_len
+    """The bound of bf16 training on one device with `rates`.
+
+    `tokens_per_update` counts the tokens of this device only.
+    """
+    # Causal: QK^T and PV, each with 2 FLOPs for T/2 keys.
+    forward_flops = 2 * model.n_layers * model.n_embd * model.max_seq_len
     forward, backward = attention_rates(rates, model.head_dim, model.max_seq_len)
     return Bound(
         matmul=6 * matmul_parameters(model) / rates.matmul,
-        attention_forward=2 * n_attended / forward,
-        attention_backward=5 * n_attended / backward,
+        attention_forward=forward_flops / forward,
+        attention_backward=2.5 * forward_flops / backward,
         memory={
-            operator: n_bytes / rates.bandwidth for operator, n_bytes in fewest_bytes(model).items()
+            operator: n_bytes / rates.bandwidth for operator, n_bytes in min_bytes(model).items()
         },
         optimizer=ADAMW_BYTES * n_parameters(model) / tokens_per_update / rates.bandwidth,
     )
 
 
-def fewest_bytes(model: ModelConfig) -> dict[str, float]:
-    """Bytes a token, forward and backward in bf16, of the operators between the products.
+def min_bytes(model: ModelConfig) -> dict[str, float]:
+    """Fewest bytes per token, forward and backward in bf16, of the operators between the matmuls.
 
-    Those of the kernels' own docstrings, without what is computed again to save memory. The loss
-    reads and writes the logits once, in place.
+    Each operator is one fused kernel per direction. Recomputation is not counted. The loss reads
+    the logits once and writes their gradient in place.
     """
     width, layers = model.n_embd, model.n_layers
     rotated = (model.n_heads + model.kv_heads) * model.head_dim
     return {
-        # Forward: branch and stream read, sum and norm written; backward the same of gradients.
+        # Forward: read branch and residual stream, write sum and norm. Backward: read the sum and
+        # the gradients of sum and norm, write the gradient of branch and residual stream.
         "rms_norm": (2 * layers * 16 + 16) * width,
         "rope": layers * 8 * rotated,
         "swiglu": layers * 16 * model.ffn_hidden,
@@ -118,9 +130,10 @@ def fewest_bytes(model: ModelConfig) -> dict[str, float]:
 
 
 def attention_rates(rates: Rates, head_dim: int, seq_len: int) -> tuple[float, float]:
-    """Forward and backward FLOP/s, interpolated over the logarithm of the length.
+    """Forward and backward FLOP/s, interpolated over the logarithm of `seq_len`.
 
-    Of the next known head width, or of the widest.
+    Uses the rates of the next larger known head width, or of the widest. A length outside of the
+    known range gets the rates of the nearest known length.
     """
     widths = sorted(rates.attention)
     wide_enough = (width for width in widths if width >= head_dim)

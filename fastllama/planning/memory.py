@@ -1,8 +1,11 @@
-"""What a run needs of each device and of the network between them, from its options alone.
+"""Plans the memory of each device and the traffic between devices, from the options alone.
 
-For the fused operators and float32 AdamW; in bytes. N parameters, P in a block and R outside of
-the blocks, D, E, F, H, V as in fastllama/model.py, T tokens in a micro-batch of one device, s
-processes in a replica, b and r bytes of `training.dtype` and `parallel.reduce_dtype`.
+All numbers are bytes, for the fused operators and float32 AdamW. The docstrings use these symbols;
+D, E, H and I are as in fastllama/model/llama.py:
+
+    n_all    parameters of the model     b  bytes of an element of `training.dtype`
+    n_block  parameters of one block     r  bytes of an element of `parallel.reduce_dtype`
+    n_rest   parameters outside blocks   s  ranks of one replica
 """
 
 from dataclasses import dataclass
@@ -12,30 +15,31 @@ from fastllama.planning.flops import n_block_parameters, n_parameters
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
-# What fragments of the allocator, NCCL and the CUDA context take is not planned.
+# The rest is for allocator fragmentation, NCCL and the CUDA context, which the plan leaves out.
 _USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes one device holds when it holds the most: as the backward of an update begins."""
+    """Peak bytes of one device. The peak is at the start of the backward."""
 
     parameters: int
-    """Shards in float32."""
+    """Float32 shards."""
     optimizer: int
-    """AdamW's two moments, as the parameters."""
+    """Two AdamW moments, sharded like the parameters."""
     gradients: int
-    """Whole, as summed over the micro-batches before; nothing before the first backward."""
+    """Unsharded sums over the earlier micro-batches; 0 with one micro-batch per update."""
     gathered: int
-    """Parameters put together to compute with: all of them, or a block and the next."""
+    """Parameters gathered for the computation: all, or with resharding those of two blocks and
+    those outside of blocks."""
     activations: int
-    """What the blocks keep for their backward."""
+    """Tensors that the blocks save for backward."""
     backward: int
-    """Buffers of the loss or, where that is more, of the first block to go back through."""
+    """Buffers of the loss or of the first block in the backward, whichever are larger."""
 
     @property
     def total(self) -> int:
-        """All of them at once."""
+        """Sum of all parts."""
         return (
             self.parameters
             + self.optimizer
@@ -48,7 +52,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class TrafficPlan:
-    """Bytes a device sends in one update, by collectives that pass them around a ring."""
+    """Bytes that one device sends in one update, with ring collectives."""
 
     all_gather: int
     reduce_scatter: int
@@ -56,16 +60,18 @@ class TrafficPlan:
 
 
 def plan_memory(config: Config, world_size: int, *, reshard: bool) -> MemoryPlan:
-    """The memory of each of `world_size` devices, gathered parameters freed by `reshard` or kept.
+    """Plan the memory of each of `world_size` devices.
 
-    |             | bytes                                                    |
-    |-------------|----------------------------------------------------------|
-    | parameters  | 4 N / s                                                  |
-    | optimizer   | 8 N / s                                                  |
-    | gradients   | r N where micro-batches accumulate                       |
-    | gathered    | b N, or with `reshard` b (R + 2 P)                       |
-    | activations | a layer and token: `activation_bytes`                    |
-    | backward    | `_loss_bytes` or `_block_bytes`                          |
+    `reshard` frees gathered parameters after the forward.
+
+    |             | bytes                                                   |
+    |-------------|---------------------------------------------------------|
+    | parameters  | 4 n_all / s                                             |
+    | optimizer   | 8 n_all / s                                             |
+    | gradients   | r n_all if micro-batches accumulate                     |
+    | gathered    | b n_all, or with `reshard` b (n_rest + 2 n_block)       |
+    | activations | `activation_bytes` per layer and token                  |
+    | backward    | the larger of `_loss_bytes` and `_block_bytes`          |
     """
     model, training = config.model, config.training
     compute, n_all, n_block = _BYTES[training.dtype], n_parameters(model), n_block_parameters(model)
@@ -86,30 +92,34 @@ def plan_memory(config: Config, world_size: int, *, reshard: bool) -> MemoryPlan
 
 
 def activation_bytes(config: Config, checkpointing: str) -> int:
-    """Bytes a block keeps for its backward of each token.
+    """Bytes per token that one block saves for backward, by mode of activation checkpointing.
 
-    |             | none      | selective | full |
-    |-------------|-----------|-----------|------|
-    | stream      | 2 D b     | 2 D b     | 2 D b |
-    | qkv         | E b       | E b       |      |
-    | attention   | D b + 4 H | D b + 4 H |      |
-    | projected   |           | D b       |      |
-    | gate and up | 2 F b     |           |      |
-    | rstd        | 8         |           |      |
+    |                  | none      | selective | full  |
+    |------------------|-----------|-----------|-------|
+    | residual stream  | 2 D b     | 2 D b     | 2 D b |
+    | qkv              | E b       | E b       |       |
+    | attention, lse   | D b + 4 H | D b + 4 H |       |
+    | attention.output |           | D b       |       |
+    | gate_up          | I b       |           |       |
+    | rstd             | 8         |           |       |
     """
     model, compute = config.model, _BYTES[config.training.dtype]
-    kept = 2 * model.n_embd * compute
+    saved = 2 * model.n_embd * compute
     if checkpointing == "full":
-        return kept
+        return saved
     qkv_width = (model.n_heads + 2 * model.kv_heads) * model.head_dim
-    kept += (qkv_width + model.n_embd) * compute + 4 * model.n_heads
+    saved += (qkv_width + model.n_embd) * compute + 4 * model.n_heads
     if checkpointing == "selective":
-        return kept + model.n_embd * compute
-    return kept + 2 * model.ffn_hidden * compute + 8
+        return saved + model.n_embd * compute
+    return saved + 2 * model.ffn_hidden * compute + 8
 
 
 def _loss_bytes(config: Config) -> int:
-    """Gradients of the output projection and of its input, as computed and as scaled."""
+    """Bytes of the loss's gradients.
+
+    Gradient of the output projection in float32 and in `training.dtype`, and gradient of its input
+    before and after scaling.
+    """
     model, compute = config.model, _BYTES[config.training.dtype]
     n_tokens = config.training.batch_size * model.max_seq_len
     weight = model.vocab_size * model.n_embd
@@ -117,10 +127,10 @@ def _loss_bytes(config: Config) -> int:
 
 
 def _block_bytes(config: Config) -> int:
-    """Gradients of the output projection, of one block and of its activations.
+    """Bytes of the backward of one block.
 
-    The block's are in `training.dtype`, and in the reduction those of the one before; recomputed
-    activations are in addition to those kept.
+    Gradients of the output projection and the block in `training.dtype`, gradients of the previous
+    block in reduction, recomputed activations, and gradients of activations.
     """
     model, training = config.model, config.training
     compute, reduce = _BYTES[training.dtype], _BYTES[config.parallel.reduce_dtype]
@@ -128,7 +138,7 @@ def _block_bytes(config: Config) -> int:
     recomputed = activation_bytes(config, "none") - activation_bytes(
         config, training.activation_checkpointing
     )
-    # Of gate_up, of silu(gate) * up, and that itself again.
+    # Gradients of gate_up (2F) and of silu(gate) * up (F), and silu(gate) * up recomputed (F).
     in_flight = 4 * model.ffn_hidden * compute
     return (
         model.vocab_size * model.n_embd * compute
@@ -138,11 +148,12 @@ def _block_bytes(config: Config) -> int:
 
 
 def plan_traffic(config: Config, world_size: int, *, reshard: bool) -> TrafficPlan:
-    """What each of `world_size` devices sends in an update.
+    """Plan the traffic of each of `world_size` devices in one update.
 
-    A ring of n sends (n - 1) / n of what it gathers or scatters, and twice that of what it
-    reduces for all. Without `reshard` all parameters are gathered once an update; with it a
-    micro-batch gathers every block twice, the last one and what is outside of the blocks once.
+    In a ring of n ranks, each rank sends (n - 1) / n of the bytes of an all-gather or a
+    reduce-scatter, and twice as many for an all-reduce. Without `reshard`, an update gathers all
+    parameters once. With `reshard`, each micro-batch gathers every block twice, except the last
+    block and the parameters outside of blocks, which it gathers once.
     """
     model, parallel = config.model, config.parallel
     n_all, n_block = n_parameters(model), n_block_parameters(model)
@@ -160,28 +171,26 @@ def plan_traffic(config: Config, world_size: int, *, reshard: bool) -> TrafficPl
 
 
 def choose_resharding(config: Config, world_size: int, available: int | None) -> tuple[bool, str]:
-    """Whether to free gathered parameters after the forward, and why.
+    """Decide whether to free gathered parameters after the forward; also return the reason.
 
-    Args:
-        config: `parallel.reshard_after_forward` decides unless it is "auto".
-        world_size: devices.
-        available: bytes of one of them; None where memory is not the limit, on a CPU.
+    `parallel.reshard_after_forward` decides unless it is "auto". `available` is the memory of one
+    device in bytes, or None on a CPU, where memory is not the limit.
     """
-    asked = config.parallel.reshard_after_forward
-    if asked != "auto":
-        return asked, f"parameters {_fate(asked)}, as asked for"
+    choice = config.parallel.reshard_after_forward
+    if choice != "auto":
+        return choice, f"parameters {_action(choice)}, as asked for"
     if available is None:
-        return False, f"parameters {_fate(False)}, as always on a CPU"
-    needed = plan_memory(config, world_size, reshard=False).total
-    reshard = needed > _USABLE * available
-    planned = f"{_gibibytes(needed)} GiB of {_gibibytes(available)} would be needed to keep them"
+        return False, f"parameters {_action(False)}, as always on a CPU"
+    kept = plan_memory(config, world_size, reshard=False).total
+    reshard = kept > _USABLE * available
+    reason = f"keeping them needs {_gibibytes(kept)} of {_gibibytes(available)} GiB"
     if reshard:
-        left = plan_memory(config, world_size, reshard=True).total
-        planned += f", {_gibibytes(left)} are without"
-    return reshard, f"parameters {_fate(reshard)}: {planned}"
+        freed = plan_memory(config, world_size, reshard=True).total
+        reason += f", freeing them {_gibibytes(freed)} GiB"
+    return reshard, f"parameters {_action(reshard)}: {reason}"
 
 
-def _fate(reshard: bool) -> str:
+def _action(reshard: bool) -> str:
     return "freed after the forward" if reshard else "kept for the backward"
 
 

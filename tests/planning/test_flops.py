@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastllama.config import ModelConfig, load_recipe
 from fastllama.model.llama import Llama
-from fastllama.planning.bound import ASSUMED_RATES, Rates, attention_rates, bound, fewest_bytes
+from fastllama.planning.bound import ASSUMED_RATES, Rates, attention_rates, bound, min_bytes
 from fastllama.planning.flops import (
     flops_per_token,
     hardware_flops_per_token,
@@ -129,10 +129,10 @@ def test_parts_of_the_bound_are_work_over_rate() -> None:
     )
 
 
-def test_fewest_bytes_are_those_of_the_operators() -> None:
+def test_min_bytes_are_those_of_the_operators() -> None:
     """By hand, bfloat16: 3 layers of width 32, 4 query and 2 key heads of 8, feed-forward 96."""
     layers, width, model = 3, 32, SHAPES["grouped"]
-    assert fewest_bytes(model) == {
+    assert min_bytes(model) == {
         # Two a layer and the last: 4 tensors forward, 4 backward, of 2 bytes.
         "rms_norm": (2 * layers + 1) * 8 * 2 * width,
         # Read and written, forward and backward.

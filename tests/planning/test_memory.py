@@ -265,8 +265,8 @@ def test_resharding_is_chosen_by_memory() -> None:
     reshard, reason = choose_resharding(config, 64, available=kept)
     assert reshard is True
     assert reason == (
-        "parameters freed after the forward: 42.5 GiB of 42.5 would be needed to keep them, 30.3 "
-        "are without"
+        "parameters freed after the forward: keeping them needs 42.5 of 42.5 GiB, freeing them "
+        "30.3 GiB"
     )
     assert choose_resharding(config, 64, None) == (
         False,
