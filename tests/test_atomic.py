@@ -1,4 +1,4 @@
-"""The lock of a folder."""
+"""The lock of a folder, and atomic writes."""
 
 import errno
 import fcntl
@@ -15,15 +15,15 @@ from fastllama.atomic import locked, write_atomic
 BUSY = "another process is writing into"
 
 
-def test_one_at_a_time(tmp_path: Path) -> None:
+def test_lock_is_exclusive(tmp_path: Path) -> None:
     for _ in range(2):
         with locked(tmp_path), pytest.raises(ValueError, match=BUSY), locked(tmp_path):
             pass
-        # It stays, and what is left locks nothing.
+        # The lock file stays and locks nothing.
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_it_is_a_file_open_for_writing_that_is_locked(tmp_path: Path) -> None:
+def test_locks_a_file_open_for_writing(tmp_path: Path) -> None:
     with locked(tmp_path):
         folder = os.open(tmp_path, os.O_RDONLY)
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,33 +40,33 @@ def test_it_is_a_file_open_for_writing_that_is_locked(tmp_path: Path) -> None:
     assert flags & os.O_ACCMODE == os.O_RDWR
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_a_lock_in_a_folder_that_is_gone_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+@pytest.mark.parametrize("recreated", [False, True])
+def test_lock_fails_in_removed_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recreated: bool
 ) -> None:
     folder, flock = tmp_path / "folder", fcntl.flock
     folder.mkdir()
 
-    def removed_meanwhile(*arguments: Any) -> None:
+    def remove_then_flock(*arguments: Any) -> None:
         shutil.rmtree(folder)
-        if again:
+        if recreated:
             folder.mkdir()
             (folder / ".lock").touch()
         flock(*arguments)
 
-    monkeypatch.setattr(atomic.fcntl, "flock", removed_meanwhile)
+    monkeypatch.setattr(atomic.fcntl, "flock", remove_then_flock)
     with pytest.raises(ValueError, match=BUSY), locked(folder):
         pass
 
 
 @pytest.mark.parametrize("writable", [False, True])
-def test_no_lock_is_needed_where_nothing_can_be_written(
+def test_read_only_folder_needs_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
 ) -> None:
-    def refuse(*arguments: Any) -> int:
+    def fail(*arguments: Any) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(atomic.os, "open", refuse)
+    monkeypatch.setattr(atomic.os, "open", fail)
     monkeypatch.setattr(atomic.os, "access", lambda *arguments: writable)
     if writable:
         with pytest.raises(OSError, match="Read-only"), locked(tmp_path):
@@ -76,7 +76,7 @@ def test_no_lock_is_needed_where_nothing_can_be_written(
             pass
 
 
-def test_what_could_not_be_put_in_place_is_not_left_beside_it(tmp_path: Path) -> None:
+def test_failed_write_leaves_no_partial_file(tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     (taken / "inside").mkdir(parents=True)
     with pytest.raises(OSError, match="taken"):

@@ -46,7 +46,7 @@ class BatchLoader:
 
     One micro-batch of every rank together takes the next `batch_size * world_size` positions. The
     set of sequences in an update therefore depends only on the global position, not on the number
-    of ranks or the micro-batch size.
+    of ranks or the micro-batch size. `wait_seconds` sums the counted waits in `next`.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class BatchLoader:
     ) -> None:
         """Start reading at global `position`, in sequences since the run began.
 
-        `depth` is the number of micro-batches read ahead. `wait_seconds` starts at 0.
+        `depth` is the number of micro-batches in the ring, with the one in use.
         """
         self.wait_seconds = 0.0
         self._stream, self._seq_len, self._seed = stream, seq_len, seed

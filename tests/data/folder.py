@@ -1,4 +1,4 @@
-"""A prepared data folder, made in a test from tokens of its choice."""
+"""Makes data folders for tests from given tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from fastllama.data.manifest import Manifest, Shard, Split, sha256_of
 from fastllama.data.stream import TokenStream
 from fastllama.data.tokenizer import fingerprint, save_tokenizer, train_tokenizer
 
-# The special tokens and the 256 bytes.
+# 4 special tokens and 256 bytes.
 VOCAB_SIZE = 260
 
 
@@ -33,7 +33,7 @@ def make_folder(
 
 
 def make_stream(folder: Path, *shards: Sequence[int], dtype: str = "uint16") -> TokenStream:
-    """The stream over a folder with only these training shards."""
+    """A stream over `shards` of token ids, written to `folder` as its training split."""
     return TokenStream(folder, make_folder(folder, {"train": shards}, dtype), "train")
 
 
@@ -44,5 +44,5 @@ def _write_split(folder: Path, name: str, shards: Sequence[Sequence[int]], dtype
         np.save(path, np.array(tokens, dtype))
         written.append(Shard(path.name, len(tokens), sha256_of(path)))
     total = sum(map(len, shards))
-    # Four bytes of text a token, so that bits per byte come out differently from bits.
+    # Four bytes of text per token, so bits per byte differ from bits per token.
     return Split(total, documents=1, text_bytes=4 * total, shards=tuple(written))

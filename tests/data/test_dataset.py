@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_opens_what_was_prepared(folder: Path) -> None:
+def test_opens_streams_and_tokenizer(folder: Path) -> None:
     dataset = open_dataset(config_for(folder))
     assert dataset.train.n_tokens == 50
     assert dataset.validation is not None
@@ -42,12 +42,14 @@ def test_opens_what_was_prepared(folder: Path) -> None:
 
 # Eight inputs need nine tokens.
 @pytest.mark.parametrize("validation", [{}, {"validation": [range(8)]}], ids=["none", "too short"])
-def test_validation_may_be_missing(tmp_path: Path, validation: dict[str, list[range]]) -> None:
+def test_missing_or_short_validation_split(
+    tmp_path: Path, validation: dict[str, list[range]]
+) -> None:
     make_folder(tmp_path, {"train": [range(50)], **validation})
     assert open_dataset(config_for(tmp_path)).validation is None
 
 
-def test_sequences_as_long_as_the_data(tmp_path: Path) -> None:
+def test_data_of_exactly_one_sequence(tmp_path: Path) -> None:
     make_folder(tmp_path, {"train": [range(9)]})
     assert open_dataset(config_for(tmp_path)).train.n_sequences(8) == 1
     make_folder(tmp_path, {"train": [range(8)]})
@@ -55,10 +57,10 @@ def test_sequences_as_long_as_the_data(tmp_path: Path) -> None:
         open_dataset(config_for(tmp_path))
 
 
-def test_the_tokenizer_may_be_named(folder: Path, tmp_path: Path) -> None:
+def test_data_tokenizer_option(folder: Path, tmp_path: Path) -> None:
     config = config_for(folder)
     same = tmp_path / "same.json"
-    # Another formatting of the same tokenizer is no other tokenizer.
+    # The fingerprint ignores formatting.
     same.write_text(json.dumps(json.loads((folder / "tokenizer.json").read_text())))
     open_dataset(replace(config, data=replace(config.data, tokenizer=str(same))))
 
@@ -68,20 +70,20 @@ def test_the_tokenizer_may_be_named(folder: Path, tmp_path: Path) -> None:
         open_dataset(replace(config, data=replace(config.data, tokenizer=str(other))))
 
 
-def test_refuses_a_folder_whose_tokenizer_was_changed(folder: Path) -> None:
+def test_rejects_changed_tokenizer(folder: Path) -> None:
     save_tokenizer(train_tokenizer(["other other other"], 270), folder / "tokenizer.json")
     with pytest.raises(ValueError, match=r"not prepared with the tokenizer .*data/tokenizer\.json"):
         open_dataset(config_for(folder))
 
 
-def test_refuses_a_model_with_too_few_embeddings(folder: Path) -> None:
+def test_rejects_small_vocab_size(folder: Path) -> None:
     config = config_for(folder)
     config = replace(config, model=replace(config.model, vocab_size=VOCAB_SIZE - 1))
     with pytest.raises(ValueError, match="vocab_size = 259 is smaller than the tokenizer's 260"):
         open_dataset(config)
 
 
-def test_a_prompt_is_counted_as_it_is_encoded(folder: Path) -> None:
+def test_prompt_length_excludes_template_tokens(folder: Path) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     template = TemplateProcessing("<SOS> $A <EOS>", special_tokens=[("<SOS>", 0), ("<EOS>", 1)])
     tokenizer.post_processor = template
@@ -93,7 +95,7 @@ def test_a_prompt_is_counted_as_it_is_encoded(folder: Path) -> None:
         open_dataset(replace(config, logging=replace(config.logging, sample_prompt="x" * 8)))
 
 
-def test_refuses_no_folder(tmp_path: Path) -> None:
+def test_rejects_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.path is empty"):
         open_dataset(Config())
     with pytest.raises(ValueError, match="nowhere does not exist"):
@@ -109,14 +111,14 @@ def test_refuses_no_folder(tmp_path: Path) -> None:
         ("validation-00000.npy", r"validation-00000\.npy is damaged: found no such file"),
     ],
 )
-def test_refuses_a_folder_without_a_file(folder: Path, file: str, message: str) -> None:
+def test_rejects_missing_file(folder: Path, file: str, message: str) -> None:
     (folder / file).unlink()
     with pytest.raises(ValueError, match=message):
         open_dataset(config_for(folder))
 
 
 @pytest.mark.parametrize("kept", [0, 40, -1])
-def test_refuses_a_shard_cut_short(folder: Path, kept: int) -> None:
+def test_rejects_truncated_shard(folder: Path, kept: int) -> None:
     shard = folder / "train-00001.npy"
     shard.write_bytes(shard.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"train-00001\.npy is damaged"):
@@ -130,7 +132,7 @@ def test_refuses_a_shard_cut_short(folder: Path, kept: int) -> None:
         (np.zeros(29, np.uint16), r"uint16 of shape \(29,\)"),
     ],
 )
-def test_refuses_a_shard_of_another_kind(folder: Path, tokens: np.ndarray, found: str) -> None:
+def test_rejects_wrong_dtype_or_length(folder: Path, tokens: np.ndarray, found: str) -> None:
     np.save(folder / "train-00001.npy", tokens)
     with pytest.raises(ValueError, match=rf"found {found}, expected 30 uint16 tokens"):
         open_dataset(config_for(folder))

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def stream(tmp_path: Path) -> TokenStream:
-    """Token i is i, so that the first input of a sequence tells which one it is."""
+    """Token i has id i, so the first input of a sequence gives its number."""
     return make_stream(tmp_path, range(17), range(17, N_SEQUENCES * T + 1))
 
 
@@ -34,14 +34,14 @@ def open_loader(stream: TokenStream, **options: Any) -> BatchLoader:
 
 
 def read(loader: BatchLoader, n_batches: int) -> list[list[int]]:
-    """Which sequences each of the next batches holds."""
+    """Sequence numbers of the next batches."""
     return [(loader.next()[0][:, 0] // T).tolist() for _ in range(n_batches)]
 
 
 @pytest.mark.parametrize(
     ("batch_size", "world_size"), [(1, 1), (12, 1), (2, 3), (3, 2), (1, 4), (6, 2)]
 )
-def test_an_update_does_not_depend_on_how_it_is_cut(
+def test_update_is_independent_of_ranks_and_batch_size(
     stream: TokenStream, batch_size: int, world_size: int
 ) -> None:
     n_updates, per_update, start = 3, 12, 7
@@ -55,12 +55,12 @@ def test_an_update_does_not_depend_on_how_it_is_cut(
     order = [
         index for batches in zip(*columns, strict=True) for batch in batches for index in batch
     ]
-    # Over the end of three epochs of 10.
+    # 36 positions cross the ends of four epochs of 10.
     positions = np.arange(start, start + n_updates * per_update)
     assert order == sequence_indices(positions, N_SEQUENCES, SEED).tolist()
 
 
-def test_targets_are_the_next_tokens(stream: TokenStream) -> None:
+def test_targets_are_next_tokens(stream: TokenStream) -> None:
     with open_loader(stream) as loader:
         for _ in range(8):
             inputs, targets = loader.next()
@@ -69,36 +69,34 @@ def test_targets_are_the_next_tokens(stream: TokenStream) -> None:
             assert torch.equal(inputs, inputs[:, :1] + torch.arange(T))
 
 
-def test_starting_later_is_skipping(stream: TokenStream) -> None:
+def test_start_at_position(stream: TokenStream) -> None:
     with open_loader(stream) as whole, open_loader(stream, position=2 * 6) as late:
         assert read(whole, 10)[6:] == read(late, 4)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_a_batch_in_use_is_not_overwritten(stream: TokenStream, depth: int) -> None:
+def test_batch_in_use_is_not_overwritten(stream: TokenStream, depth: int) -> None:
     with open_loader(stream, depth=depth) as loader:
         for _ in range(6):
             inputs, targets = loader.next()
             copies = inputs.clone(), targets.clone()
-            # Long enough for the reader to fill every place it holds free.
+            # Long enough for the reader to fill every free slot.
             time.sleep(0.02)
             assert torch.equal(inputs, copies[0])
             assert torch.equal(targets, copies[1])
 
 
-def test_errors_of_the_reader_are_raised_where_the_data_is_wanted(
-    stream: TokenStream, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_next_raises_read_error(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> None:
     reads, read_sequence = itertools.count(), stream.read
 
-    def break_down(index: int, seq_len: int) -> NDArray[np.integer]:
+    def failing_read(index: int, seq_len: int) -> NDArray[np.integer]:
         if next(reads) >= 4:
             raise OSError("the disk is gone")
         return read_sequence(index, seq_len)
 
-    monkeypatch.setattr(stream, "read", break_down)
+    monkeypatch.setattr(stream, "read", failing_read)
     with open_loader(stream) as loader:
-        # What was read before is still good.
+        # Batches read before the failure are still valid.
         read(loader, 2)
         with pytest.raises(OSError, match="the disk is gone"):
             loader.next()
@@ -116,30 +114,30 @@ def slow_stream(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> TokenSt
     return stream
 
 
-def test_waiting_is_counted(slow_stream: TokenStream) -> None:
+def test_counts_wait_for_slow_reader(slow_stream: TokenStream) -> None:
     with open_loader(slow_stream, depth=1) as loader:
         assert loader.wait_seconds == 0
         read(loader, 3)
-    # Three batches of two sequences, hardly any of them ready when asked for.
+    # Six reads of 0.02 s, almost none of them ahead of use.
     assert 0.08 < loader.wait_seconds < 5
 
 
-def test_reading_ahead_saves_the_wait(slow_stream: TokenStream) -> None:
+def test_read_ahead_hides_wait(slow_stream: TokenStream) -> None:
     with open_loader(slow_stream, depth=4) as loader:
         time.sleep(0.5)
         read(loader, 4)
-    # The eight reads took 0.16 s.
+    # The eight reads take 0.16 s.
     assert loader.wait_seconds < 0.08
 
 
 class Stream:
-    """A CUDA stream that remembers what was asked of it."""
+    """A fake CUDA stream that records its calls."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.calls: list[str] = []
 
     def wait_event(self, event: "Event") -> None:
-        # CUDA would wait for nothing.
+        # CUDA does not wait for an event that was never recorded.
         assert event.streams, "the event was never recorded"
         self.calls.append("wait")
 
@@ -148,7 +146,7 @@ class Stream:
 
 
 class Event:
-    """A CUDA event that remembers the streams it was recorded on."""
+    """A fake CUDA event that lists the streams it was recorded on."""
 
     def __init__(self) -> None:
         self.streams: list[Stream] = []
@@ -165,10 +163,10 @@ class Event:
 
 
 class Cuda:
-    """A device that is the CPU, with streams and events that keep a record."""
+    """Replaces CUDA by the CPU with fake streams and events."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.training, self.side = Stream(), Stream()
+        self.training, self.copy = Stream(), Stream()
         empty, empty_like = torch.empty, torch.empty_like
         monkeypatch.setattr(
             torch, "empty", lambda *shape, pin_memory, **rest: empty(*shape, **rest)
@@ -176,7 +174,7 @@ class Cuda:
         monkeypatch.setattr(torch, "empty_like", lambda like, device: empty_like(like))
         for name, fake in {
             "Event": Event,
-            "Stream": lambda device: self.side,
+            "Stream": lambda device: self.copy,
             "current_stream": lambda device: self.training,
             "set_device": lambda device: None,
             "stream": lambda stream: nullcontext(),
@@ -184,7 +182,7 @@ class Cuda:
             monkeypatch.setattr(torch.cuda, name, fake)
 
 
-def test_the_first_copy_to_a_buffer_waits_for_what_its_memory_was_used_for(
+def test_first_copy_waits_for_pending_kernels(
     stream: TokenStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda = Cuda(monkeypatch)
@@ -194,25 +192,25 @@ def test_the_first_copy_to_a_buffer_waits_for_what_its_memory_was_used_for(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_closing_waits_for_the_copies(
+def test_close_waits_for_copies(
     stream: TokenStream, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     cuda, reads, read_sequence = Cuda(monkeypatch), itertools.count(), stream.read
 
-    def break_down(index: int, seq_len: int) -> NDArray[np.integer]:
+    def failing_read(index: int, seq_len: int) -> NDArray[np.integer]:
         if fails and next(reads) == 4:
             raise OSError("the disk is gone")
         return read_sequence(index, seq_len)
 
-    monkeypatch.setattr(stream, "read", break_down)
+    monkeypatch.setattr(stream, "read", failing_read)
     with open_loader(stream, device=torch.device("cuda")) as loader:
         read(loader, 2)
-    assert cuda.side.calls.count("record") >= 2
-    assert cuda.side.calls[-1] == "synchronize"
+    assert cuda.copy.calls.count("record") >= 2
+    assert cuda.copy.calls[-1] == "synchronize"
 
 
 @pytest.mark.parametrize("n_batches", [0, 3])
-def test_closing_ends_the_thread(stream: TokenStream, n_batches: int) -> None:
+def test_close_ends_thread(stream: TokenStream, n_batches: int) -> None:
     before = threading.active_count()
     with open_loader(stream) as loader:
         read(loader, n_batches)

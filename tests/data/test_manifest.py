@@ -30,14 +30,14 @@ def make_manifest(folder: Path, vocab_size: int = 300) -> Manifest:
     )
 
 
-def test_loads_what_was_saved(folder: Path) -> None:
+def test_save_and_load(folder: Path) -> None:
     manifest = Manifest.load(folder)
     assert manifest == make_manifest(folder)
     manifest.check_files(folder)
     manifest.check_contents(folder)
 
 
-def test_missing_folder_and_interrupted_preparation(tmp_path: Path) -> None:
+def test_missing_folder_or_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere does not exist"):
         Manifest.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="run the same prepare command again"):
@@ -51,28 +51,28 @@ def test_unreadable_manifest(folder: Path, content: str) -> None:
         Manifest.load(folder)
 
 
-def test_newer_format_is_named(folder: Path) -> None:
+def test_newer_format_version(folder: Path) -> None:
     (folder / MANIFEST_FILE).write_text(json.dumps({"format_version": 2, "new": True}))
     with pytest.raises(ValueError, match=r"format version 2.*upgrade"):
         Manifest.load(folder)
 
 
-def test_fingerprint_follows_the_token_streams_only(folder: Path) -> None:
+def test_fingerprint_depends_on_token_streams_only(folder: Path) -> None:
     manifest = make_manifest(folder)
     same = replace(manifest, skipped_records=0)
     assert same.fingerprint() == manifest.fingerprint()
     [shard] = manifest.splits["train"].shards
-    renamed = replace(manifest.splits["train"], shards=(replace(shard, sha256="0"),))
+    changed = replace(manifest.splits["train"], shards=(replace(shard, sha256="0"),))
     for other in (
         replace(manifest, tokenizer_fingerprint="u"),
         replace(manifest, dtype="uint32"),
         replace(manifest, splits={"validation": manifest.splits["train"]}),
-        replace(manifest, splits={"train": renamed}),
+        replace(manifest, splits={"train": changed}),
     ):
         assert other.fingerprint() != manifest.fingerprint()
 
 
-def save_wrongly(path: Path, damage: str) -> None:
+def damage_shard(path: Path, damage: str) -> None:
     data = path.read_bytes()
     match damage:
         case "missing":
@@ -106,16 +106,14 @@ def save_wrongly(path: Path, damage: str) -> None:
         ("shape", r"shape \(2, 2\)"),
     ],
 )
-def test_damaged_shards_are_found_without_reading_them(
-    folder: Path, damage: str, found: str
-) -> None:
+def test_check_files_finds_damage(folder: Path, damage: str, found: str) -> None:
     path = folder / "train-00000.npy"
-    save_wrongly(path, damage)
+    damage_shard(path, damage)
     with pytest.raises(ValueError, match=f"train-00000.npy is damaged.*{found}.*prepare"):
         Manifest.load(folder).check_files(folder)
 
 
-def test_changed_content_is_found_by_reading(folder: Path) -> None:
+def test_check_contents_finds_changed_tokens(folder: Path) -> None:
     manifest = Manifest.load(folder)
     changed = TOKENS.copy()
     changed[0] += 1
@@ -125,11 +123,11 @@ def test_changed_content_is_found_by_reading(folder: Path) -> None:
         manifest.check_contents(folder)
 
 
-@pytest.mark.parametrize("at_a_time", [1, 3, 4, 5])
-def test_token_ids_beyond_the_vocabulary_are_found(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 4, 5])
+def test_check_contents_finds_ids_beyond_vocabulary(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
 ) -> None:
-    monkeypatch.setattr("fastllama.data.manifest.CHECK_CHUNK_TOKENS", at_a_time)
+    monkeypatch.setattr("fastllama.data.manifest.CHECK_CHUNK_TOKENS", chunk_tokens)
     make_manifest(folder).check_contents(folder)
     with pytest.raises(ValueError, match="token id 299, expected ids below 299"):
         make_manifest(folder, vocab_size=299).check_contents(folder)

@@ -30,7 +30,7 @@ EOS = 1
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer, and 120 documents in three formats with an empty and three malformed ones."""
+    """A tokenizer and 120 documents in three formats, one empty and three malformed records."""
     folder = tmp_path_factory.mktemp("source")
     draw = random.Random(0)
     texts = [" ".join(draw.choices(WORDS, k=draw.randrange(1, 30))) for _ in range(119)]
@@ -47,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def commit_always(monkeypatch: pytest.MonkeyPatch) -> None:
+def commit_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
     monkeypatch.setattr(module, "BATCH_RECORDS", 7)
 
@@ -59,7 +59,7 @@ def run(source: Path, output: Path, **changes: Any) -> Manifest:
     return prepare(inputs, tokenizer, output, **settings)
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
@@ -81,7 +81,7 @@ def decoded(folder: Path, split: str) -> list[str]:
     return [tokenizer.decode(piece[:-1].tolist(), skip_special_tokens=False) for piece in pieces]
 
 
-def test_every_document_is_in_one_split_in_order(source: Path, tmp_path: Path) -> None:
+def test_each_document_is_in_one_split(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "data" / "new"
     manifest = run(source, output)
     train, validation = decoded(output, "train"), decoded(output, "validation")
@@ -110,7 +110,7 @@ def test_manifest_describes_the_folder(source: Path, tmp_path: Path) -> None:
     assert manifest.vocab_size == tokenizer.get_vocab_size()
     assert (manifest.dtype, manifest.end_token_id, manifest.skipped_records) == ("uint16", EOS, 3)
     shards = {shard.file for split in manifest.splits.values() for shard in split.shards}
-    assert set(content(tmp_path / "data")) == {
+    assert set(files_of(tmp_path / "data")) == {
         "job.json",
         "manifest.json",
         "tokenizer.json",
@@ -118,14 +118,14 @@ def test_manifest_describes_the_folder(source: Path, tmp_path: Path) -> None:
     }
 
 
-def test_a_shard_that_ends_with_the_stream_is_complete(source: Path, tmp_path: Path) -> None:
+def test_last_shard_may_be_full(source: Path, tmp_path: Path) -> None:
     tokens = run(source, tmp_path / "one", validation_fraction=0.0).splits["train"].tokens
     split = run(source, tmp_path / "two", validation_fraction=0.0, shard_tokens=tokens)
     assert [shard.tokens for shard in split.splits["train"].shards] == [tokens]
     assert set(split.splits) == {"train"}
 
 
-def test_large_vocabulary_and_foreign_template(source: Path, tmp_path: Path) -> None:
+def test_large_vocabulary_and_template(source: Path, tmp_path: Path) -> None:
     vocabulary = {"start": 0, "</s>": 70_000, "a": 69_999}
     tokenizer = Tokenizer(WordLevel(vocabulary, "a"))
     tokenizer.add_special_tokens(["</s>"])
@@ -139,7 +139,7 @@ def test_large_vocabulary_and_foreign_template(source: Path, tmp_path: Path) -> 
     assert stream(output, split).tolist() == [69_999, 70_000]
 
 
-def test_largest_vocabulary_of_16_bits(source: Path, tmp_path: Path) -> None:
+def test_dtype_at_the_limit_of_16_bits(source: Path, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("a")
     for largest, dtype in ((65_535, "uint16"), (65_536, "uint32")):
         path = tmp_path / f"{largest}.json"
@@ -152,27 +152,27 @@ def test_largest_vocabulary_of_16_bits(source: Path, tmp_path: Path) -> None:
         assert stream(output, *manifest.splits).tolist() == [0, largest]
 
 
-def test_commits_and_batches_do_not_show_in_the_result(
+def test_result_is_independent_of_commits_and_batches(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(source, tmp_path / "one")
     monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 200)
     run(source, tmp_path / "two")
-    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
 class StopError(Exception):
     pass
 
 
-@pytest.mark.usefixtures("commit_always")
+@pytest.mark.usefixtures("commit_every_batch")
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_stopped_at_any_write_it_continues_to_the_same_bytes(
+def test_resume_after_any_fsync_gives_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     run(source, tmp_path / "reference")
-    expected = content(tmp_path / "reference")
+    expected = files_of(tmp_path / "reference")
     fsync = os.fsync
     for last in itertools.count(1, 7):
         calls = itertools.count(1)
@@ -194,13 +194,11 @@ def test_stopped_at_any_write_it_continues_to_the_same_bytes(
             else:
                 break
         run(source, output)
-        assert content(output) == expected
+        assert files_of(output) == expected
     assert last > 100
 
 
-def test_killed_at_random_moments_it_continues_to_the_same_bytes(
-    source: Path, tmp_path: Path
-) -> None:
+def test_resume_after_random_kills_gives_same_bytes(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "reference")
     output = tmp_path / "data"
     program = f"""
@@ -229,7 +227,7 @@ module.prepare([{str(source / "corpus")!r}], Path({str(source / "tokenizer.json"
             break
         kills += 1
     assert kills >= 2
-    assert content(output) == content(tmp_path / "reference")
+    assert files_of(output) == files_of(tmp_path / "reference")
 
 
 def recorded(output: Path) -> bytes:
@@ -240,19 +238,19 @@ def recorded(output: Path) -> bytes:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, commits: int) -> None:
-    real = module.PrepareProgress.save
-    left = iter(range(commits - 1, -1, -1))
+    save_progress = module.PrepareProgress.save
+    commits_left = iter(range(commits - 1, -1, -1))
 
     def save(progress: module.PrepareProgress, folder: Path) -> None:
-        real(progress, folder)
-        if not next(left):
+        save_progress(progress, folder)
+        if not next(commits_left):
             raise OSError("no space left on the device")
 
     monkeypatch.setattr(module.PrepareProgress, "save", save)
 
 
-@pytest.mark.usefixtures("commit_always")
-def test_interrupted_work_is_kept_and_guarded(
+@pytest.mark.usefixtures("commit_every_batch")
+def test_interrupted_work_is_kept(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "data"
@@ -260,7 +258,7 @@ def test_interrupted_work_is_kept_and_guarded(
         stop_after(patch, 5)
         with pytest.raises(OSError, match="no space"):
             run(source, output)
-    before = content(output)
+    before = files_of(output)
     assert "progress.json" in before
     with pytest.raises(ValueError, match="run the same prepare command again"):
         Manifest.load(output)
@@ -268,14 +266,14 @@ def test_interrupted_work_is_kept_and_guarded(
         run(source, output, shard_tokens=50)
     with pytest.raises(ValueError, match=r"another job \(field differ"):
         run(source, output, field="body")
-    assert content(output) == before
+    assert files_of(output) == before
     [shard] = [path for path in output.glob("train-*") if not any(path.read_bytes()[:128])]
     os.truncate(shard, 128)
     with pytest.raises(ValueError, match=rf"{shard.name} lacks tokens"):
         run(source, output)
 
 
-def test_complete_folder_is_returned_at_once(
+def test_complete_folder_returns_at_once(
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -283,20 +281,20 @@ def test_complete_folder_is_returned_at_once(
 ) -> None:
     output = tmp_path / "data"
     manifest = run(source, output)
-    before = content(output)
+    before = files_of(output)
     monkeypatch.setattr(module, "read_documents", None)
     capsys.readouterr()
     assert run(source, output) == manifest
     assert "already complete" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"another job \(validation_fraction differ"):
         run(source, output, validation_fraction=0.5)
-    assert content(output) == before
+    assert files_of(output) == before
     (output / "train-00000.npy").unlink()
     with pytest.raises(ValueError, match=r"train-00000.npy is damaged"):
         run(source, output)
 
 
-def test_changed_input_is_another_job(source: Path, tmp_path: Path) -> None:
+def test_rejects_changed_input(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_text("one")
     run(source, tmp_path / "data", inputs=[str(path)])
@@ -305,33 +303,33 @@ def test_changed_input_is_another_job(source: Path, tmp_path: Path) -> None:
         run(source, tmp_path / "data", inputs=[str(path)])
 
 
-def test_input_that_changes_while_it_is_read_is_refused(
+def test_rejects_input_changed_while_read(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.txt"
     path.write_text("one")
-    real = module._append
+    append_documents = module._append
 
     def append(*arguments: Any) -> None:
         path.write_text("two, changed")
-        real(*arguments)
+        append_documents(*arguments)
 
     monkeypatch.setattr(module, "_append", append)
     with pytest.raises(ValueError, match="changed while it was read"):
         run(source, tmp_path / "data", inputs=[str(path)])
 
 
-def test_other_files_are_never_touched(source: Path, tmp_path: Path) -> None:
+def test_rejects_folder_of_other_files(source: Path, tmp_path: Path) -> None:
     (tmp_path / "train-00000.npy").write_text("mine")
     with pytest.raises(ValueError, match=r"holds other files \(train-00000.npy\)"):
         run(source, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["train-00000.npy"]
-    assert content(tmp_path) == {"train-00000.npy": b"mine"}
+    assert files_of(tmp_path) == {"train-00000.npy": b"mine"}
     with pytest.raises(ValueError, match="is not a folder"):
         run(source, tmp_path / "train-00000.npy")
 
 
-def test_a_job_that_never_recorded_anything_gives_way(
+def test_replaces_a_job_without_recorded_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "data"
@@ -343,10 +341,10 @@ def test_a_job_that_never_recorded_anything_gives_way(
     assert len(list(output.glob("train-*.npy"))) > 20
     run(source, output)
     run(source, tmp_path / "reference")
-    assert content(output) == content(tmp_path / "reference")
+    assert files_of(output) == files_of(tmp_path / "reference")
 
 
-def test_two_processes_cannot_write_one_folder(source: Path, tmp_path: Path) -> None:
+def test_rejects_locked_folder(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "data"
     output.mkdir()
     with (
@@ -355,11 +353,11 @@ def test_two_processes_cannot_write_one_folder(source: Path, tmp_path: Path) -> 
     ):
         run(source, output)
     assert [path.name for path in output.iterdir()] == [".lock"]
-    # The file that is left over is in nobody's way.
+    # The lock file does not block the next run.
     run(source, output)
 
 
-def test_malformed_records_are_shown_up_to_ten(
+def test_reports_ten_malformed_records(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "x.jsonl"
@@ -371,14 +369,14 @@ def test_malformed_records_are_shown_up_to_ten(
     assert manifest.skipped_records == 12
 
 
-def test_strict_stops_at_the_first_malformed_record(source: Path, tmp_path: Path) -> None:
+def test_strict_stops_at_malformed_record(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.jsonl:11: not JSON"):
         run(source, tmp_path / "data", strict=True)
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.usefixtures("commit_always")
-def test_input_without_documents_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("commit_every_batch")
+def test_input_without_documents_leaves_no_folder(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"body": "a"}\n' * 20)
     with pytest.raises(ValueError, match="choose one of body"):
@@ -403,7 +401,7 @@ def test_input_without_documents_leaves_nothing_behind(source: Path, tmp_path: P
         ({"tokenizer": Path("nowhere")}, "nowhere does not exist"),
     ],
 )
-def test_settings_that_cannot_work(
+def test_rejects_invalid_settings(
     source: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -417,7 +415,7 @@ def test_end_token_by_name(source: Path, tmp_path: Path) -> None:
     assert stream(tmp_path / "data", "train")[-1] == 2
 
 
-def test_workers_limits_the_encoding_threads(source: Path, tmp_path: Path) -> None:
+def test_number_of_workers(source: Path, tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
 import fastllama.data.prepare as module

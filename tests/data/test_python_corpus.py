@@ -37,7 +37,7 @@ def test_sources_are_decoded_sorted_and_distinct(library: Path, tmp_path: Path) 
     ]
 
 
-def test_command_writes_once(
+def test_command_reuses_existing_output(
     library: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

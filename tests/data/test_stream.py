@@ -22,14 +22,16 @@ def test_sequences_cross_shards(
     for index in range(stream.n_sequences(seq_len)):
         tokens = stream.read(index, seq_len)
         assert tokens.dtype == np.dtype(dtype)
-        # The last token is the first of the next sequence.
+        # The last token is also the first token of the next sequence.
         assert tokens.tolist() == TOKENS[index * seq_len : index * seq_len + seq_len + 1]
 
 
 @pytest.mark.parametrize(
     ("seq_len", "n_sequences"), [(1, 22), (2, 11), (11, 2), (12, 1), (22, 1), (23, 0), (100, 0)]
 )
-def test_a_last_target_is_needed(tmp_path: Path, seq_len: int, n_sequences: int) -> None:
+def test_last_sequence_needs_its_last_target(
+    tmp_path: Path, seq_len: int, n_sequences: int
+) -> None:
     assert make_stream(tmp_path, TOKENS).n_sequences(seq_len) == n_sequences
 
 

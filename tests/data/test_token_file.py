@@ -10,7 +10,7 @@ import pytest
 from fastllama.data.token_file import TokenFile
 from tests.data.folder import make_stream
 
-# Of several pages: in the last one a map would give zeros where the file ends.
+# Several memory pages. A map would read zeros after the end of a truncated file in its last page.
 TOKENS = np.arange(10_000, dtype=np.uint16)
 
 
@@ -22,7 +22,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_reads_what_numpy_wrote(path: Path, dtype: str) -> None:
+def test_reads_numpy_files(path: Path, dtype: str) -> None:
     np.save(path, TOKENS.astype(dtype))
     file = TokenFile(path)
     assert (file.dtype, file.shape) == (np.dtype(dtype), (10_000,))
@@ -32,7 +32,7 @@ def test_reads_what_numpy_wrote(path: Path, dtype: str) -> None:
         assert np.array_equal(tokens, TOKENS[first : first + n])
 
 
-def test_a_shard_cut_short_while_in_use_is_named(tmp_path: Path) -> None:
+def test_names_shard_truncated_while_open(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, TOKENS.tolist(), TOKENS.tolist())
     shard = tmp_path / "train-00001.npy"
     os.truncate(shard, 128 + 2 * 5000)
@@ -43,7 +43,7 @@ def test_a_shard_cut_short_while_in_use_is_named(tmp_path: Path) -> None:
         stream.read(2, 5000)
 
 
-def test_a_disk_that_fails_names_the_shard(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_shard_on_disk_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(descriptor: int, n: int, at: int) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -54,14 +54,14 @@ def test_a_disk_that_fails_names_the_shard(path: Path, monkeypatch: pytest.Monke
     assert failure.value.errno == errno.EIO
 
 
-def test_pieces_are_put_together(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joins_partial_reads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pread = os.pread
-    # Network file systems may give less than was asked for, half a token too.
+    # Network file systems may return less than requested, even half a token.
     monkeypatch.setattr(os, "pread", lambda descriptor, n, at: pread(descriptor, min(n, 3), at))
     assert np.array_equal(TokenFile(path).read(7, 100), TOKENS[7:107])
 
 
-def test_threads_read_at_the_same_time(path: Path) -> None:
+def test_concurrent_reads_of_threads(path: Path) -> None:
     file, firsts = TokenFile(path), range(0, 9000, 9)
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda first: file.read(first, 1000), firsts))
@@ -69,7 +69,7 @@ def test_threads_read_at_the_same_time(path: Path) -> None:
         assert np.array_equal(tokens, TOKENS[first : first + 1000])
 
 
-def test_a_forked_process_reads_on(path: Path) -> None:
+def test_reads_in_forked_process(path: Path) -> None:
     file = TokenFile(path)
     child = os.fork()
     if not child:
@@ -78,18 +78,18 @@ def test_a_forked_process_reads_on(path: Path) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_is_never_a_number_in_a_process_that_did_not_open_it(path: Path) -> None:
+def test_cannot_be_pickled(path: Path) -> None:
     with pytest.raises(TypeError, match="cannot pickle"):
         pickle.dumps(TokenFile(path))
 
 
-def test_is_closed_with_its_last_user(path: Path) -> None:
-    def opened() -> int:
+def test_closes_with_last_reference(path: Path) -> None:
+    def n_open() -> int:
         links = Path("/proc/self/fd").iterdir()
         return sum(os.path.lexists(link) and os.readlink(link) == str(path) for link in links)
 
     file = TokenFile(path)
-    # The map of the header is gone.
-    assert opened() == 1
+    # The map that read the header is closed.
+    assert n_open() == 1
     del file
-    assert opened() == 0
+    assert n_open() == 0

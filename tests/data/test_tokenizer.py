@@ -41,30 +41,30 @@ def foreign_tokenizer(*names: str, special: Sequence[str] = ()) -> Tokenizer:
 
 @settings(deadline=None)
 @given(text_with_special_tokens)
-def test_any_text_survives_and_cannot_inject_control_tokens(text: str) -> None:
+def test_round_trip_without_special_tokens(text: str) -> None:
     ids = TOKENIZER.encode(text, add_special_tokens=False).ids
     assert TOKENIZER.decode(ids, skip_special_tokens=False) == text
     assert all(len(SPECIAL_TOKENS) <= token_id < vocabulary_size(TOKENIZER) for token_id in ids)
     verify_round_trip(TOKENIZER, [text])
 
 
-def test_training_merges_and_numbers_special_tokens_first() -> None:
+def test_training_merges_after_special_tokens() -> None:
     assert [TOKENIZER.token_to_id(name) for name in SPECIAL_TOKENS] == [0, 1, 2, 3]
     assert TOKENIZER.get_vocab_size() == 300
     assert len(TOKENIZER.encode("the cat").ids) < len("the cat") // 2
 
 
-def test_small_corpus_gives_smaller_vocabulary() -> None:
+def test_small_corpus_gives_small_vocabulary() -> None:
     assert train_tokenizer(["ab ab"], vocab_size=8192).get_vocab_size() < 270
 
 
-def test_vocabulary_without_room_for_all_bytes_is_refused() -> None:
+def test_min_vocab_size() -> None:
     assert train_tokenizer(CORPUS, vocab_size=260).get_vocab_size() == 260
     with pytest.raises(ValueError, match=r"259 is too small.*260"):
         train_tokenizer(CORPUS, vocab_size=259)
 
 
-def test_saved_tokenizer_encodes_the_same(tmp_path: Path) -> None:
+def test_save_and_load(tmp_path: Path) -> None:
     path = tmp_path / "new" / "tokenizer.json"
     save_tokenizer(TOKENIZER, path)
     loaded = load_tokenizer(path)
@@ -73,13 +73,13 @@ def test_saved_tokenizer_encodes_the_same(tmp_path: Path) -> None:
     assert fingerprint(loaded) == fingerprint(TOKENIZER)
 
 
-def test_truncation_and_padding_of_a_file_are_ignored(tmp_path: Path) -> None:
+def test_ignores_truncation_and_padding(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
-    cutting = Tokenizer.from_str(TOKENIZER.to_str())
-    cutting.enable_truncation(2)
-    cutting.enable_padding(length=100)
-    assert fingerprint(cutting) == fingerprint(TOKENIZER)
-    save_tokenizer(cutting, path)
+    truncating = Tokenizer.from_str(TOKENIZER.to_str())
+    truncating.enable_truncation(2)
+    truncating.enable_padding(length=100)
+    assert fingerprint(truncating) == fingerprint(TOKENIZER)
+    save_tokenizer(truncating, path)
     text = "the cat sat on the mat"
     assert load_tokenizer(path).encode(text).ids == TOKENIZER.encode(text).ids
 
@@ -104,7 +104,7 @@ def test_fingerprint_ignores_formatting_but_not_content(tmp_path: Path) -> None:
         (b"[]", "is not a tokenizer"),
     ],
 )
-def test_bad_files_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_rejects_bad_files(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_bytes(content)
@@ -112,17 +112,17 @@ def test_bad_files_are_refused(tmp_path: Path, content: bytes | None, message: s
         load_tokenizer(path)
 
 
-def test_a_folder_is_no_tokenizer(tmp_path: Path) -> None:
+def test_rejects_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder"):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>"])
-def test_usual_end_tokens_are_found(name: str) -> None:
+def test_finds_usual_end_tokens(name: str) -> None:
     assert end_token_id(foreign_tokenizer("a", "b", name, special=[name])) == 2
 
 
-def test_end_token_by_name_and_by_order() -> None:
+def test_end_token_by_name_or_by_order() -> None:
     tokenizer = foreign_tokenizer("</s>", "<EOS>", "stop", special=["stop", "</s>", "<EOS>"])
     assert end_token_id(tokenizer) == 1
     assert end_token_id(tokenizer, "stop") == 2
@@ -132,7 +132,7 @@ def test_end_token_by_name_and_by_order() -> None:
         end_token_id(foreign_tokenizer("a"))
 
 
-def test_an_entry_that_text_may_hold_ends_no_document() -> None:
+def test_end_token_must_be_special() -> None:
     tokenizer = foreign_tokenizer("a", "</s>", "the", special=["stop"])
     tokenizer.add_tokens(["added"])
     with pytest.raises(ValueError, match=r"none of the usual .* one of .*\(stop\)$"):
@@ -150,10 +150,8 @@ def test_an_entry_that_text_may_hold_ends_no_document() -> None:
         ("pipe", "pipe is not a file: choose another"),
     ],
 )
-def test_an_output_that_cannot_be_written_is_refused(
-    tmp_path: Path, output: str, message: str
-) -> None:
-    # Executable, which of a folder is the right to enter it.
+def test_check_writable_rejects(tmp_path: Path, output: str, message: str) -> None:
+    # Executable: for a folder this bit is the permission to enter it.
     (tmp_path / "file").touch(mode=0o777)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match=message):
@@ -163,25 +161,25 @@ def test_an_output_that_cannot_be_written_is_refused(
     assert not (tmp_path / "new").exists()
 
 
-def test_an_output_in_a_folder_of_others_is_refused(
+def test_check_writable_in_read_only_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Root may write everywhere, so a mode would not do.
+    # Root can write everywhere, so changing the mode of the folder would have no effect.
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
     with pytest.raises(ValueError, match=f"because {tmp_path} is not a writable folder"):
         check_writable(tmp_path / "new" / "tokenizer.json")
 
 
-def test_vocabulary_size_covers_gaps_between_ids() -> None:
+def test_vocabulary_size_includes_gaps() -> None:
     assert vocabulary_size(Tokenizer(WordLevel({"a": 0, "b": 9}, "a"))) == 10
 
 
-def test_lossy_tokenizer_fails_the_round_trip() -> None:
+def test_lossy_tokenizer_fails_round_trip() -> None:
     with pytest.raises(ValueError, match="does not return the text 'x y'"):
         verify_round_trip(foreign_tokenizer("unknown", "a"), ["a", "x y"])
 
 
-def test_round_trip_leaves_out_what_a_template_adds() -> None:
+def test_round_trip_ignores_template_tokens() -> None:
     tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
     tokenizer.post_processor = TemplateProcessing("<SOS> $A", special_tokens=[("<SOS>", 0)])
     verify_round_trip(tokenizer, ["the cat"])

@@ -1,4 +1,4 @@
-"""The plan against FSDP2 itself, on tensors without memory and a process group without peers."""
+"""Checks the plan against FSDP2, run with fake tensors and a fake process group."""
 
 import dataclasses
 import itertools
@@ -41,7 +41,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 @library.custom_op("fastllama_test::attention", mutates_args=())
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """A name to the policy of selective checkpointing; never computed."""
+    """Gives the policy of selective checkpointing the name of an attention operator."""
     raise AssertionError("never computed")
 
 
@@ -53,7 +53,7 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FlashAttention(torch.autograd.Function):
-    """Keeps what the FlashAttentions keep."""
+    """Saves for backward what the FlashAttention backends save."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class FlashAttention(torch.autograd.Function):
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the tensors alive, the most there ever were, and bytes that collectives send."""
+    """Measures bytes of live tensors, their peak, and bytes that collectives send."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Meter(TorchDispatchMode):
         self._sizes: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def __enter__(self) -> Self:
-        # FSDP2 frees and allocates gathered parameters by it, past the dispatcher.
+        # FSDP2 allocates and frees gathered parameters with it, bypassing the dispatcher.
         self._resize = resize = torch.UntypedStorage.resize_
 
         def resize_and_measure(storage: torch.UntypedStorage, size: int) -> Any:
@@ -98,7 +98,7 @@ class Meter(TorchDispatchMode):
         if operator.namespace == "c10d":
             self._count(operator.__name__.partition(".")[0], args)
         for x in tree_leaves(result):
-            # A DTensor has no memory beside that of its shard.
+            # A DTensor has no memory besides its local shard.
             if isinstance(x, Tensor) and not isinstance(x, DTensor) and x.device != META:
                 self._measure(x.untyped_storage())
         return result
@@ -128,7 +128,7 @@ class Meter(TorchDispatchMode):
 
 
 def measure(config: Config, world_size: int) -> tuple[dict[str, int], dict[str, int]]:
-    """One update of `config`, as one of `world_size` devices sees it: memory, traffic."""
+    """Run one update as rank 0 of `world_size`; return memory and traffic in bytes by name."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         mesh = build_mesh("cpu", config.parallel.replicate)
@@ -162,7 +162,7 @@ def run_update(model: Llama, config: Config, world_size: int, meter: Meter) -> d
         tokens = torch.zeros(shape, dtype=torch.int64)
         loss = model(tokens, tokens)
         if micro_batch == 0:
-            found["for the backward"] = meter.alive - before
+            found["saved for backward"] = meter.alive - before
         loss.backward()
         del loss
         if not is_last:
@@ -176,7 +176,7 @@ def shard_bytes(tensors: Any) -> int:
 
 
 def recipe(world_size: int, n_micro_batches: int = 1, **changes: dict[str, Any]) -> Config:
-    """Llama 3.1 8B, with options of groups changed, for updates of so many micro-batches."""
+    """Llama 3.1 8B with changed options and `n_micro_batches` per update."""
     config = load_recipe(RECIPE)
     for group, options in changes.items():
         changed = dataclasses.replace(getattr(config, group), **options)
@@ -187,7 +187,7 @@ def recipe(world_size: int, n_micro_batches: int = 1, **changes: dict[str, Any])
 
 
 CASES = {
-    # As the recipe, but for 2 micro-batches in place of 8: the third finds what the second found.
+    # The recipe with 2 instead of 8 micro-batches. Later ones repeat the memory of the second.
     "8": (8, recipe(8, n_micro_batches=2, parallel={"reshard_after_forward": True})),
     "64": (64, recipe(64, parallel={"reshard_after_forward": True})),
     "512": (512, recipe(512, parallel={"reshard_after_forward": True})),
@@ -222,7 +222,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_plan_is_what_fsdp_does(name: str) -> None:
+def test_plan_matches_fsdp(name: str) -> None:
     world_size, config = CASES[name]
     reshard = bool(config.parallel.reshard_after_forward)
     memory = plan_memory(config, world_size, reshard=reshard)
@@ -230,10 +230,10 @@ def test_plan_is_what_fsdp_does(name: str) -> None:
     measured, sent = measure(config, world_size)
     assert_close(memory.parameters, measured["parameters"])
     assert_close(memory.optimizer, measured["optimizer"])
-    # The gradients of the loss wait for the backward as well.
+    # The loss computes its gradients in the forward and saves them too.
     model, n_tokens = config.model, config.training.batch_size * config.model.max_seq_len
     loss = 4 * model.vocab_size * model.n_embd + 2 * n_tokens * model.n_embd
-    assert_close(memory.gathered + memory.activations + loss, measured["for the backward"])
+    assert_close(memory.gathered + memory.activations + loss, measured["saved for backward"])
     if config.accumulation_steps(world_size) > 1:
         stays = memory.gradients + (0 if reshard else memory.gathered)
         assert_close(stays, measured["between micro-batches"])
@@ -247,8 +247,8 @@ def assert_close(planned: int, measured: int) -> None:
     assert math.isclose(planned, measured, rel_tol=0.05), (planned, measured)
 
 
-def test_a_block_keeps_what_was_counted() -> None:
-    # By tests/kernels/test_activation_memory.py.
+def test_activation_bytes_of_1b_block() -> None:
+    # As measured by tests/kernels/test_activation_memory.py.
     config = load_recipe(RECIPE.with_name("llama-1b.toml"))
     assert activation_bytes(config, "none") == 47_240
 
@@ -258,7 +258,7 @@ def test_one_device_sends_nothing() -> None:
     assert plan_traffic(config, 1, reshard=True) == TrafficPlan(0, 0, 0)
 
 
-def test_resharding_is_chosen_by_memory() -> None:
+def test_auto_resharding_depends_on_memory() -> None:
     config = recipe(64)
     kept = plan_memory(config, 64, reshard=False).total
     assert choose_resharding(config, 64, available=2 * kept)[0] is False
@@ -274,24 +274,24 @@ def test_resharding_is_chosen_by_memory() -> None:
     )
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_resharding_is_as_asked_for(asked: bool) -> None:
-    config = recipe(64, parallel={"reshard_after_forward": asked})
+@pytest.mark.parametrize("choice", [True, False])
+def test_explicit_resharding(choice: bool) -> None:
+    config = recipe(64, parallel={"reshard_after_forward": choice})
     for available in (None, 1, 2**60):
         reshard, reason = choose_resharding(config, 64, available)
-        assert reshard is asked
+        assert reshard is choice
         assert reason.endswith("as asked for")
 
 
-def rows_of_the_page(header: str) -> list[list[str]]:
-    """The cells of the table in docs/distributed.md that begins with `header`."""
+def table_rows(header: str) -> list[list[str]]:
+    """Cells of the table in docs/distributed.md whose first line begins with `header`."""
     page = (RECIPE.parents[1] / "docs" / "distributed.md").read_text()
     lines = page[page.index(header) :].splitlines()[2:]
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-def of_the_page(devices: str, reshard: str) -> tuple[Config, int, bool]:
+def config_of_row(devices: str, reshard: str) -> tuple[Config, int, bool]:
     world_size, _, replicas = devices.partition(", ")
     replicate = int(replicas.removesuffix(" replicas") or 1)
     config = recipe(
@@ -304,16 +304,16 @@ def gibibytes(*counts: int) -> list[float]:
     return [round(count / 2**30, 1) for count in counts]
 
 
-def test_the_page_shows_the_plan() -> None:
-    memory = rows_of_the_page("| GPUs | reshard | parameters")
-    traffic = rows_of_the_page("| GPUs | reshard | all-gather")
+def test_docs_show_the_plan() -> None:
+    memory = table_rows("| GPUs | reshard | parameters")
+    traffic = table_rows("| GPUs | reshard | all-gather")
     assert len(memory) == len(traffic) == 7
     for devices, reshard, *cells in memory:
-        config, world_size, freed = of_the_page(devices, reshard)
+        config, world_size, freed = config_of_row(devices, reshard)
         plan = plan_memory(config, world_size, reshard=freed)
-        wanted = gibibytes(*dataclasses.astuple(plan), plan.total)
-        assert [float(cell) for cell in cells] == wanted
+        expected = gibibytes(*dataclasses.astuple(plan), plan.total)
+        assert [float(cell) for cell in cells] == expected
     for devices, reshard, *cells in traffic:
-        config, world_size, freed = of_the_page(devices, reshard)
+        config, world_size, freed = config_of_row(devices, reshard)
         sent = plan_traffic(config, world_size, reshard=freed)
         assert [float(cell) for cell in cells] == gibibytes(*dataclasses.astuple(sent))
