@@ -1,4 +1,4 @@
-"""`python -m fastllama` and `torchrun … -m fastllama` are the command `fastllama`."""
+"""`python -m fastllama` and `torchrun … -m fastllama` run the command `fastllama`."""
 
 from fastllama.cli import main
 

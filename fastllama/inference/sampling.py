@@ -1,4 +1,4 @@
-"""The options of sampling. Standard library only, so `fastllama generate --help` imports no torch."""
+"""The options of sampling. Standard library only: `fastllama generate --help` imports no torch."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,108 @@
+"""The command line: find a command, run it, exit with its code.
+
+A file for each command holds its options, its call and what it prints. It imports PyTorch and
+tokenizers only after its options are parsed, so that help and usage errors appear at once.
+"""
+
+import gc
+import sys
+from collections.abc import Sequence
+
+from fastllama import __version__
+from fastllama.cli import (
+    data_check,
+    generate,
+    prepare,
+    tokenizer_train,
+    train,
+    verify_resume,
+)
+from fastllama.cli.command import Command
+from fastllama.cli.errors import REPORTED, UsageError, report
+from fastllama.cli.parsing import split_options, without_debug
+
+# In the order of the help text, which follows the way from text to a trained model.
+COMMANDS: dict[tuple[str, ...], Command] = {
+    ("tokenizer", "train"): tokenizer_train.COMMAND,
+    ("prepare",): prepare.COMMAND,
+    ("data", "check"): data_check.COMMAND,
+    ("train",): train.COMMAND,
+    ("verify-resume",): verify_resume.COMMAND,
+    ("generate",): generate.COMMAND,
+}
+
+HELP = """\
+usage: fastllama COMMAND [OPTIONS]
+
+Train LLaMA models from scratch.
+
+{commands}
+
+`fastllama COMMAND --help` explains the options of a command. On several devices:
+`torchrun --nproc-per-node 8 -m fastllama train CONFIG.toml`.
+
+options:
+  --help     show this text
+  --version  show the version
+  --debug    also show the traceback of an error (with any command)
+
+exit codes:
+  0    success
+  1    failure
+  2    mistake in the command, or in a file or folder it names
+  85   training stopped early and saved; the same command resumes it
+  130  ended at once by Ctrl-C: the second one during training, otherwise the first;
+       SIGTERM ends with 143 and SIGUSR1 with 138
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command in `argv`, by default the arguments of the process.
+
+    Returns after a success; otherwise exits with a code that `fastllama --help` explains. SIGTERM
+    and SIGUSR1 end the process when no training handles them.
+    """
+    given = split_options(list(sys.argv[1:] if argv is None else argv))
+    args = without_debug(given)
+    debug = len(args) < len(given)
+    code = 0
+    try:
+        run_command(args)
+    except REPORTED as error:
+        code = report(error, debug)
+    # Exit outside the except block. Inside it, the traceback keeps the frames of the training
+    # alive, and with them the process group: its threads then abort the interpreter while it shuts
+    # down. An error in a reference cycle does the same, so the cycles are collected first.
+    if code:
+        gc.collect()
+        sys.exit(code)
+
+
+def run_command(args: list[str]) -> None:
+    """Run the command that `args` starts with.
+
+    Raises:
+        UsageError: there is no such command, or it cannot take the arguments.
+    """
+    if not args or args[0] in ("--help", "-h", "help"):
+        print(help_text(), end="")
+        return
+    if args[0] == "--version":
+        print(f"fastllama {__version__}")
+        return
+    for name, command in COMMANDS.items():
+        n_words = len(name)
+        if tuple(args[:n_words]) == name:
+            command.run(args[n_words:])
+            return
+    raise UsageError(f"There is no command {' '.join(args[:2])!r}; see fastllama --help.")
+
+
+def help_text() -> str:
+    """The text of `fastllama --help`."""
+    forms = [
+        f"  fastllama {' '.join(name)} {arguments}\n      {summary}"
+        for name, command in COMMANDS.items()
+        for arguments, summary in command.forms.items()
+    ]
+    return HELP.format(commands="\n".join(forms))

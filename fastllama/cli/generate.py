@@ -1,0 +1,44 @@
+"""`fastllama generate`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fastllama.cli.command import Command
+from fastllama.cli.parsing import parse
+from fastllama.inference.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Continue a text with a trained model and print it token by token."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or one checkpoint inside it."""
+    prompt: str = ""
+    """Text to continue; an empty prompt starts a document."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA when there is a GPU."""
+
+
+def run(args: list[str]) -> None:
+    """Print the prompt and its continuation as it is generated."""
+    options = parse(GenerateOptions, args, "fastllama generate")
+    from fastllama.distributed.world import choose_device
+    from fastllama.inference.generate import generate_text, load_run
+
+    options.sampling.validate()
+    loaded = load_run(options.run, choose_device(options.device))
+    print(options.prompt, end="", flush=True)
+    pieces = generate_text(
+        loaded.model, loaded.tokenizer, options.prompt, options.sampling, loaded.end_token
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+COMMAND = Command(run, {"runs/NAME --prompt TEXT": "continue a text with a trained model"})

@@ -1,0 +1,125 @@
+"""`fastllama train`."""
+
+import itertools
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastllama.cli.command import Command
+from fastllama.cli.errors import STOPPED, UsageError, report_to_torchrun
+from fastllama.cli.parsing import ConfigOptions, asks_help, base_config, parse, split_recipe
+from fastllama.config import Config, validate
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train the model of a recipe, or resume a run.
+
+    Give the recipe first: fastllama train CONFIG.toml [--group.field VALUE ...]. After an
+    interruption, the same command resumes the run from its newest checkpoint. SIGINT (Ctrl-C),
+    SIGTERM, SIGUSR1 and --training.max-wall-time finish the update, save a checkpoint and exit with
+    85; a second signal stops at once.
+    """
+
+    config: ConfigOptions = field(default_factory=Config)
+    run_dir: Path | None = None
+    """Folder of the run; None means runs/NAME for the recipe NAME.toml."""
+    resume: Path | None = None
+    """Resume the run in this folder, with its own configuration instead of a recipe."""
+    print_config: bool = False
+    """Print the resolved configuration and the values that follow from it, and exit."""
+
+
+def run(args: list[str]) -> None:
+    """Train a run to its end, or until it is asked to stop."""
+    options, path = parse_train(args)
+    if options.print_config:
+        print_config(options.config)
+        return
+    from rich.console import Console
+
+    from fastllama.run_folder import RunFolder
+    from fastllama.train import train
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    console = Console(quiet=not is_main, highlight=False, soft_wrap=True, markup=False)
+    finished = train(options.config, RunFolder(path), console, resume=options.resume is not None)
+    if not finished:
+        # A launcher that sees the first rank exit sends SIGTERM to the others. They are exiting
+        # too, and must exit with this code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        console.print(
+            f"Stopped early. Resume with the same command, or with: fastllama train --resume {path}"
+        )
+        report_to_torchrun(f"no failure: stopped early and saved, exit code {STOPPED}")
+        sys.exit(STOPPED)
+    lines = (
+        f"run     {path}",
+        f"plot    {path / 'loss.png'}",
+        f"next    fastllama generate {path} --prompt {options.config.logging.sample_prompt!r}",
+    )
+    console.print("\n".join(lines))
+
+
+def parse_train(args: list[str]) -> tuple[TrainOptions, Path]:
+    """The options, over the recipe or the run that `args` names, and the folder of the run."""
+    recipe, args = split_recipe(args)
+    # The configuration gives the defaults of the options, so --resume is read before them.
+    resume = next(
+        (value for option, value in itertools.pairwise(args) if option == "--resume"), None
+    )
+    if recipe is not None and resume is not None:
+        raise UsageError("Give a recipe or --resume, not both; a run has its own configuration.")
+    if resume is not None and not asks_help(args):
+        from fastllama.run_folder import RunFolder
+
+        config = RunFolder(Path(resume)).load_config()
+    else:
+        config = base_config(recipe, args, "fastllama train CONFIG.toml, or --resume RUN")
+    options = parse(TrainOptions, args, "fastllama train CONFIG.toml", TrainOptions(config))
+    if options.resume is not None and options.run_dir is not None:
+        raise UsageError("--run-dir names a new run and --resume an old one; give one of them.")
+    name = recipe.stem if recipe is not None else ""
+    return options, options.resume or options.run_dir or Path("runs") / name
+
+
+def print_config(config: Config) -> None:
+    """Print a configuration as TOML, and the values that follow from it as comments."""
+    from fastllama.distributed.world import world_size
+    from fastllama.planning.bound import ASSUMED_RATES, bound
+    from fastllama.planning.flops import flops_per_token, n_parameters
+    from fastllama.planning.memory import plan_memory
+    from fastllama.run_folder import resolved_toml
+
+    validate(config, world_size())
+    model = config.model
+    print(resolved_toml(config))
+    print(f"# parameters             {n_parameters(model):,}")
+    print(f"# feed-forward width     {model.ffn_hidden}")
+    print(f"# head width             {model.head_dim}")
+    print(f"# updates                {config.n_updates:,}")
+    print(f"# accumulation steps     {config.accumulation_steps(world_size())}")
+    print(f"# GFLOP/token, causal    {flops_per_token(model, causal=True) / 1e9:.3f}")
+    print(f"# GFLOP/token, PaLM      {flops_per_token(model, causal=False) / 1e9:.3f}")
+    for reshard, name in ((False, "kept"), (True, "resharded")):
+        total = plan_memory(config, world_size(), reshard=reshard).total
+        print(f"# GiB/device, {name:10} {total / 2**30:.1f}")
+    per_device = config.training.tokens_per_update // world_size()
+    for device, rates in ASSUMED_RATES.items():
+        most = bound(model, per_device, rates).tokens_per_second
+        print(f"# bound on one {device}      {most:,.0f} tok/s, assumed rates")
+
+
+COMMAND = Command(
+    run,
+    {
+        "CONFIG.toml [--run-dir runs/NAME] [--group.field VALUE …]": (
+            "train, or resume an interrupted run"
+        ),
+        "--resume runs/NAME [--group.field VALUE …]": (
+            "resume a run, with other options where possible"
+        ),
+    },
+)

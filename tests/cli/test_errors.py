@@ -1,0 +1,36 @@
+"""Exit codes, the error line, and `--debug`."""
+
+import pytest
+
+from fastllama.cli import main
+from fastllama.cli.errors import INTERRUPTED
+from tests.cli.refusal import refusal
+
+
+def test_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(args: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastllama.cli.run_command", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "recipe.toml"])
+    assert stop.value.code == INTERRUPTED
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "There is no command 'trian'" in refusal(capsys, "trian")
+    assert "There is no command 'data chekc'" in refusal(capsys, "data", "chekc", "data/mine")
+    assert "There is no command 'data'" in refusal(capsys, "data")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_debug_adds_traceback(place: int, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["train", "gone.toml"]
+    plain = refusal(capsys, *args)
+    args.insert(place, "--debug")
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    first, *_, last = capsys.readouterr().err.splitlines(keepends=True)
+    assert first == "Traceback (most recent call last):\n"
+    assert last == plain

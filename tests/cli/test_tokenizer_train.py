@@ -1,0 +1,37 @@
+"""`fastllama tokenizer train`."""
+
+from pathlib import Path
+
+import pytest
+
+from fastllama.cli import main
+from tests.cli.refusal import refusal
+from tests.workspace import Workspace
+
+
+def test_output_is_checked_before_the_work(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("fastllama.data.documents.read_documents", None)
+    args = ("tokenizer", "train", "--input", workspace.corpus, "--output")
+    assert "is a folder: name a file in it" in refusal(capsys, *args, tmp_path)
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "tokenizer.json"
+    assert "file is not a writable folder" in refusal(capsys, *args, output)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_malformed_records_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tmp_path / "x.jsonl"
+    corpus.write_text('{"text": "a"}\n' + "[bold]\n" * 12 + '{"text": "b"}\n')
+    args = ["tokenizer", "train", "--input", str(corpus), "--vocab-size", "260", "--output"]
+    main([*args, str(tmp_path / "tokenizer.json")])
+    printed = capsys.readouterr()
+    shown = [line.split(": ")[0] for line in printed.err.splitlines()]
+    assert shown == [f"{corpus}:{n}" for n in range(2, 12)]
+    summary, following = printed.out.splitlines()
+    assert summary.endswith(", 12 malformed records skipped")
+    assert following.startswith("next: ")
