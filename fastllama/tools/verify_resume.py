@@ -1,7 +1,7 @@
-"""Whether a training that was killed goes on as if nothing had happened: tried out and compared.
+"""Checks that a killed and resumed training has the losses of an uninterrupted one.
 
-Three trainings in a temporary folder, each in processes of its own, started as a user would: one
-that is left alone, one that is killed, and the one that goes on from what was left of it.
+Three trainings run in a temporary folder, each started in new processes with the command line: one
+uninterrupted, one killed, and one that resumes the killed run.
 """
 
 import dataclasses
@@ -22,37 +22,37 @@ from fastllama.errors import TrainingFailedError
 from fastllama.logs.sinks import read_rows
 from fastllama.run_folder import RunFolder, resolved_toml
 
-# Float32 sums of the same terms in another order differ by some eps, 2^-23.
+# Float32 sums of the same terms in another order differ by a few eps, 2^-23.
 FLOAT32_TOLERANCE = 1e-6
-# A weight whose float32 differs in the last bits may be rounded to the next bfloat16, 2^-8 away,
-# and so may a gradient that is reduced in it. A loss adds the effects of many, of either sign, and
-# moves by far less than one of them; 2^-10 still tells a batch, a moment or a rate that is wrong.
+# A weight whose last float32 bits differ may round to the neighbouring bfloat16, 2^-8 away, and so
+# may a gradient reduced in bfloat16. A loss sums many such errors of either sign, so it differs by
+# far less than one of them; 2^-10 still shows a wrong batch, moment or learning rate.
 BFLOAT16_TOLERANCE = 1e-3
-# Training amplifies rounding: in the quickstart's first updates what differs grows by a half each,
-# seen over 8 of them. A wrong batch or weight shows in the first update that goes on, and a wrong
-# moment or rate in the second, by more than is allowed there.
-GROWTH = 2.0
-MOST_ALLOWED = 1e-2
+# Training amplifies rounding: over 8 of the quickstart's first updates, the difference grew by half
+# in each. A wrong batch or weight exceeds the tolerance of the first update after the resume, a
+# wrong moment or learning rate that of the second.
+TOLERANCE_GROWTH = 2.0
+MAX_TOLERANCE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is tried."""
+    """The trainings to run."""
 
     steps: int
     """Updates of a whole training."""
     interrupt_at: int
-    """Updates after which it is killed, or a few more."""
+    """Updates before the kill; a fast training may do a few more."""
     processes: int
-    """Processes until then."""
+    """Processes before the kill."""
     resume_processes: int
-    """Processes that go on."""
+    """Processes after the kill."""
 
     def validate(self, config: Config) -> None:
-        """Refuse what cannot be tried.
+        """Check the plan against the configuration of the trainings.
 
         Raises:
-            ValueError: one sentence with the values and the remedy.
+            ValueError: the kill is not inside the training, or a number of processes does not fit.
         """
         if not 1 <= self.interrupt_at < self.steps:
             raise ValueError(
@@ -67,39 +67,42 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The losses of two trainings, update by update."""
+    """The losses of the uninterrupted and the resumed training, by update."""
 
-    straight: list[float]
-    """Of the one that was left alone."""
+    uninterrupted: list[float]
     resumed: list[float]
-    """Of the one that was killed and went on."""
+    """Includes the updates before the kill."""
     tolerance: float
-    """Largest relative difference in the first update that goes on; 0 compares bits."""
-    went_on_from: int
-    """The update of the checkpoint that the second one went on from."""
+    """Largest relative difference in the first update after the resume; 0 compares bits."""
+    resumed_from: int
+    """Update of the checkpoint that was resumed."""
 
     def allowed(self, step: int) -> float:
-        """Largest relative difference of two losses of update `step` that count as the same."""
-        n_later = max(0, step - self.went_on_from - 1)
-        return self.tolerance and min(self.tolerance * GROWTH**n_later, MOST_ALLOWED)
+        """Largest relative difference between the losses of update `step` that still match."""
+        n_later = max(0, step - self.resumed_from - 1)
+        return self.tolerance and min(self.tolerance * TOLERANCE_GROWTH**n_later, MAX_TOLERANCE)
 
     @property
     def differences(self) -> list[float]:
-        """Relative differences; 0 for the same bits, NaN included, infinite for no number."""
+        """Relative differences by update.
+
+        0 for equal losses and for two NaNs; infinite for others that cannot be divided.
+        """
         return [
-            _difference(one, other) for one, other in zip(self.straight, self.resumed, strict=True)
+            _difference(one, other)
+            for one, other in zip(self.uninterrupted, self.resumed, strict=True)
         ]
 
     @property
-    def first_wrong(self) -> int | None:
-        """The first update that differs by more than is allowed, from 1, or None."""
-        wrong = (n for n, each in enumerate(self.differences, 1) if each > self.allowed(n))
-        return next(wrong, None)
+    def first_mismatch(self) -> int | None:
+        """The first update, from 1, whose difference exceeds the tolerance; None if none does."""
+        mismatches = (n for n, each in enumerate(self.differences, 1) if each > self.allowed(n))
+        return next(mismatches, None)
 
     def table(self) -> str:
-        """A line an update."""
-        lines = [f"{'step':>6}  {'left alone':>14}  {'resumed':>14}  {'difference':>10}"]
-        rows = zip(self.straight, self.resumed, self.differences, strict=True)
+        """One line per update."""
+        lines = [f"{'step':>6}  {'uninterrupted':>14}  {'resumed':>14}  {'difference':>10}"]
+        rows = zip(self.uninterrupted, self.resumed, self.differences, strict=True)
         for step, (one, other, difference) in enumerate(rows, 1):
             lines.append(f"{step:6}  {one:14.9f}  {other:14.9f}  {difference:10.2g}")
         return "\n".join(lines)
@@ -113,7 +116,10 @@ def _difference(one: float, other: float) -> float:
 
 
 def tolerance(config: Config, plan: Plan) -> float:
-    """Largest relative difference of two losses of the first update that goes on."""
+    """Largest relative difference between the losses of the first update after the resume.
+
+    0 for the same number of processes; another number sums gradients in another order.
+    """
     if plan.processes == plan.resume_processes:
         return 0.0
     types = {config.training.dtype, config.parallel.reduce_dtype}
@@ -121,7 +127,7 @@ def tolerance(config: Config, plan: Plan) -> float:
 
 
 def shortened(config: Config, plan: Plan) -> Config:
-    """`config` for `plan.steps` updates that are all logged, with checkpoints before the kill."""
+    """`config` for `plan.steps` updates, all logged, with a checkpoint before the kill."""
     per_update = config.training.tokens_per_update
     return dataclasses.replace(
         config,
@@ -137,7 +143,8 @@ def shortened(config: Config, plan: Plan) -> Config:
         ),
         checkpoint=dataclasses.replace(
             config.checkpoint,
-            # Updates are lost, so that those that are done again are compared as well.
+            # Some updates between the checkpoint and the kill are lost and done again, and their
+            # losses are compared too.
             interval_tokens=max(1, 2 * plan.interrupt_at // 3) * per_update,
             keep_every_tokens=0,
         ),
@@ -148,11 +155,14 @@ def shortened(config: Config, plan: Plan) -> Config:
 
 
 def verify_resume(config: Config, plan: Plan, report: Callable[[str], None]) -> bool:
-    """Try `plan` with `config`; returns whether the losses are the same.
+    """Run the trainings of `plan` and compare their losses; `report` gets one line at a time.
+
+    Returns:
+        Whether the losses match.
 
     Raises:
         ValueError: the plan does not fit the configuration.
-        TrainingFailedError: a training failed, or was done before it could be killed.
+        TrainingFailedError: a training failed, or ended before it could be killed.
     """
     config = shortened(config, plan)
     plan.validate(config)
@@ -160,47 +170,50 @@ def verify_resume(config: Config, plan: Plan, report: Callable[[str], None]) -> 
         folder = Path(name)
         recipe = folder / "recipe.toml"
         recipe.write_text(resolved_toml(config))
-        straight, killed = RunFolder(folder / "straight"), RunFolder(folder / "killed")
-        report(f"training {plan.steps} updates on {_processes(plan.processes)}, left alone")
+        uninterrupted = RunFolder(folder / "uninterrupted")
+        killed = RunFolder(folder / "killed")
         start = ["train", str(recipe), "--run-dir"]
-        _run_to_its_end([*start, str(straight.path)], plan.processes, folder)
-        report(f"the same, killed once {plan.interrupt_at} updates are done")
-        _kill_in_the_middle([*start, str(killed.path)], plan, killed, folder)
-        at, done = _newest(killed), _steps(killed)
+        report(f"training {plan.steps} updates on {_processes(plan.processes)}, uninterrupted")
+        _run([*start, str(uninterrupted.path)], plan.processes, folder)
+        report(f"training again, to be killed after update {plan.interrupt_at}")
+        _run_and_kill([*start, str(killed.path)], plan, killed, folder)
+        resumed_from = _newest_checkpoint(killed)
         report(
-            f"killed after update {done}; going on from the checkpoint of update {at} on "
-            f"{_processes(plan.resume_processes)}"
+            f"killed after update {_logged_updates(killed)}; resuming from the checkpoint of "
+            f"update {resumed_from} on {_processes(plan.resume_processes)}"
         )
-        resume = ["train", "--resume", str(killed.path)]
-        _run_to_its_end(resume, plan.resume_processes, folder)
-        losses = _losses(straight), _losses(killed)
-        comparison = Comparison(*losses, tolerance(config, plan), went_on_from=at)
+        _run(["train", "--resume", str(killed.path)], plan.resume_processes, folder)
+        comparison = Comparison(
+            _losses(uninterrupted), _losses(killed), tolerance(config, plan), resumed_from
+        )
     report(comparison.table())
     report(verdict(comparison, config, plan))
-    return comparison.first_wrong is None
+    return comparison.first_mismatch is None
 
 
 def verdict(comparison: Comparison, config: Config, plan: Plan) -> str:
-    """What the losses show, in one sentence."""
-    layout = f"{plan.processes} and then {_processes(plan.resume_processes)}"
-    differences, wrong = comparison.differences, comparison.first_wrong
-    if wrong is None:
-        largest = max(differences)
-        at = differences.index(largest) + 1
-        how = (
-            f"differ by at most {largest:.2g}, in update {at}, where "
-            f"{comparison.allowed(at):.1g} is allowed"
-            if largest
-            else "are bit-identical"
+    """One sentence: whether the losses match, and the remedy if they do not."""
+    layout = f"{_processes(plan.processes)}, then {_processes(plan.resume_processes)}"
+    differences, mismatch = comparison.differences, comparison.first_mismatch
+    if mismatch is None:
+        n, largest = len(differences), max(differences)
+        if not largest:
+            return f"same: the losses of all {n} updates are bit-identical ({layout})."
+        step = differences.index(largest) + 1
+        return (
+            f"same: the losses of all {n} updates differ by at most {largest:.2g}, in update "
+            f"{step}, where {comparison.allowed(step):.1g} is allowed ({layout})."
         )
-        return f"same: with {layout} the losses of all {len(comparison.straight)} updates {how}."
-    allowed = f"{comparison.allowed(wrong):.1g} is allowed" if comparison.tolerance else "none may"
+    exact = comparison.tolerance == 0
+    rule = (
+        "they must be bit-identical" if exact else f"{comparison.allowed(mismatch):.1g} is allowed"
+    )
     remedy = ""
-    if not comparison.tolerance and not config.training.deterministic:
+    if exact and not config.training.deterministic:
         remedy = " On CUDA, try --training.deterministic true."
     return (
-        f"different: with {layout} losses differ by {differences[wrong - 1]:.2g} in update "
-        f"{wrong}, where {allowed}.{remedy}"
+        f"different: the losses of update {mismatch} differ by {differences[mismatch - 1]:.2g}, "
+        f"where {rule} ({layout}).{remedy}"
     )
 
 
@@ -208,7 +221,7 @@ def _processes(n: int) -> str:
     return "1 process" if n == 1 else f"{n} processes"
 
 
-def _newest(run: RunFolder) -> int:
+def _newest_checkpoint(run: RunFolder) -> int:
     """The update of the newest complete checkpoint; 0 if there is none."""
     return max(map(step_of, complete_checkpoints(run.checkpoints)), default=0)
 
@@ -217,31 +230,39 @@ def _losses(run: RunFolder) -> list[float]:
     return [row["loss"] for row in read_rows(run.metrics_csv)]
 
 
-def _steps(run: RunFolder) -> int:
-    """Updates in the log."""
+def _logged_updates(run: RunFolder) -> int:
     if not run.metrics_csv.exists():
         return 0
-    # Under the header, and but for a line that is being written.
+    # One line is the header. A line without its end is still being written and does not count.
     return max(0, run.metrics_csv.read_text().count("\n") - 1)
 
 
-def _run_to_its_end(arguments: list[str], n_processes: int, folder: Path) -> None:
+def _run(arguments: list[str], n_processes: int, folder: Path) -> None:
+    """Run `fastllama ARGUMENTS` to its end.
+
+    Raises:
+        TrainingFailedError: it failed.
+    """
     with _started(arguments, n_processes, folder) as process:
         process.wait()
     if process.returncode:
-        raise TrainingFailedError(_complaint(folder))
+        raise TrainingFailedError(_error_message(folder))
 
 
-def _kill_in_the_middle(arguments: list[str], plan: Plan, run: RunFolder, folder: Path) -> None:
-    """Kill all processes with SIGKILL when enough updates and a checkpoint are on disk."""
+def _run_and_kill(arguments: list[str], plan: Plan, run: RunFolder, folder: Path) -> None:
+    """Run `fastllama ARGUMENTS`; SIGKILL it once enough updates and a checkpoint are on disk.
+
+    Raises:
+        TrainingFailedError: it failed, or ended before the kill.
+    """
     with _started(arguments, plan.processes, folder) as process:
-        while _steps(run) < plan.interrupt_at or not _newest(run):
+        while _logged_updates(run) < plan.interrupt_at or not _newest_checkpoint(run):
             if process.poll():
-                raise TrainingFailedError(_complaint(folder))
+                raise TrainingFailedError(_error_message(folder))
             if process.returncode == 0:
                 raise TrainingFailedError(
-                    f"The training did all of its {plan.steps} updates before it could be killed "
-                    f"after update {plan.interrupt_at} and a checkpoint; raise --steps."
+                    f"The training did all {plan.steps} updates before it could be killed after "
+                    f"update {plan.interrupt_at} and a checkpoint; raise --steps."
                 )
             time.sleep(0.002)
 
@@ -250,7 +271,7 @@ def _kill_in_the_middle(arguments: list[str], plan: Plan, run: RunFolder, folder
 def _started(
     arguments: list[str], n_processes: int, folder: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`fastllama ARGUMENTS` on so many processes, none of which outlives the block."""
+    """Start `fastllama ARGUMENTS` on `n_processes`; kill all that still run at the end."""
     command = [sys.executable, "-m"]
     if n_processes > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
@@ -271,12 +292,12 @@ def _started(
 
 
 def _children(parent: int) -> list[int]:
-    """Processes that `parent` started; torchrun gives each a session of its own."""
+    """Process ids that `parent` started; torchrun starts each in its own session."""
     return [pid for pid in _pids() if (status := _status(pid)) and status[1] == parent]
 
 
 def _kill(pids: list[int]) -> None:
-    """End processes and what they started, and wait until they hold no device or lock."""
+    """Kill the process groups of `pids`, and wait until they have released devices and locks."""
     for pid in pids:
         try:
             os.killpg(pid, signal.SIGKILL)
@@ -291,18 +312,18 @@ def _pids() -> list[int]:
 
 
 def _status(pid: int) -> tuple[str, int] | None:
-    """State and parent of a process, or None if it is gone."""
+    """State and parent of a process; None if it is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    # The name of the program, in brackets, may hold anything.
+    # The program name, in parentheses, may itself contain spaces and parentheses.
     state, parent, *_ = text.rpartition(")")[2].split()
     return state, int(parent)
 
 
-def _complaint(folder: Path) -> str:
-    """The sentence a training that failed ended with, or else its last line."""
+def _error_message(folder: Path) -> str:
+    """A sentence with the error that a training printed, or else with its last line."""
     lines = (folder / "output.txt").read_text(errors="replace").splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return f"A training failed: {[*lines[-1:], *errors[:1]][-1]}" if lines else "A training failed."
