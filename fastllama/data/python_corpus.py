@@ -1,4 +1,4 @@
-"""Writes the Python standard library as a training corpus, because every machine has it."""
+"""Writes the source of the Python standard library as a training corpus in JSON Lines."""
 
 import argparse
 import json
