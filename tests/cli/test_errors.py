@@ -3,7 +3,8 @@
 import pytest
 
 from fastllama.cli import main
-from fastllama.cli.errors import INTERRUPTED
+from fastllama.cli.errors import FAILED, INTERRUPTED, MISTAKE, report
+from fastllama.errors import TrainingFailedError
 from tests.cli.refusal import refusal
 
 
@@ -15,6 +16,30 @@ def test_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "recipe.toml"])
     assert stop.value.code == INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "local_rank_1_prints"),
+    [
+        (ValueError("a mistake"), MISTAKE, False),
+        (FileNotFoundError("no such file"), MISTAKE, True),
+        (OSError("disk full"), FAILED, True),
+        (TrainingFailedError("out of memory"), FAILED, True),
+    ],
+)
+def test_exit_code_and_error_line(
+    error: Exception,
+    code: int,
+    local_rank_1_prints: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = f"error: {error}\n"
+    assert report(error, debug=False) == code
+    assert capsys.readouterr().err == line
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert report(error, debug=False) == code
+    assert capsys.readouterr().err == (line if local_rank_1_prints else "")
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
