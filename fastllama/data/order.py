@@ -18,7 +18,7 @@ _ROUNDS = 6
 
 
 def sequence_indices(positions: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
-    """Numbers, in [0, n), of the sequences at global `positions`: any shape, non-negative."""
+    """Sequence number, in [0, n), at each of the global `positions` (non-negative, any shape)."""
     indices = np.empty_like(positions)
     epochs = positions // n
     for epoch in np.unique(epochs):

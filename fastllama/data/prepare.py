@@ -85,7 +85,7 @@ class Job:
 
 @dataclass
 class PrepareProgress:
-    """The shards hold all documents before `position`, without `skipped` malformed records."""
+    """The shards hold all documents before `position`. `skipped` counts malformed records."""
 
     position: Position = START
     skipped: int = 0

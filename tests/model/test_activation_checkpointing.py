@@ -114,7 +114,7 @@ def test_blocks_keep_less() -> None:
             training=changes,
         )
         measured, _ = measure(config, 64)
-        kept[mode] = measured["for the backward"]
+        kept[mode] = measured["saved for backward"]
     n_tokens, n_layers = 8192, 4
     # What the docstring of the policy promises, to the byte: no gate_up and no rstd of the norms,
     # and the output of attention's projection for the second of the two streams.
