@@ -1,7 +1,7 @@
-"""Launchers as `torch.ops.fastllama.*`, so that torch.compile sees one opaque node for each.
+"""Registers kernel launchers as `torch.ops.fastllama.*`; torch.compile sees one node for each.
 
-Opaque, because a Triton kernel that Inductor can see inside is specialised again by Inductor,
-which makes Python floats float64, and cannot be compiled where there is no GPU.
+The nodes are opaque to Inductor. Inductor would specialise a Triton kernel again, turn Python
+floats into float64, and fail to compile on a machine without a GPU.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor, library
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from triton import knobs
 
-# A kernel is interpreted or compiled for good when `triton.jit` decorates it.
+# `triton.jit` reads this when it decorates a kernel; a later change has no effect.
 INTERPRETED: bool = knobs.runtime.interpret
 
 _LIBRARY = library.Library("fastllama", "DEF")
@@ -23,15 +23,15 @@ Launcher = Callable[..., Any]
 
 
 def register(schema: str, fake: Launcher) -> Callable[[Launcher], Launcher]:
-    """Register the decorated launcher as torch.ops.fastllama.<name of `schema`>.
+    """Register the decorated launcher as torch.ops.fastllama.<name in `schema`>.
 
     Args:
-        schema: name, arguments and results; where the first is written to, it is declared so.
-        fake: makes results of the right shape, dtype and strides without computing.
+        schema: name, arguments and results. `(a!)` marks a first argument that is written to.
+        fake: returns empty results with the right shapes, dtypes and strides.
 
     Returns:
-        A decorator whose result is the operator. Called with tensors off a GPU, outside
-        Triton's interpreter, it raises ValueError.
+        A decorator that returns the operator. The operator raises ValueError for tensors off
+        CUDA, unless Triton's interpreter is on.
     """
     name = schema.partition("(")[0]
     writes = "(a!)" in schema
@@ -40,7 +40,7 @@ def register(schema: str, fake: Launcher) -> Callable[[Launcher], Launcher]:
         @wraps(launch)
         def launch_on_device_of(x: Tensor, *arguments: Any, **options: Any) -> Any:
             if writes and not x.is_inference():
-                # A backward that saved x finds it changed; nobody else tells autograd.
+                # Autograd then raises an error in a backward that saved x before the write.
                 torch.autograd.graph.increment_version(x)
             with _on_device_of(x, name):
                 return launch(x, *arguments, **options)
@@ -55,7 +55,7 @@ def register(schema: str, fake: Launcher) -> Callable[[Launcher], Launcher]:
 
 
 def _on_device_of(x: Tensor, name: str) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whichever that of the tensors is."""
+    """Make the device of `x` current: Triton launches on the current device."""
     if x.is_cuda:
         return torch.cuda.device(x.device)
     if not INTERPRETED:
@@ -67,18 +67,18 @@ def _on_device_of(x: Tensor, name: str) -> AbstractContextManager[Any]:
 
 
 def may_write_to_inputs() -> bool:
-    """Whether an input may be written to in place of a new result.
+    """Whether an operator may write its result into its input.
 
-    Not under a dispatch mode: that of selective activation checkpointing keeps results, here the
-    input, to hand them out again when it recomputes. Of what torch.compile traces there are no
-    mutations left by the time anything is kept.
+    False in eager mode under a dispatch mode. Selective activation checkpointing is one: it
+    saves results of earlier operators, here the input, and returns them during recomputation.
+    torch.compile removes mutations from its graph before it decides what to save.
     """
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is None
 
 
 @cache
 def n_multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 1 in the interpreter."""
+    """Number of streaming multiprocessors of a GPU; 1 in the interpreter."""
     if device.type != "cuda":
         return 1
     count: int = torch.cuda.get_device_properties(device).multi_processor_count

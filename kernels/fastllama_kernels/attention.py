@@ -1,15 +1,20 @@
 """Attention: out = softmax(q k^T / sqrt(K) + mask) v, per head, with grouped key/value heads.
 
-Shapes: q (B, T, H, K); k, v (B, S, G, K), G dividing H; out (B, T, H, K). The causal mask is
-aligned to the end: query t sees keys 0 to S - T + t. With `cu_seqlens` the B sequences are packed
-documents and a query sees only its own: cu_seqlens (B, D + 1) int32 holds where each document
-begins, padded with T.
-Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Ainslie et al. 2023 for the groups.
+Shapes: q (B, T, H, K); k, v (B, S, G, K), H a multiple of G; out (B, T, H, K). The causal mask is
+aligned to the end: query t sees keys 0 to S - T + t. `cu_seqlens` marks packed documents: a query
+then sees only the keys of its own document. It is (B, n_docs + 1) int32 and holds the position
+where each document of a sequence starts, padded with S.
+Saved for backward: q, k, v, out and the softmax statistics, by PyTorch.
+Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Ainslie et al. 2023 for the groups,
+https://arxiv.org/abs/2305.13245.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention_reference(
@@ -20,7 +25,10 @@ def attention_reference(
     causal: bool = True,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Attend from `q` (B, T, H, K) over `k`, `v` (B, S, G, K); returns (B, T, H, K)."""
+    """Attend from `q` (B, T, H, K) over `k`, `v` (B, S, G, K); return (B, T, H, K).
+
+    Any device and float dtype. For the arguments see `attention`.
+    """
     n_queries, n_keys = q_BTHK.shape[1], k_BSGK.shape[1]
     group = q_BTHK.shape[2] // k_BSGK.shape[2]
     if group > 1:
@@ -38,18 +46,60 @@ def attention_reference(
     return out_BHTK.transpose(1, 2)
 
 
-def flatten_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> Tensor:
-    """Boundaries of the documents of all rows laid end to end, as variable-length kernels want.
+def attention(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    *,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Attend from `q` over `k` and `v` on the kernel that PyTorch's SDPA picks.
 
-    The shape is static and nothing is read back to the host, so the padding of a row, and the end
-    of one that is the beginning of the next, stay as documents of length 0.
+    PyTorch may pick cuDNN only for T == S > 1 without `cu_seqlens`. cuDNN returns NaN for some
+    masks, and in decoding it would build a plan for every number of keys.
 
     Args:
-        cu_seqlens: (B, D + 1) int32, padded with T.
+        q_BTHK: queries, on any device, in any float dtype.
+        k_BSGK: keys, same dtype; H is a multiple of G.
+        v_BSGK: values, same dtype.
+        causal: hide later keys; query t then sees keys 0 to S - T + t.
+        cu_seqlens: (B, n_docs + 1) int32, the start of each packed document, padded with S;
+            None means one document per sequence.
+
+    Returns:
+        (B, T, H, K) in the dtype of `q`.
+    """
+    if cu_seqlens is None and q_BTHK.shape[1] == k_BSGK.shape[1] > 1:
+        return attention_reference(q_BTHK, k_BSGK, v_BSGK, causal=causal)
+    return attention_without_cudnn(q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens=cu_seqlens)
+
+
+def attention_without_cudnn(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    *,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """`attention_reference` on the SDPA kernels that take any mask and any number of keys."""
+    with sdpa_kernel(_NOT_CUDNN):
+        return attention_reference(q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens=cu_seqlens)
+
+
+def flatten_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> Tensor:
+    """Concatenate the document boundaries of all sequences, for variable-length kernels.
+
+    The shape is static and no value is read back to the host. Padding, and the boundary between
+    two sequences, therefore remain as documents of length 0.
+
+    Args:
+        cu_seqlens: (B, n_docs + 1) int32, padded with T.
         n_tokens: T.
 
     Returns:
-        (B * (D + 1),) int32, from 0 to B * T.
+        (B * (n_docs + 1),) int32, from 0 to B * T.
     """
     offsets_B = torch.arange(
         0,
@@ -68,7 +118,7 @@ def _mask(
     cu_seqlens: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """True where a query may look, (T, S) or (B, 1, T, S)."""
+    """True where a query sees a key; (T, S), or (B, 1, T, S) with `cu_seqlens`."""
     mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     if causal:
         mask = mask.tril(diagonal=n_keys - n_queries)

@@ -1,19 +1,19 @@
-"""The attentions of a GPU, with the signature and the meaning of `attention_reference`.
+"""CUDA attention backends; all have the signature of `attention_reference`.
 
-| name         | one sequence a row                       | packed documents              |
+| name         | one document per sequence                | packed documents              |
 |--------------|------------------------------------------|-------------------------------|
 | flash-attn-3 | PyTorch SDPA over FlashAttention 3       | varlen_attn over the same     |
 | flash-attn-4 | PyTorch SDPA over FlashAttention 4, CuTe | varlen_attn over the same     |
 | flash-attn-2 | flash_attn_func                          | flash_attn_varlen_func        |
 | cudnn        | PyTorch SDPA, cuDNN                      | as flash                      |
 | flash        | PyTorch SDPA, its own FlashAttention 2   | varlen_attn over the same     |
-| reference    | attention_reference                      | attention_reference, a mask   |
+| reference    | attention                                | attention, with a mask        |
 
-SDPA is pinned to one kernel, so a shape it cannot take is an error and not a slower kernel. What
-training does, T == S > 1, runs on the kernels; decoding, T != S or a single token, runs on the
-reference: a choice by shape alone. cuDNN never sees a mask, which it turns into NaN for some
-lengths (https://github.com/pytorch/pytorch/issues/196678), nor decoding, where it would build a
-plan for every number of keys.
+SDPA is pinned to one kernel: an unsupported shape raises an error and never runs on a slower
+kernel. Training, T == S > 1, runs on the backend's kernel. Decoding, T != S or T == 1, runs on
+`attention_without_cudnn`. The shape alone decides. cuDNN never gets a mask, because it returns NaN
+for masks at some lengths (https://github.com/pytorch/pytorch/issues/196678). It never decodes,
+because it would build a plan for every number of keys.
 Source: Dao 2023, https://arxiv.org/abs/2307.08691; Shah et al. 2024,
 https://arxiv.org/abs/2407.08608.
 """
@@ -39,15 +39,14 @@ from torch.nn.attention import (
 )
 from torch.nn.attention.varlen import varlen_attn
 
-from fastllama_kernels.attention import attention_reference, flatten_cu_seqlens
+from fastllama_kernels.attention import attention, attention_without_cudnn, flatten_cu_seqlens
 
 Attention = Callable[..., Tensor]
 Dense = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 Packed = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
 
-_FROM_AMPERE = range(8, 100)
-_NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# PyTorch 2.11 takes grouped heads unasked and has no such argument.
+_AMPERE_AND_NEWER = range(8, 100)
+# PyTorch 2.11 accepts grouped heads without the argument.
 _GROUPED: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 )
@@ -55,7 +54,7 @@ _GROUPED: dict[str, Any] = (
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What the attention of a training step is called with: causal, as many keys as queries."""
+    """The attention call of a training step: causal, T == S."""
 
     batch_size: int
     seq_len: int
@@ -68,56 +67,29 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute attention."""
+    """One implementation of attention."""
 
     name: str
-    """As the user types it."""
+    """The value of `training.attention`."""
     unsupported_reason: Callable[[AttentionShape], str | None]
-    """One clause, with "it" for the backend, why it cannot serve the shape here, or None."""
+    """Why this machine cannot run the shape, as a clause about "it"; None where it can."""
     load: Callable[[], Attention]
-    """Imports what it needs, tells PyTorch which FlashAttention it runs, returns the operator.
+    """Imports the packages, sets PyTorch's FlashAttention implementation, returns the operator.
 
-    That setting holds for the whole process, so of the backends that run on PyTorch's flash
-    kernels only the one loaded last is what its name says.
+    PyTorch has one implementation per process. After two loads, every operator on PyTorch's flash
+    kernels runs the implementation of the last load.
     """
-
-
-def sdpa_attention(
-    q_BTHK: Tensor,
-    k_BSGK: Tensor,
-    v_BSGK: Tensor,
-    *,
-    causal: bool = True,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """`attention_reference`, of which cuDNN may serve training without a mask and nothing else."""
-    if cu_seqlens is None and q_BTHK.shape[1] == k_BSGK.shape[1] > 1:
-        return attention_reference(q_BTHK, k_BSGK, v_BSGK, causal=causal)
-    return attention_without_cudnn(q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens=cu_seqlens)
-
-
-def attention_without_cudnn(
-    q_BTHK: Tensor,
-    k_BSGK: Tensor,
-    v_BSGK: Tensor,
-    *,
-    causal: bool = True,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """`attention_reference` on kernels that take masks, and any length without a plan for it."""
-    with sdpa_kernel(_NOT_CUDNN):
-        return attention_reference(q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens=cu_seqlens)
 
 
 def fused_attention(dense: Dense, packed: Packed) -> Attention:
-    """The operator over a library's two entry points.
+    """Build the operator from the two entry points of a library.
 
     Args:
-        dense: (q (B, T, H, K), k, v (B, T, G, K), causal) to (B, T, H, K).
-        packed: (q (N, H, K), k, v (N, G, K), boundaries int32, longest, causal) to (N, H, K).
+        dense: maps (q (B, T, H, K), k, v (B, T, G, K), causal) to (B, T, H, K).
+        packed: maps (q (N, H, K), k, v (N, G, K), flat cu_seqlens, T, causal) to (N, H, K).
     """
 
-    def attention(
+    def fused(
         q_BTHK: Tensor,
         k_BSGK: Tensor,
         v_BSGK: Tensor,
@@ -134,20 +106,20 @@ def fused_attention(dense: Dense, packed: Packed) -> Attention:
             out_BTHK = dense(q_BTHK, k_BSGK, v_BSGK, causal)
         else:
             q_NHK, k_NGK, v_NGK = (x.flatten(0, 1) for x in (q_BTHK, k_BSGK, v_BSGK))
-            boundaries = flatten_cu_seqlens(cu_seqlens, n_queries)
-            out_NHK = packed(q_NHK, k_NGK, v_NGK, boundaries, n_queries, causal)
+            flat_cu_seqlens = flatten_cu_seqlens(cu_seqlens, n_queries)
+            out_NHK = packed(q_NHK, k_NGK, v_NGK, flat_cu_seqlens, n_queries, causal)
             out_BTHK = out_NHK.unflatten(0, (batch_size, n_queries))
-        dense_gradient: Tensor = _DenseGradient.apply(out_BTHK)
-        return dense_gradient
+        out: Tensor = _ContiguousGradient.apply(out_BTHK)
+        return out
 
-    return attention
+    return fused
 
 
-class _DenseGradient(torch.autograd.Function):
-    """The identity; its gradient has memory of its own.
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity that makes its gradient contiguous.
 
-    Kernels walk the gradient by its strides, and those of an expanded one are 0, which not all of
-    them take. The gradient a projection hands back is dense already and passes as it is.
+    An expanded gradient has strides of 0, which some kernels do not support. The gradient from a
+    projection is contiguous already and is not copied.
     """
 
     @staticmethod
@@ -160,7 +132,7 @@ class _DenseGradient(torch.autograd.Function):
 
 
 def pinned_sdpa(kernel: SDPBackend) -> Attention:
-    """SDPA on one of its kernels, packed documents on PyTorch's flash kernel."""
+    """Return attention on one SDPA kernel; packed documents run on PyTorch's flash kernel."""
 
     def dense(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, causal: bool) -> Tensor:
         with sdpa_kernel(kernel):
@@ -177,21 +149,21 @@ def pinned_sdpa(kernel: SDPBackend) -> Attention:
         q_NHK: Tensor,
         k_NGK: Tensor,
         v_NGK: Tensor,
-        boundaries: Tensor,
-        longest: int,
+        flat_cu_seqlens: Tensor,
+        max_seqlen: int,
         causal: bool,
     ) -> Tensor:
         window = (-1, 0 if causal else -1)
-        # Newer PyTorch prefers cuDNN here, where documents of length 0 are untried.
+        # Newer PyTorch prefers cuDNN here; cuDNN is untested on documents of length 0.
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             out_NHK = varlen_attn(
                 q_NHK,
                 k_NGK,
                 v_NGK,
-                boundaries,
-                boundaries,
-                longest,
-                longest,
+                flat_cu_seqlens,
+                flat_cu_seqlens,
+                max_seqlen,
+                max_seqlen,
                 window_size=window,
                 **_GROUPED,
             )
@@ -201,13 +173,13 @@ def pinned_sdpa(kernel: SDPBackend) -> Attention:
 
 
 def set_flash_implementation(name: str | None) -> None:
-    """Have PyTorch's flash kernels be those of "FA3" or "FA4", or for None its own."""
+    """Set the FlashAttention that PyTorch runs: "FA3", "FA4", or None for its own."""
     if name is None:
         if current_flash_attention_impl() is not None:
             restore_flash_attention_impl()
         return
     with warnings.catch_warnings():
-        # To override PyTorch's kernels is the purpose.
+        # PyTorch warns about the override we ask for.
         warnings.filterwarnings("ignore", "(?s).*overriding a previously registered kernel")
         activate_flash_attention_impl(name)
 
@@ -236,18 +208,18 @@ def _load_flash_attn_2() -> Attention:
         q_NHK: Tensor,
         k_NGK: Tensor,
         v_NGK: Tensor,
-        boundaries: Tensor,
-        longest: int,
+        flat_cu_seqlens: Tensor,
+        max_seqlen: int,
         causal: bool,
     ) -> Tensor:
         out_NHK: Tensor = flash_attn_varlen(
             q_NHK,
             k_NGK,
             v_NGK,
-            boundaries,
-            boundaries,
-            longest,
-            longest,
+            flat_cu_seqlens,
+            flat_cu_seqlens,
+            max_seqlen,
+            max_seqlen,
             causal=causal,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
@@ -258,7 +230,7 @@ def _load_flash_attn_2() -> Attention:
 
 def _load_reference() -> Attention:
     set_flash_implementation(None)
-    return sdpa_attention
+    return attention
 
 
 def _gpu_unsupported_reason(shape: AttentionShape, majors: range, max_head_dim: int) -> str | None:
@@ -290,11 +262,11 @@ def _package_unsupported_reason(
     try:
         imported = import_module(module)
     except ModuleNotFoundError as error:
-        # It may also be one that the package needs.
+        # The missing module may be a dependency of the package.
         return missing if module.startswith(str(error.name)) else _broken(module, error)
-    except Exception as error:  # A library built for another PyTorch raises anything.
+    except Exception as error:  # A package built for another PyTorch may raise anything.
         return _broken(module, error)
-    # Without FlashAttention 2, flash_attn is the empty parent of flash_attn.cute.
+    # With FlashAttention 4 alone, flash_attn is the empty parent of flash_attn.cute.
     return None if hasattr(imported, attribute) else missing
 
 
@@ -303,7 +275,7 @@ def _broken(module: str, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """An exception in one line."""
+    """Format an exception as `Type: first line of its message`."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
@@ -313,13 +285,16 @@ def _sdpa_unsupported_reason(
     max_head_dim: int,
     can_use: Callable[[SDPAParams, bool], bool],
 ) -> str | None:
-    return _gpu_unsupported_reason(shape, _FROM_AMPERE, max_head_dim) or _refusal(shape, can_use)
+    reason = _gpu_unsupported_reason(shape, _AMPERE_AND_NEWER, max_head_dim)
+    return reason or _pytorch_unsupported_reason(shape, can_use)
 
 
-def _refusal(shape: AttentionShape, can_use: Callable[[SDPAParams, bool], bool]) -> str | None:
-    """What PyTorch says of its build, cuDNN's version and the deterministic mode.
+def _pytorch_unsupported_reason(
+    shape: AttentionShape, can_use: Callable[[SDPAParams, bool], bool]
+) -> str | None:
+    """Ask PyTorch, which checks its build, cuDNN's version and the deterministic mode.
 
-    It looks at shapes, strides and types; one row serves as all.
+    PyTorch looks only at shapes, strides and dtypes, so one expanded row stands for the inputs.
     """
     row_K = torch.empty(shape.head_dim, dtype=shape.dtype, device=shape.device, requires_grad=True)
     q_BHTK, k_BGTK = (
@@ -328,12 +303,12 @@ def _refusal(shape: AttentionShape, can_use: Callable[[SDPAParams, bool], bool])
     )
     grouped = shape.n_heads != shape.n_kv_heads
     params = SDPAParams(q_BHTK, k_BGTK, k_BGTK, None, 0.0, True, grouped)
-    with warnings.catch_warnings(record=True) as reasons:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if can_use(params, True):
             return None
-    said = "; ".join(str(reason.message).partition(" (Triggered")[0] for reason in reasons)
-    return f"PyTorch refuses it ({said or 'without a reason'})"
+    reasons = "; ".join(str(warning.message).partition(" (Triggered")[0] for warning in caught)
+    return f"PyTorch refuses it ({reasons or 'without a reason'})"
 
 
 BACKENDS = (
@@ -365,7 +340,7 @@ BACKENDS = (
         "flash-attn-2",
         partial(
             _package_unsupported_reason,
-            majors=_FROM_AMPERE,
+            majors=_AMPERE_AND_NEWER,
             max_head_dim=256,
             module="flash_attn",
             attribute="flash_attn_func",
@@ -385,11 +360,11 @@ BACKENDS = (
     ),
     Backend("reference", lambda shape: None, _load_reference),
 )
-"""Every backend, on Hopper and later the one expected to be fastest first."""
+"""Every backend, ordered by expected speed on Hopper and newer, fastest first."""
 
 
 def backends_for(device: torch.device) -> tuple[Backend, ...]:
-    """`BACKENDS` in the order of what is expected of them on a device."""
+    """`BACKENDS`, ordered by expected speed on `device`, fastest first."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0):
         return BACKENDS
     *packages, cudnn, flash, reference = BACKENDS

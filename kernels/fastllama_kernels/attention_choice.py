@@ -1,4 +1,4 @@
-"""Which attention runs: the fastest that takes the shape, measured once and remembered on disk."""
+"""Chooses the attention backend: the fastest supported one, measured once and cached on disk."""
 
 import difflib
 import json
@@ -36,66 +36,68 @@ PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The backend that runs and why."""
+    """The chosen backend."""
 
     name: str
     reason: str
-    """A clause for the log, to follow the name."""
+    """Why it was chosen, as a clause that follows the name in the log."""
 
 
 def choose_attention(
     shape: AttentionShape, wanted: str = "auto", cache_folder: Path | None = None
 ) -> AttentionChoice:
-    """Choose the attention of a training step; one process does it for all.
+    """Choose the attention backend of a training run; one rank chooses for all.
 
-    "auto" tests and measures a forward and backward of every backend that takes `shape` here; the
-    reference is for where there is none. The result is kept in `cache_folder`/attention.json.
-    Under `torch.use_deterministic_algorithms` it is the first that passes its test: times differ
-    from run to run, and the bits would with them.
+    "auto" checks and times a forward and backward of every supported backend. It takes
+    "reference" if no other backend passes. The result is cached in `cache_folder`/attention.json.
+    Under `torch.use_deterministic_algorithms` "auto" takes the first backend that passes its
+    check: times differ between runs, and the chosen backend and the bits would differ with them.
 
     Args:
-        shape: what it will be called with; a CUDA device must be the current one.
-        wanted: "auto", or the name of the backend to use.
-        cache_folder: None means fastllama in $XDG_CACHE_HOME or ~/.cache.
+        shape: the attention call of one micro-batch; a CUDA device must be the current device.
+        wanted: "auto" or the name of a backend.
+        cache_folder: None means `fastllama` in $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
-        ValueError: there is no backend called `wanted`, or it cannot serve `shape` here.
+        ValueError: `wanted` is no backend, or the backend cannot run `shape` on this machine.
     """
     if wanted != "auto":
-        _check(_named(wanted), shape)
+        _check(_find_backend(wanted), shape)
         return AttentionChoice(wanted, "as asked for")
-    passed_over, candidates = {}, []
+    unsupported, candidates = {}, []
     for backend in backends_for(shape.device):
         unsupported_reason = backend.unsupported_reason(shape)
         if unsupported_reason is None:
             candidates.append(backend)
         else:
-            passed_over[backend.name] = unsupported_reason
+            unsupported[backend.name] = unsupported_reason
     if len(candidates) == 1:
-        return AttentionChoice(candidates[0].name, "the only one that can" + _why(passed_over))
+        return AttentionChoice(
+            candidates[0].name, "the only one that can" + _format_reasons(unsupported)
+        )
     if torch.are_deterministic_algorithms_enabled():
-        return _first_sound(shape, candidates, passed_over)
+        return _first_deterministic(shape, candidates, unsupported)
     file = (cache_folder or _default_folder()) / "attention.json"
-    return _fastest_cached(shape, candidates, passed_over, file)
+    return _fastest_cached(shape, candidates, unsupported, file)
 
 
 def attention_operator(name: str) -> Attention:
-    """Make this process ready for the backend `name` and return its operator.
+    """Load the backend `name` into this process and return its operator.
 
     Raises:
         ValueError: there is no such backend, or it cannot be loaded.
     """
-    backend = _named(name)
+    backend = _find_backend(name)
     try:
         return backend.load()
-    except Exception as error:  # A foreign library; what it raises is reported.
+    except Exception as error:  # A third-party package may raise anything.
         raise ValueError(
             f"The attention {name} cannot be loaded by this process ({first_line(error)}); "
-            "install the same packages on every machine, or use another one."
+            "install the same packages on every machine, or choose another attention."
         ) from error
 
 
-def _named(name: str) -> Backend:
+def _find_backend(name: str) -> Backend:
     for backend in BACKENDS:
         if backend.name == name:
             return backend
@@ -108,12 +110,12 @@ def _named(name: str) -> Backend:
 def _check(backend: Backend, shape: AttentionShape) -> None:
     unsupported_reason = backend.unsupported_reason(shape)
     if unsupported_reason is None and backend is not BACKENDS[-1]:
-        _, failed = _measure(shape, [backend])
-        unsupported_reason = failed.get(backend.name)
+        _, failures = _measure(shape, [backend])
+        unsupported_reason = failures.get(backend.name)
     if unsupported_reason is not None:
         raise ValueError(
-            f"The attention {backend.name} was asked for, but {unsupported_reason}; use auto: it "
-            "takes the fastest that can run."
+            f"The attention {backend.name} was asked for, but {unsupported_reason}; use auto, "
+            "which takes the fastest that can run."
         )
 
 
@@ -123,53 +125,52 @@ def _default_folder() -> Path:
         return Path(cache, "fastllama")
     try:
         return Path.home() / ".cache" / "fastllama"
-    except RuntimeError:  # A user without a home, as in some containers.
+    except RuntimeError:  # The user has no home, as in some containers.
         return Path(tempfile.gettempdir(), "fastllama")
 
 
-def _why(passed_over: dict[str, str]) -> str:
-    """The backends that do not run, those with the same reason together."""
+def _format_reasons(rejected: dict[str, str]) -> str:
+    """Format reasons by backend name as " (a, b: one reason; c: another)"."""
     clauses = []
-    for reason in dict.fromkeys(passed_over.values()):
-        names = ", ".join(name for name, other in passed_over.items() if other == reason)
+    for reason in dict.fromkeys(rejected.values()):
+        names = ", ".join(name for name, other in rejected.items() if other == reason)
         clauses.append(f"{names}: {reason}")
     return f" ({'; '.join(clauses)})" if clauses else ""
 
 
-def _first_sound(
-    shape: AttentionShape, candidates: Sequence[Backend], passed_over: dict[str, str]
+def _first_deterministic(
+    shape: AttentionShape, candidates: Sequence[Backend], unsupported: dict[str, str]
 ) -> AttentionChoice:
     *fused, reference = candidates
-    failed: dict[str, str] = {}
+    failures: dict[str, str] = {}
     for backend in fused:
-        seconds, fault = _measure(shape, [backend])
+        seconds, failure = _measure(shape, [backend])
         if backend.name in seconds:
-            reason = "the first that is deterministic" + _why(failed | passed_over)
+            reason = "the first that is deterministic" + _format_reasons(failures | unsupported)
             return AttentionChoice(backend.name, reason)
-        failed |= fault
-    return AttentionChoice(
-        reference.name, "the only one that passes its test" + _why(failed | passed_over)
-    )
+        failures |= failure
+    rejected = _format_reasons(failures | unsupported)
+    return AttentionChoice(reference.name, "the only one that passes its test" + rejected)
 
 
 def _fastest_cached(
-    shape: AttentionShape, candidates: Sequence[Backend], passed_over: dict[str, str], file: Path
+    shape: AttentionShape, candidates: Sequence[Backend], unsupported: dict[str, str], file: Path
 ) -> AttentionChoice:
     key = _key(shape, candidates)
     match _read(file).get(key):
         case {"name": str(name), "reason": str(reason)} if name in {x.name for x in candidates}:
             return AttentionChoice(name, f"{reason}, from the cache in {file}")
     *fused, reference = candidates
-    seconds, failed = _measure(shape, fused)
-    why_not = _why(failed | passed_over)
+    seconds, failures = _measure(shape, fused)
+    rejected = _format_reasons(failures | unsupported)
     ranking = [*sorted(seconds, key=lambda name: seconds[name]), reference.name]
     if len(seconds) < 2:
-        return AttentionChoice(ranking[0], "the only one that passes its test" + why_not)
+        return AttentionChoice(ranking[0], "the only one that passes its test" + rejected)
     first, second = ranking[:2]
     ratio = seconds[second] / seconds[first]
-    choice = AttentionChoice(first, f"{ratio:.2f}x as fast as {second}, measured{why_not}")
-    # A failure may be one of the moment, as of memory.
-    if not failed:
+    choice = AttentionChoice(first, f"{ratio:.2f}x as fast as {second}, measured{rejected}")
+    # A failure may be temporary, such as running out of memory.
+    if not failures:
         try:
             _write(file, _read(file) | {key: asdict(choice)})
         except OSError as error:
@@ -178,7 +179,7 @@ def _fastest_cached(
 
 
 def _key(shape: AttentionShape, candidates: Sequence[Backend]) -> str:
-    """All that a measurement depends on, for people to read."""
+    """The cache key: everything a measurement depends on, readable."""
     device = shape.device.type
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability(shape.device)
@@ -199,7 +200,7 @@ def _version(package: str) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The entries of the cache; none if it is missing, unreadable or not one."""
+    """The entries of the cache; empty if the file is missing, unreadable or malformed."""
     try:
         entries = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -209,58 +210,60 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _write(file: Path, entries: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(prefix=file.name, dir=file.parent)
+    descriptor, temporary = tempfile.mkstemp(prefix=file.name, dir=file.parent)
     try:
         with open(descriptor, "w") as stream:
             json.dump(entries, stream, indent=2)
-        os.replace(aside, file)
+        os.replace(temporary, file)
     except OSError:
-        os.unlink(aside)
+        os.unlink(temporary)
         raise
 
 
 def _measure(
     shape: AttentionShape, backends: Sequence[Backend]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of a forward and backward by name, and what is wrong with those that fail."""
-    seconds, failed = {}, {}
+    """Return seconds of a forward and backward, and reasons of failures, by backend name."""
+    seconds, failures = {}, {}
     try:
         for backend in backends:
             try:
                 operator = backend.load()
-                fault = _fault(operator, shape) or _variation(operator, shape)
-                if fault is None:
+                failure = _accuracy_failure(operator, shape) or _determinism_failure(
+                    operator, shape
+                )
+                if failure is None:
                     seconds[backend.name] = _seconds(operator, shape)
                 else:
-                    failed[backend.name] = fault
-            except Exception as error:  # A foreign kernel; what it raises is reported.
-                failed[backend.name] = f"it raises {first_line(error)}"
+                    failures[backend.name] = failure
+            except Exception as error:  # A third-party kernel may raise anything.
+                failures[backend.name] = f"it raises {first_line(error)}"
     finally:
         set_flash_implementation(None)
-    return seconds, failed
+    return seconds, failures
 
 
-def _fault(operator: Attention, shape: AttentionShape) -> str | None:
-    """What is grossly wrong with the results of one short sequence."""
+def _accuracy_failure(operator: Attention, shape: AttentionShape) -> str | None:
+    """Compare one short sequence with float32; describe the first gross error, if any."""
     small = replace(shape, batch_size=1, seq_len=min(shape.seq_len, CHECKED_TOKENS))
     *inputs, upstream = _random_inputs(small)
     exact = [x.detach().float().requires_grad_() for x in inputs]
     results = _forward_backward(operator, inputs, upstream)
     truths = _forward_backward(attention_reference, exact, upstream.float())
-    # Some eps are the price of the type; a wrong mask, scale or head costs all of the value.
+    # Rounding costs a few eps; a wrong mask, scale or head costs as much as the value.
     tolerance = 16 * torch.finfo(shape.dtype).eps
     names = ("output", "gradient of q", "gradient of k", "gradient of v")
     for name, result, truth in zip(names, results, truths, strict=True):
         error = (result.float() - truth).abs().max().item()
         largest = truth.abs().max().item()
-        # NaN compares false.
+        # Written so that NaN fails.
         if not error <= tolerance * largest:
             return f"its {name} is off by {error:.2g} of {largest:.2g}"
     return None
 
 
-def _variation(operator: Attention, shape: AttentionShape) -> str | None:
-    """Whether runs differ where PyTorch was asked for the same bits; not every package obeys."""
+def _determinism_failure(operator: Attention, shape: AttentionShape) -> str | None:
+    """In deterministic mode, compare the bits of several runs: not every package obeys the mode."""
     if not torch.are_deterministic_algorithms_enabled():
         return None
     *inputs, upstream = _random_inputs(shape)
@@ -273,7 +276,7 @@ def _variation(operator: Attention, shape: AttentionShape) -> str | None:
 
 
 def _random_inputs(shape: AttentionShape) -> list[Tensor]:
-    """q, k, v as views of one packed projection, as in the model, and an upstream gradient."""
+    """Return q, k, v as views of one packed projection, as in the model, and the upstream."""
     generator = torch.Generator(shape.device).manual_seed(0)
 
     def randn(n_heads: int) -> Tensor:
@@ -293,7 +296,7 @@ def _forward_backward(
 
 
 def _seconds(operator: Attention, shape: AttentionShape) -> float:
-    """Median time of a forward and backward."""
+    """Median seconds of a forward and backward."""
     *inputs, upstream = _random_inputs(shape)
 
     def run() -> None:
@@ -308,7 +311,7 @@ def _seconds(operator: Attention, shape: AttentionShape) -> float:
 def _times_on_cuda(run: Callable[[], None]) -> list[float]:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(MEASUREMENTS + 1)]
     events[0].record()
-    # The host runs ahead, so that what is timed is the device.
+    # No synchronisation between runs: the host runs ahead, and the events time the device.
     for event in events[1:]:
         run()
         event.record()
@@ -317,8 +320,8 @@ def _times_on_cuda(run: Callable[[], None]) -> list[float]:
 
 
 def _times_on_host(run: Callable[[], None]) -> list[float]:
-    moments = [time.perf_counter()]
+    timestamps = [time.perf_counter()]
     for _ in range(MEASUREMENTS):
         run()
-        moments.append(time.perf_counter())
-    return [end - start for start, end in pairwise(moments)]
+        timestamps.append(time.perf_counter())
+    return [end - start for start, end in pairwise(timestamps)]

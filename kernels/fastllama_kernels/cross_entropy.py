@@ -1,19 +1,19 @@
-"""Cross-entropy: loss = lse - logits[target], lse = log(sum(exp(logits))), a row a token.
+"""Cross-entropy per row: loss = lse - logits[target], lse = log(sum(exp(logits))).
 
     d logits = exp(logits - lse) - onehot(target)
 
 Shapes: logits (N, V), targets (N,) integers; loss (N,) or a scalar; lse (N,). Options, in the
 order they apply: softcap c replaces logits by c * tanh(logits / c); label_smoothing e mixes in the
 mean over the vocabulary, (1 - e) * loss + e * (lse - mean(logits)); z_loss adds z_loss * lse^2
-(Chowdhery et al. 2022). Rows whose target is ignore_index have loss 0 and gradient 0 and do not
-count in the mean; the mean over no rows is 0, where PyTorch gives NaN. A target that is no row of
-the vocabulary gives NaN: a run that refuses such updates notices, and no memory is touched.
-Arithmetic is in float32 (the reference: float64 for float64). Left out: weights of classes, and
-vocabularies split over devices.
-Saved: logits, targets, lse; with `inplace` the gradient, in the memory of the logits.
-Bytes, for b bytes a logit: forward N V b, up to 16,384 entries in registers; beyond, the gradient
-of `inplace` takes a second read, mostly from the L2 cache. Backward 2 N V b. With `inplace` the
-forward takes 2 N V b, and the backward nothing where the gradient from above is 1.
+(Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311). A row whose target is ignore_index has
+loss 0 and gradient 0 and does not count in the mean. The mean over no rows is 0; PyTorch returns
+NaN. A target outside the vocabulary gives loss and gradient NaN and reads no memory out of bounds,
+so a training that skips non-finite updates notices it. Arithmetic is in float32 (in the reference,
+float64 for float64). Not included: class weights, and vocabularies split over devices.
+Saved for backward: logits, targets, lse; with `inplace` the gradient, in the memory of the logits.
+Bytes, for b bytes per logit: forward N V b. Rows of up to 16,384 logits stay in registers. Wider
+rows are read a second time for the gradient of `inplace`, mostly from the L2 cache. Backward
+2 N V b. With `inplace`: forward 2 N V b, backward none if the upstream gradient is 1.
 """
 
 from typing import Any, Literal
@@ -39,9 +39,9 @@ def cross_entropy_reference(
     reduction: Literal["none", "mean", "sum"] = "mean",
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss, float32, of `logits` (N, V) for `targets` (N,), and lse (N,).
+    """Return the loss of `logits` (N, V) for `targets` (N,), and lse (N,); float32 or float64.
 
-    `inplace` is permission, and not used here.
+    `inplace` permits overwriting the logits; the reference does not use it.
     """
     logits = logits_NV.to(accumulation_dtype(logits_NV))
     if softcap is not None:
@@ -58,8 +58,8 @@ def cross_entropy_reference(
 
 
 def _n_valid(targets: Tensor, ignore_index: int) -> Tensor:
-    """Rows that count, at least 1; it stays on the device."""
-    # Compared as they are, bytes would have -100 as 156.
+    """Return the number of rows that are not ignored, at least 1, without a host sync."""
+    # In uint8, -100 would compare equal to 156.
     return (targets.long() != ignore_index).sum().clamp(min=1)
 
 
@@ -71,7 +71,7 @@ def _reduce(losses: Tensor, n_valid: Tensor, reduction: str) -> Tensor:
 
 @triton.jit
 def _load_logits(logits_ptr, columns, V: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Logits in float32 after the cap, -inf past the end."""
+    """Return logits in float32 after the softcap; -inf past the end of the row."""
     x = tl.load(logits_ptr + columns, columns < V, other=float("-inf")).to(tl.float32)
     if SOFTCAP > 0:
         x = tl.where(columns < V, SOFTCAP * _tanh(x / SOFTCAP), float("-inf"))
@@ -80,10 +80,10 @@ def _load_logits(logits_ptr, columns, V: tl.constexpr, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    """That of CUDA's libdevice is missing in the interpreter."""
+    """Written out, because Triton's interpreter has no libdevice."""
     e = tl.exp(-2 * tl.abs(x))
     large = tl.where(x < 0, -1.0, 1.0) * (1 - 2 * e / (1 + e))
-    # Below 1/4 the difference above loses digits; the series to x^9 has them all.
+    # Below 1/4 the difference above loses digits; the series up to x^9 keeps them.
     x2 = tl.where(tl.abs(x) < 0.25, x * x, 0.0)
     series = 1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835))))
     return tl.where(tl.abs(x) < 0.25, x * series, large)
@@ -91,7 +91,7 @@ def _tanh(x):
 
 @triton.jit
 def _finite(highest):
-    """What to subtract from logits: 0 while all of them are -inf, which has no difference."""
+    """Return the shift for exp: `highest`, or 0 if it is -inf, because -inf - -inf is NaN."""
     return tl.where(highest == float("-inf"), 0.0, highest)
 
 
@@ -109,7 +109,7 @@ def _store_gradient(
     Z_LOSS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Gradient of dloss * loss + dlse * lse; rounded after the target's 1 is subtracted."""
+    """Store the gradient of dloss * loss + dlse * lse, rounded after subtracting the onehot."""
     g = tl.exp(x - lse) * (dloss * (1 + 2 * Z_LOSS * lse) + dlse)
     g -= tl.where(columns == target, dloss * (1 - LABEL_SMOOTHING), 0.0)
     if LABEL_SMOOTHING > 0:
@@ -143,7 +143,7 @@ def _cross_entropy_fwd_kernel(
     x = _load_logits(logits_ptr, columns, V, SOFTCAP)
     highest = tl.max(x)
     total = tl.sum(tl.exp(x - _finite(highest)))
-    # From registers: in memory the gradient may have replaced it already.
+    # From registers: a load could return the gradient, which overwrites the logits below.
     target_logit = tl.sum(tl.where(columns == target, x, 0.0))
     sum_logits = tl.sum(tl.where(columns < V, x, 0.0)) if LABEL_SMOOTHING > 0 else 0.0
     for start in range(BLOCK, V, BLOCK):
@@ -243,17 +243,17 @@ def _scale_kernel(
 
 
 def forward_config(vocab_size: int) -> dict[str, int]:
-    """Entries of a row in registers at a time, 16 a thread, and warps; 32 a thread would spill.
+    """Return block and warps of the forward: 16 logits per thread; 32 would spill.
 
-    A row of more than 16,384 is looped over in small blocks: more programs fit at a time, and one
-    of 32 warps, which leave 64 registers a thread, spills in Triton 3.9.
+    Rows wider than 16,384 are read in a loop over small blocks. More programs then fit on a
+    multiprocessor. A program of 32 warps has 64 registers per thread and spills in Triton 3.9.
     """
     block = triton.next_power_of_2(vocab_size) if vocab_size <= 16_384 else 4_096
     return {"BLOCK": block, "num_warps": max(block // 512, 1)}
 
 
 def elementwise_config(vocab_size: int) -> dict[str, int]:
-    """Entries of a row that one program of the backward takes, 16 a thread, and warps."""
+    """Return block and warps of the elementwise kernels: 16 logits per thread."""
     block = min(triton.next_power_of_2(vocab_size), 4_096)
     return {"BLOCK": block, "num_warps": max(block // 512, 1)}
 
@@ -284,7 +284,7 @@ def cross_entropy_fwd(
     z_loss: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the losses and lse, both (N,) float32; a `softcap` of 0 is none."""
+    """Return the losses and lse, both (N,) float32; `softcap` 0 means no cap."""
     options = (ignore_index, label_smoothing, z_loss, softcap)
     losses, lse = _fwd_fake(logits, targets, *options)
     _launch_fwd(logits.contiguous(), targets, None, losses, lse, *options, write_gradient=False)
@@ -384,7 +384,7 @@ def cross_entropy_bwd(
     z_loss: float,
     softcap: float,
 ) -> Tensor:
-    """Return the gradient of `logits` (N, V), in their type, from those of losses and lse (N,)."""
+    """Return the gradient of `logits` (N, V), in their dtype; `dlosses` and `dlse` are (N,)."""
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     n_rows, vocab_size = logits.shape
     config = elementwise_config(vocab_size)
@@ -422,7 +422,7 @@ def scale_(x: Tensor, scale: Tensor) -> None:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Losses and lse, whose gradient is computed in the backward."""
+    """Computes the losses and lse in the forward and the gradient in the backward."""
 
     @staticmethod
     def forward(
@@ -440,8 +440,8 @@ class _CrossEntropy(torch.autograd.Function):
         return dlogits, None, *(None for _ in ctx.options)
 
 
-class _GradientInLogits(torch.autograd.Function):
-    """A loss whose gradient is what the memory of the logits holds by now."""
+class _InplaceCrossEntropy(torch.autograd.Function):
+    """Attaches a computed loss to the logits, whose memory holds the gradient already."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, loss: Tensor) -> Tensor:
@@ -451,7 +451,7 @@ class _GradientInLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
-        # A second backward finds the gradient changed, and autograd says so.
+        # `scale_` changes the saved tensor, so autograd raises in a second backward.
         (gradient,) = ctx.saved_tensors
         scale_(gradient, dloss)
         return gradient, None
@@ -468,24 +468,28 @@ def cross_entropy(
     reduction: Literal["none", "mean", "sum"] = "mean",
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of `logits` (N, V) for `targets` (N,), and lse (N,), both float32.
+    """Return the loss of `logits` for `targets`, and the log-sum-exp of each row.
 
     Args:
-        logits_NV: (N, V).
+        logits_NV: (N, V) float32, bfloat16 or float16.
         targets_N: (N,) integers of any width, each in the vocabulary or `ignore_index`.
-        ignore_index: target of the rows that do not count.
+        ignore_index: target of rows without loss.
         label_smoothing: share of the loss that is spread over the vocabulary.
-        z_loss: weight of lse squared.
-        softcap: bound of the logits' magnitude; None for no bound.
-        reduction: what is returned of the losses: each, their mean or their sum.
-        inplace: the logits are handed over and their memory becomes the gradient's, written in
-            the forward. They must be contiguous and not be used again; lse then passes no
-            gradient on, and a second backward is an error. In float16 a gradient is rounded
-            before a loss scale can lift it, so hand over float32 or bfloat16. Under a dispatch
-            mode such as that of selective checkpointing they are left alone.
+        z_loss: factor of lse squared.
+        softcap: bound on the magnitude of the logits; None means no bound.
+        reduction: "none" returns the loss of every row; "mean" is over rows not ignored.
+        inplace: write the gradient into the logits during the forward. The logits must be
+            contiguous, and their values are lost. No gradient flows through lse, and a second
+            backward raises. Use float32 or bfloat16 logits: float16 gradients are rounded before
+            a loss scale can scale them up. In eager mode under a dispatch mode, such as selective
+            activation checkpointing, the logits are not written to.
+
+    Returns:
+        The loss, a scalar or (N,) for "none", and lse (N,); both float32.
 
     Raises:
-        ValueError: shapes or types that do not fit, or tensors off the GPU.
+        ValueError: shapes or dtypes that do not match, options out of range, or tensors not on
+            CUDA.
     """
     _check(logits_NV, targets_N, softcap, reduction, inplace)
     options = (ignore_index, label_smoothing, z_loss, softcap or 0.0)
@@ -499,7 +503,7 @@ def cross_entropy(
             logits_NV, targets_N, n_valid if reduction == "mean" else None, *options
         )
         loss = _reduce(losses, n_valid, reduction)
-    return _GradientInLogits.apply(logits_NV, loss), lse
+    return _InplaceCrossEntropy.apply(logits_NV, loss), lse
 
 
 def _check(

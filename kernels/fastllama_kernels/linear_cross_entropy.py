@@ -1,19 +1,20 @@
-"""Linear cross-entropy: the cross-entropy of hidden @ weight^T, without ever holding all logits.
+"""Linear cross-entropy: the cross-entropy of hidden @ weight^T, one chunk of logits at a time.
 
-The tokens go in chunks through one buffer: the product that makes the logits, the softmax that
-turns them into their gradient where they are, and the two products that carry it on to hidden and
-weight. So the gradients are there when the forward ends; the backward scales them by the gradient
-from above and 1 / (tokens that count), which stay on the device. The weight's gradient is summed
-over chunks in float32: summed in bfloat16 it stalls once it is 256 times what a chunk adds.
+Chunks of rows share one buffer. For each chunk a matmul computes the logits, the cross-entropy
+kernel overwrites them with their gradient, and two matmuls compute the gradients of hidden and
+weight from it. The forward therefore ends with both gradients. The backward multiplies them by the
+upstream gradient and 1 / (number of rows not ignored); both stay on the device. The weight
+gradient is summed over chunks in float32. A bfloat16 sum would stall at 256 times the
+contribution of a chunk.
 
-Shapes: hidden (..., D), weight (V, D), targets (...) integers; loss a float32 scalar (the
-reference: float64 for float64). The options are those of cross_entropy. Rows whose target is
-ignore_index count for nothing; the mean over no rows is 0. The reference holds all (N, V) logits
-in the accumulation type. Left out: the losses of single tokens, a bias, and vocabularies split
+Shapes: hidden (..., D), weight (V, D), targets (...) integers; loss a float32 scalar (in the
+reference, float64 for float64). Options as in cross_entropy. Rows whose target is ignore_index
+have no loss and no gradient; the mean over no rows is 0. The reference computes all (N, V) logits
+at once, in the accumulation dtype. Not included: losses per token, a bias, and vocabularies split
 over devices.
-Saved: the gradients, (N, D) in the type of hidden and (V, D) float32.
-FLOPs: 6 N V D, all in the forward. Bytes beside the products: 2 N V b for the softmax, then in the
-backward 2 N D b + V D (4 + b). Peak memory: a chunk's logits and the gradients.
+Saved for backward: the gradients, (N, D) in the dtype of hidden and (V, D) float32.
+FLOPs: 6 N V D, all in the forward. Bytes, without the matmuls: 2 N V b in the forward, for the
+softmax; 2 N D b + V D (4 + b) in the backward. Peak memory: one chunk of logits and the gradients.
 Source: the chunks of Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
 """
 
@@ -39,7 +40,7 @@ def linear_cross_entropy_reference(
     softcap: float | None = None,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    """Return the loss of projecting `hidden` (..., D) on `weight` (V, D) for `targets` (...)."""
+    """Return the loss of hidden @ weight^T for `targets`, a scalar, float32 or float64."""
     logits_NV = F.linear(hidden.reshape(-1, hidden.shape[-1]), weight_VD)
     logits_NV = logits_NV.to(accumulation_dtype(logits_NV))
     if softcap is not None:
@@ -59,10 +60,10 @@ def linear_cross_entropy_reference(
 
 
 def chunk_length(n_tokens: int, vocab_size: int, bytes_per_logit: int) -> int:
-    """Tokens of a chunk: 4,096, or 2,048 where the logits of 4,096 are more than a gibibyte.
+    """Return the rows of a chunk: 4,096, or 2,048 if 4,096 rows of logits exceed 1 GiB.
 
-    A function of the shape and not of the memory that happens to be free, so that the sum over
-    chunks is the same in every run.
+    The length depends on the shape and not on free memory, so the sum over chunks has the same
+    bits in every run.
     """
     fits = 4_096 * vocab_size * bytes_per_logit <= 2**30
     return max(1, min(n_tokens, 4_096 if fits else 2_048))
@@ -102,10 +103,11 @@ def linear_cross_entropy_fwd(
     need_dhidden: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses (N,) float32 and the gradients of their sum, empty where not needed.
+    """Return the losses and the gradients of their sum; a gradient not needed is empty.
 
-    They are (N, D) in the type of `hidden` (N, D) and (V, D) float32. One operator, so that
-    torch.compile does not unroll the loop over chunks.
+    Losses are (N,) float32, the gradient of `hidden` is (N, D) in its dtype, the gradient of
+    `weight` is (V, D) float32. This is one operator, because torch.compile would unroll the loop
+    over chunks.
     """
     options = (ignore_index, label_smoothing, z_loss, softcap)
     losses, dhidden, dweight = _fwd_fake(
@@ -136,7 +138,7 @@ def linear_cross_entropy_fwd(
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """Add a @ b, summed in float32, to `total` float32; or put it there."""
+    """Set `total` (float32) to a @ b if `first`, else add a @ b; sums are in float32."""
     beta = 0 if first else 1
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
@@ -145,7 +147,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """A loss whose gradients are computed with it."""
+    """Computes the loss and its gradients in the forward; the backward scales the gradients."""
 
     @staticmethod
     def forward(
@@ -179,8 +181,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * scale, computed in float32, rounded once, in one pass."""
-    # A tensor of no dimension would be rounded to the type of x before the product.
+    """Return x * scale in `dtype`, computed in float32, rounded once, in one pass."""
+    # PyTorch would round a 0-dim scale to the dtype of x before multiplying.
     return torch.mul(x, scale.reshape(1), out=torch.empty_like(x, dtype=dtype))
 
 
@@ -195,25 +197,31 @@ def linear_cross_entropy(
     softcap: float | None = None,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    """Return the loss, float32, of projecting `hidden` (..., D) on `weight` (V, D).
+    """Return the cross-entropy of hidden @ weight^T for `targets`, without all logits in memory.
+
+    Autocast applies to `hidden` and `weight`.
 
     Args:
-        hidden: (..., D).
-        weight_VD: (V, D), of the same type.
-        targets: (...) integers, each in the vocabulary or `ignore_index`.
-        ignore_index: target of the rows that do not count.
+        hidden: (..., D) float32, bfloat16 or float16.
+        weight_VD: (V, D), same dtype.
+        targets: (...) integers of any width, each in the vocabulary or `ignore_index`.
+        ignore_index: target of rows without loss.
         label_smoothing: share of the loss that is spread over the vocabulary.
-        z_loss: weight of lse squared.
-        softcap: bound of the logits' magnitude; None for no bound.
-        reduction: mean or sum of the losses.
+        z_loss: factor of lse squared.
+        softcap: bound on the magnitude of the logits; None means no bound.
+        reduction: "mean", over rows not ignored, or "sum".
+
+    Returns:
+        The loss, a float32 scalar.
 
     Raises:
-        ValueError: shapes or types that do not fit, or tensors off the GPU.
+        ValueError: shapes or dtypes that do not match, options out of range, or tensors not on
+            CUDA.
     """
     hidden, weight_VD = autocast_like_linear(hidden), autocast_like_linear(weight_VD)
     _check(hidden, weight_VD, targets, softcap, reduction)
     targets_N = targets.flatten()
-    # Compared as they are, bytes would have -100 as 156.
+    # In uint8, -100 would compare equal to 156.
     n_valid = (targets_N.long() != ignore_index).sum().clamp(min=1)
     grad = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
@@ -236,7 +244,7 @@ def _check(
     check_kernel_dtypes(hidden=hidden)
     if weight.dtype != hidden.dtype:
         raise ValueError(
-            f"hidden is {hidden.dtype} and weight {weight.dtype}; they are multiplied as they are."
+            f"hidden is {hidden.dtype} and weight {weight.dtype}; both need the same dtype."
         )
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""The set of operators a model is built on: one value, chosen once, handed to the model.
+"""Sets of operators. A model takes one set and calls every operator through it.
 
-An ablation is `dataclasses.replace(TRITON, rope=REFERENCE.rope)`.
+For an ablation, replace one operator: `dataclasses.replace(TRITON, rope=REFERENCE.rope)`.
 """
 
 from collections.abc import Callable
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastllama_kernels.attention import attention_reference
-from fastllama_kernels.attention_backends import sdpa_attention
+from fastllama_kernels.attention import attention, attention_reference
 from fastllama_kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from fastllama_kernels.linear_cross_entropy import (
     linear_cross_entropy,
@@ -36,7 +35,7 @@ from fastllama_kernels.swiglu import (
 class Operators:
     """One implementation of every operator of the training step.
 
-    Each has the signature and the meaning of the `<op>_reference` in the file of its name.
+    Each has the signature of `<operator>_reference` in its file and computes the same result.
     """
 
     name: str
@@ -63,7 +62,7 @@ REFERENCE = Operators(
     cross_entropy=cross_entropy_reference,
     linear_cross_entropy=linear_cross_entropy_reference,
 )
-"""Plain PyTorch on any device and in any float type: the definition the others are held to."""
+"""Plain PyTorch on any device, in any float dtype: the definition of every operator."""
 
 TRITON = Operators(
     name="triton",
@@ -71,11 +70,11 @@ TRITON = Operators(
     add_rms_norm=add_rms_norm,
     add_rms_norm_linear=add_rms_norm_linear,
     rope=rope,
-    attention=sdpa_attention,
+    attention=attention,
     swiglu=swiglu,
     swiglu_linear=swiglu_linear,
     cross_entropy=cross_entropy,
     linear_cross_entropy=linear_cross_entropy,
 )
-"""Triton kernels, on CUDA devices or in Triton's interpreter; attention is PyTorch's own until
-`attention_operator` replaces it by the fastest there is."""
+"""Triton kernels, on CUDA devices or in Triton's interpreter. Attention is PyTorch's SDPA;
+training replaces it by the backend that `choose_attention` names."""

@@ -1,20 +1,21 @@
 """RMSNorm: y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps), over the last dimension.
 
-With a residual stream: stream = x + residual, y = rms_norm(stream), y in the type of x. Followed
-by a projection: out = y @ projection^T, and y is computed again in the backward, not saved.
+With a residual stream: stream = x + residual, y = rms_norm(stream), y in the dtype of x. With a
+projection: out = y @ projection^T; the backward recomputes y instead of saving it.
 
     d stream = rstd * (w dy - x_hat mean(x_hat w dy)) + d stream_out
     d weight = sum(dy x_hat),  x_hat = x * rstd
 
-Shapes: x, residual, y (..., D), float32, bfloat16 or float16, of any strides (copied if not
-contiguous); weight (D,); projection (E, D). Sums and products are in float32 (the reference:
-float64 for float64), with one rounding at the end. Hugging Face rounds once more, before the
-weight; that variant and Gemma's weight + 1 are left out.
-Saved: the stream (N, D), rstd (N,) float32, the weights.
-Bytes, for N rows and b bytes an element: forward 2 N D b, with a residual 4 N D b; backward
-3 N D b, + N D b where the stream has a gradient, + N D b to compute y again.
-Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467. The weight gradient is summed
-by each program over its own rows, then over programs in a fixed order: no atomics.
+Shapes: x, residual, y (..., D), float32, bfloat16 or float16, any strides (copied if not
+contiguous); weight (D,); projection (out_features, D). Arithmetic is in float32 (in the reference,
+float64 for float64), rounded once at the end. Not included: Hugging Face's second rounding before
+the weight, and Gemma's weight + 1.
+Saved for backward: the stream (N, D), rstd (N,) float32, the weights.
+Bytes, for N rows and b bytes per element: forward 2 N D b, with a residual 4 N D b; backward
+3 N D b, + N D b if the stream has a gradient, + N D b to recompute y.
+Each program sums the weight gradient over its rows; a second sum over programs has a fixed order.
+No atomics.
+Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
 """
 
 from typing import Any
@@ -42,7 +43,7 @@ def add_rms_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """Add `x` to the `residual` stream, both (..., D); return (normalised sum, sum).
 
-    None starts the stream with `x`.
+    `residual=None` starts the stream with `x`.
     """
     residual = x if residual is None else residual + x
     return rms_norm_reference(residual, weight, eps).to(x.dtype), residual
@@ -51,7 +52,7 @@ def add_rms_norm_reference(
 def add_rms_norm_linear_reference(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, projection: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Project what `add_rms_norm` normalises; return (projected (..., E), sum)."""
+    """Project the normalised sum of `add_rms_norm`; return (out (..., out_features), sum)."""
     y, residual = add_rms_norm_reference(x, residual, weight, eps)
     return F.linear(y, projection), residual
 
@@ -82,7 +83,7 @@ def _rms_norm_fwd_kernel(
             s += tl.load(residual_ptr + columns, mask, other=0.0).to(tl.float32)
             rounded = s.to(stream_ptr.dtype.element_ty)
             tl.store(stream_ptr + columns, rounded, mask)
-            # Normalise what the backward will find.
+            # Normalise the rounded stream, which the backward reads.
             s = rounded.to(tl.float32)
         weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(s * s) / D + eps)
@@ -101,7 +102,7 @@ def _rms_norm_fwd_kernel(
         rstd = tl.rsqrt(tl.sum(squares) / D + eps)
         for start in range(0, D, BLOCK):
             mask = start + columns < D
-            # Written above by this program; the sum between the loops is a barrier.
+            # This program wrote the stream above; the sum between the loops is a barrier.
             if HAS_RESIDUAL:
                 s = tl.load(stream_ptr + start + columns, mask, other=0.0).to(tl.float32)
             else:
@@ -129,7 +130,7 @@ def _rms_norm_bwd_kernel(
     RECOMPUTE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    # int64, so that the row counted from it is too, and row * D does not overflow.
+    # int64 makes the loop's `row` int64 too, so row * D does not overflow.
     program = tl.program_id(0).to(tl.int64)
     n_programs = tl.num_programs(0)
     dweight_ptr += program * D
@@ -138,8 +139,8 @@ def _rms_norm_bwd_kernel(
         mask = columns < D
         weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
         dweight = tl.zeros((BLOCK,), tl.float32)
-        # The attribute of the loop is what has the next rows loaded ahead; the launch option
-        # of the same name pipelines loops around `tl.dot` only.
+        # This num_stages prefetches the next rows; the launch option num_stages pipelines only
+        # loops around `tl.dot`.
         for row in tl.range(program, n_rows, n_programs, num_stages=NUM_STAGES):
             offsets = row * D + columns
             s = tl.load(stream_ptr + offsets, mask, other=0.0).to(tl.float32)
@@ -159,15 +160,15 @@ def _rms_norm_bwd_kernel(
         for row in range(program, n_rows, n_programs):
             offset = row * D
             rstd = tl.load(rstd_ptr + row)
-            products = tl.zeros((BLOCK,), tl.float32)
+            total = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, D, BLOCK):
                 mask = start + columns < D
                 offsets = offset + start + columns
                 s = tl.load(stream_ptr + offsets, mask, other=0.0).to(tl.float32)
                 dy = tl.load(dy_ptr + offsets, mask, other=0.0).to(tl.float32)
                 weight = tl.load(weight_ptr + start + columns, mask, other=0.0).to(tl.float32)
-                products += s * rstd * (dy * weight)
-            mean = tl.sum(products) / D
+                total += s * rstd * (dy * weight)
+            mean = tl.sum(total) / D
             for start in range(0, D, BLOCK):
                 mask = start + columns < D
                 offsets = offset + start + columns
@@ -181,28 +182,29 @@ def _rms_norm_bwd_kernel(
                 tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
                 if RECOMPUTE:
                     tl.store(y_ptr + offsets, (x_hat * weight).to(y_ptr.dtype.element_ty), mask)
-                # The sum over the rows of this program, which starts at zero.
+                # The launcher zeroed this program's sum over rows.
                 dweight = tl.load(dweight_ptr + start + columns, mask, other=0.0)
                 tl.store(dweight_ptr + start + columns, dweight + dy * x_hat, mask)
 
 
 def forward_config(width: int) -> dict[str, int]:
-    """Block and warps of the forward, 16 elements a thread; wider rows than a block are looped."""
+    """Return block and warps of the forward: 16 elements per thread, a loop over wider rows."""
     block = min(triton.next_power_of_2(width), 16_384)
     return {"BLOCK": block, "num_warps": max(block // 512, 1)}
 
 
 def backward_config(width: int) -> dict[str, int]:
-    """Block, warps and pipeline stages of the backward, 8 elements a thread: one 16-byte load.
+    """Return block, warps and pipeline stages of the backward.
 
-    Rows up to 8,192 elements stay in registers, wider ones are looped over.
+    A thread has 8 elements, one 16-byte load in 16-bit dtypes. Rows of up to 8,192 elements stay
+    in registers; a loop covers wider rows.
     """
     block = triton.next_power_of_2(width) if width <= 8_192 else 4_096
     return {"BLOCK": block, "num_warps": max(block // 256, 1), "NUM_STAGES": 3}
 
 
 def programs_per_multiprocessor(width: int) -> int:
-    """Programs of the persistent backward that one multiprocessor has the registers for."""
+    """Return how many programs of the persistent backward fit in one multiprocessor's registers."""
     return max(1, min(32, 8_192 // max(1, triton.next_power_of_2(width))))
 
 
@@ -212,10 +214,10 @@ def _fwd_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @register("rms_norm_fwd(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _fwd_fake)
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return y, like `x` (..., D), and rstd (...) float32."""
+    """Return y, shaped like `x` (..., D), and rstd (...) float32."""
     y, rstd = _fwd_fake(x, weight, eps)
     x = x.contiguous()
-    # The unused pointers have to be of something.
+    # Without a residual the kernel ignores the second x and the second y.
     _launch_fwd(x, x, weight, y, y, rstd, eps, has_residual=False)
     return y, rstd
 
@@ -235,7 +237,7 @@ def _add_fwd_fake(
 def add_rms_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y like `x` (..., D), the stream in the wider of the two types, rstd (...) float32."""
+    """Return y like `x` (..., D), the stream in the wider dtype, and rstd (...) float32."""
     y, stream, rstd = _add_fwd_fake(x, residual, weight, eps)
     residual = residual.contiguous()
     _launch_fwd(x.contiguous(), residual, weight, y, stream, rstd, eps, has_residual=True)
@@ -282,7 +284,7 @@ def _bwd_fake(
 def rms_norm_bwd(
     dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the stream (..., D) and of the weight (D,), in their types."""
+    """Return the gradients of the stream (..., D) and of the weight (D,), in their dtypes."""
     dx = _like(stream)
     return dx, _launch_bwd(dy, dstream, stream, weight, rstd, dx, y=None)
 
@@ -301,7 +303,7 @@ def _recompute_bwd_fake(
 def rms_norm_recompute_bwd(
     dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `rms_norm_bwd` does, and y (..., D) in the type of `dy`."""
+    """Return the results of `rms_norm_bwd` and y (..., D) in the dtype of `dy`."""
     dx, y = _like(stream), _like(dy)
     return dx, _launch_bwd(dy, dstream, stream, weight, rstd, dx, y), y
 
@@ -318,8 +320,8 @@ def _launch_bwd(
     """Fill `dx` and `y`; return the gradient of the weight."""
     width, n_rows = stream.shape[-1], rstd.numel()
     config = backward_config(width)
-    most_programs = n_multiprocessors(stream.device) * programs_per_multiprocessor(width)
-    shape = (min(n_rows, most_programs), width)
+    max_programs = n_multiprocessors(stream.device) * programs_per_multiprocessor(width)
+    shape = (min(n_rows, max_programs), width)
     dweight = stream.new_empty(shape, dtype=torch.float32)
     if width > config["BLOCK"]:
         dweight.zero_()
@@ -347,7 +349,7 @@ def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With or without a residual stream, with or without a projection after it."""
+    """RMSNorm with an optional residual stream and an optional projection."""
 
     @staticmethod
     def forward(
@@ -393,8 +395,16 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension of `x` (..., D) and scale it by `weight` (D,).
 
+    Args:
+        x: (..., D) float32, bfloat16 or float16, any strides.
+        weight: (D,), any of these dtypes.
+        eps: added to the mean square.
+
+    Returns:
+        (..., D) in the dtype of `x`.
+
     Raises:
-        ValueError: shapes or types that do not fit, or tensors off the GPU.
+        ValueError: shapes or dtypes that do not match, or tensors not on CUDA.
     """
     _check(x, None, weight)
     y: Tensor = _RMSNorm.apply(x, None, weight, eps, None)
@@ -404,12 +414,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Add `x` to the `residual` stream, both (..., D); return (normalised sum, sum).
+    """Add `x` to the `residual` stream and normalise the sum.
 
-    None starts the stream with `x`.
+    Args:
+        x: (..., D) float32, bfloat16 or float16, any strides.
+        residual: the stream, shaped like `x`; None starts the stream with `x`.
+        weight: (D,).
+        eps: added to the mean square.
+
+    Returns:
+        The normalised sum (..., D) in the dtype of `x`, and the sum (..., D) in the wider dtype
+        of `x` and `residual`.
 
     Raises:
-        ValueError: shapes or types that do not fit, or tensors off the GPU.
+        ValueError: shapes or dtypes that do not match, or tensors not on CUDA.
     """
     _check(x, residual, weight)
     return _apply(x, residual, weight, eps, None)
@@ -418,17 +436,26 @@ def add_rms_norm(
 def add_rms_norm_linear(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, projection: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Project what `add_rms_norm` normalises; return (projected (..., E), sum).
+    """Project the normalised sum of `add_rms_norm`; the sum is its only saved activation.
 
-    Of the tensors as wide as the stream, the sum alone is saved.
+    Args:
+        x: (..., D) float32, bfloat16 or float16, any strides.
+        residual: the stream, shaped like `x`; None starts the stream with `x`.
+        weight: (D,), of the norm.
+        eps: added to the mean square.
+        projection: (out_features, D), as in `torch.nn.Linear`; autocast applies to it.
+
+    Returns:
+        The projected normalised sum (..., out_features), and the sum (..., D).
 
     Raises:
-        ValueError: shapes or types that do not fit, or tensors off the GPU.
+        ValueError: shapes or dtypes that do not match, or tensors not on CUDA.
     """
     _check(x, residual, weight)
     if projection.shape[1:] != weight.shape:
         raise ValueError(
-            f"projection has shape {tuple(projection.shape)}, and needs (E, {x.shape[-1]})."
+            f"projection has shape {tuple(projection.shape)}, and needs "
+            f"(out_features, {x.shape[-1]})."
         )
     return _apply(x, residual, weight, eps, autocast_like_linear(projection))
 
@@ -453,5 +480,6 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
         check_kernel_dtypes(residual=residual)
         if residual.shape != x.shape:
             raise ValueError(
-                f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}: one sum."
+                f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; both are "
+                "added, so the shapes must be equal."
             )

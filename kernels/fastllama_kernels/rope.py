@@ -1,16 +1,16 @@
-"""RoPE: turn each pair (x_i, x_{i + K/2}) of every query and key head by its position's angle.
+"""RoPE: rotate each pair (x_i, x_{i+R}) of every query and key head by the angle of its position.
 
-    y_i       = x_i * cos - x_{i + K/2} * sin
-    y_{i+K/2} = x_{i + K/2} * cos + x_i * sin
+    y_i     = x_i * cos_i - x_{i+R} * sin_i
+    y_{i+R} = x_{i+R} * cos_i + x_i * sin_i
 
-Shapes: qkv (B, T, (H + 2G) * K), the packed projection: H query heads, then G key heads, then G
-value heads of width K, any even K; cos, sin (S, K/2) float32, one row a position. Values pass
-unchanged. Products are in float32 (the reference: float64 for float64), rounded once. Left out:
-turning only a part of a head, and neighbouring pairs (x_2i, x_{2i+1}).
-`rope` writes into qkv, whose contents are then the rotated ones; q, k and v are views of it. The
-backward turns the gradients back and packs them into one buffer, which saves a concatenation.
-Saved: the tables and the positions.
-Bytes, for N rows and b bytes an element: forward 2 N (H + G) K b; backward 2 N (H + 2G) K b.
+Shapes: qkv (B, T, E), the packed projection, E = (H + 2G) * K: H query heads, then G key heads,
+then G value heads of any even width K = 2R; cos, sin (P, R) float32, one row per position. Values
+are not rotated. Arithmetic is in float32 (in the reference, float64 for float64), rounded once. Not
+included: rotating part of a head, and adjacent pairs (x_2i, x_{2i+1}).
+`rope` rotates qkv in place; q, k and v are views of it. The backward rotates the gradients back
+and packs them into one buffer, so no concatenation follows.
+Saved for backward: the tables and the positions.
+Bytes, for N rows and b bytes per element: forward 2 N (H + G) K b; backward 2 N (H + 2G) K b.
 Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, with the half-split pairs of GPT-NeoX.
 """
 
@@ -37,12 +37,12 @@ def rope_reference(
     """Split a packed projection into heads and rotate queries and keys.
 
     Args:
-        qkv_BTE: (B, T, (H + 2G) * K).
-        cos_PR: (S, K/2) cosines, S >= T.
-        sin_PR: (S, K/2) sines.
+        qkv_BTE: (B, T, E), E = (H + 2G) * K; not written to.
+        cos_PR: (P, R) cosines; P >= T without positions.
+        sin_PR: (P, R) sines.
         n_heads: H.
         n_kv_heads: G.
-        positions_BT: rows of the tables to use, (B, T); None means 0 to T-1.
+        positions_BT: the table row of every token; None means 0 to T - 1.
 
     Returns:
         q (B, T, H, K), k (B, T, G, K), v (B, T, G, K).
@@ -64,7 +64,7 @@ def rope_reference(
 def _load_angles(
     cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, R: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """cos and sin of the positions of `rows`, (rows, 1, BLOCK_R) to go with heads."""
+    """Return cos and sin at the positions of `rows`, (rows, 1, BLOCK_R); 1 broadcasts to heads."""
     pairs = tl.arange(0, BLOCK_R)
     if positions_ptr is None:
         positions = rows % T
@@ -115,7 +115,7 @@ def _rope_kernel(
 def _load_head_pairs(
     x_ptr, stride_b, stride_t, stride_h, rows, heads, n_heads, pairs, mask, T, R: tl.constexpr
 ):
-    """Both halves of heads 0 <= `heads` < n_heads, float32, 0 elsewhere."""
+    """Return both halves of each head in float32; 0 where a head is not in 0..n_heads - 1."""
     mask = mask & ((heads >= 0) & (heads < n_heads))[None, :, None]
     offsets = (rows // T * stride_b + rows % T * stride_t)[:, None, None]
     offsets = offsets + heads.to(tl.int64)[None, :, None] * stride_h + pairs[None, None, :]
@@ -157,7 +157,7 @@ def _rope_bwd_kernel(
     row_mask = rows < n_rows
     cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, R, BLOCK_R)
     mask = row_mask[:, None, None] & (pairs < R)[None, None, :]
-    # A head is in one of the three; the other two loads are masked off and cost no traffic.
+    # Each head is in one of dq, dk and dv; the mask stops the other two loads.
     q_first, q_second = _load_head_pairs(
         dq_ptr, q_stride_b, q_stride_t, q_stride_h, rows, heads, H, pairs, mask, T, R
     )
@@ -168,7 +168,7 @@ def _rope_bwd_kernel(
         dv_ptr, v_stride_b, v_stride_t, v_stride_h, rows, heads - H - G, G, pairs, mask, T, R
     )
     first, second = q_first + k_first, q_second + k_second
-    # The inverse of a rotation is its transpose: the sign of the sine changes.
+    # The inverse of a rotation is its transpose: sin changes sign.
     dfirst = first * cos + second * sin + v_first
     dsecond = second * cos - first * sin + v_second
     mask = mask & (heads < H + 2 * G)[None, :, None]
@@ -179,13 +179,13 @@ def _rope_bwd_kernel(
     tl.store(dqkv_ptr + offsets + R, dsecond.to(dtype), mask)
 
 
-def launch_config(half: int) -> dict[str, int]:
-    """Tile of rows x heads x pairs: 2,048 pairs, so 8 of each half a thread, and warps."""
-    half_block = triton.next_power_of_2(half)
+def launch_config(n_pairs: int) -> dict[str, int]:
+    """Return the tile of rows x heads x pairs and warps: 2,048 pairs, so 8 pairs per thread."""
+    block_pairs = triton.next_power_of_2(n_pairs)
     block_heads = 8
-    block_rows = max(1, 2_048 // (block_heads * half_block))
+    block_rows = max(1, 2_048 // (block_heads * block_pairs))
     return {
-        "BLOCK_R": half_block,
+        "BLOCK_R": block_pairs,
         "BLOCK_ROWS": block_rows,
         "BLOCK_HEADS": block_heads,
         "num_warps": 8,
@@ -206,9 +206,9 @@ def _rope_inplace_fake(
 def rope_(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_heads: int, n_kv_heads: int
 ) -> None:
-    """Turn the query and key heads of a contiguous `qkv` (B, T, (H + 2G) * K) where they are."""
-    half = cos.shape[-1]
-    config = launch_config(half)
+    """Rotate the query and key heads of a contiguous `qkv` (B, T, E) in place."""
+    n_pairs = cos.shape[-1]
+    config = launch_config(n_pairs)
     n_rows, n_rotated = qkv.shape[0] * qkv.shape[1], n_heads + n_kv_heads
     grid = (
         triton.cdiv(n_rows, config["BLOCK_ROWS"]),
@@ -224,7 +224,7 @@ def rope_(
             qkv.shape[1],
             N_ROTATED_HEADS=n_rotated,
             N_HEADS=n_rotated + n_kv_heads,
-            R=half,
+            R=n_pairs,
             **config,
         )
 
@@ -243,7 +243,7 @@ def _rope_fwd_fake(
 def rope_fwd(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_heads: int, n_kv_heads: int
 ) -> Tensor:
-    """Return a copy of `qkv` (B, T, (H + 2G) * K) with query and key heads turned."""
+    """Return a copy of `qkv` (B, T, E) with query and key heads rotated."""
     rotated = qkv.clone(memory_format=torch.contiguous_format)
     rope_(rotated, cos, sin, positions, n_heads, n_kv_heads)
     return rotated
@@ -264,12 +264,12 @@ def _rope_bwd_fake(
 def rope_bwd(
     dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None
 ) -> Tensor:
-    """Turn `dq` (B, T, H, K) and `dk` (B, T, G, K) back; pack them with `dv` (B, T, G, K)."""
-    # Attention may lay its gradients out by head or by time; only the width has to be dense.
+    """Rotate `dq` (B, T, H, K) and `dk` (B, T, G, K) back; pack them with `dv` (B, T, G, K)."""
+    # Attention may order its gradients by head or by position; only the last stride must be 1.
     dq, dk, dv = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv))
-    n_heads, n_kv_heads, half = dq.shape[2], dk.shape[2], cos.shape[-1]
+    n_heads, n_kv_heads, n_pairs = dq.shape[2], dk.shape[2], cos.shape[-1]
     dqkv = _rope_bwd_fake(dq, dk, dv, cos, sin, positions)
-    config = launch_config(half)
+    config = launch_config(n_pairs)
     n_rows = dq.shape[0] * dq.shape[1]
     grid = (
         triton.cdiv(n_rows, config["BLOCK_ROWS"]),
@@ -291,14 +291,14 @@ def rope_bwd(
             dq.shape[1],
             H=n_heads,
             G=n_kv_heads,
-            R=half,
+            R=n_pairs,
             **config,
         )
     return dqkv
 
 
 class _Rope(torch.autograd.Function):
-    """Turns, unless that is done already, and splits."""
+    """Split `qkv` into q, k and v, after rotating a copy unless `qkv` is rotated already."""
 
     @staticmethod
     def forward(
@@ -332,31 +332,32 @@ def rope(
     n_kv_heads: int,
     positions_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn queries and keys of a packed projection where they are; return views of it.
+    """Rotate queries and keys of a packed projection in place; return views of it.
+
+    `qkv` is copied first if it is not contiguous, or in eager mode under a dispatch mode such as
+    selective activation checkpointing, which may have saved it.
 
     Args:
-        qkv_BTE: (B, T, (H + 2G) * K), written to unless it has to be copied to be contiguous, or
-            a dispatch mode such as that of selective checkpointing may have kept it.
-        cos_PR: (S, K/2) cosines, float32.
-        sin_PR: (S, K/2) sines, float32.
+        qkv_BTE: (B, T, E), E = (H + 2G) * K; float32, bfloat16 or float16.
+        cos_PR: (P, R) cosines, float32; P >= T without positions.
+        sin_PR: (P, R) sines, float32.
         n_heads: H.
         n_kv_heads: G.
-        positions_BT: rows of the tables to use, (B, T) integers, each less than S, which is not
-            checked; None means 0 to T-1. Decoding at an offset may as well pass the tables'
-            rows from there on.
+        positions_BT: the table row of every token, integers below P, which is not checked; None
+            means 0 to T - 1. To decode at an offset, passing `cos[offset:]` works too.
 
     Returns:
         q (B, T, H, K), k (B, T, G, K), v (B, T, G, K).
 
     Raises:
-        ValueError: shapes or types that do not fit, or tensors off the GPU.
+        ValueError: shapes or dtypes that do not match, or tensors not on CUDA.
     """
     _check(qkv_BTE, cos_PR, sin_PR, n_heads, n_kv_heads, positions_BT)
     qkv_BTE = qkv_BTE.contiguous()
     inplace = may_write_to_inputs()
     if inplace:
-        # Outside the autograd Function: torch.compile may lose a mutation inside one. What made
-        # qkv, a matrix product, does not need it in its backward; autograd notices if it does.
+        # Outside the autograd Function: torch.compile may lose a mutation inside one. The matmul
+        # that made qkv does not save it for backward; autograd raises if another producer does.
         with torch.no_grad():
             rope_(qkv_BTE, cos_PR, sin_PR, positions_BT, n_heads, n_kv_heads)
     return _Rope.apply(qkv_BTE, cos_PR, sin_PR, positions_BT, n_heads, n_kv_heads, inplace)
@@ -380,12 +381,12 @@ def _check(
     if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.shape != sin.shape:
         raise ValueError(
             f"cos is {cos.dtype} {tuple(cos.shape)} and sin {sin.dtype} {tuple(sin.shape)}; both "
-            "have to be float32 (S, K/2): a position needs more digits than bfloat16 has."
+            "must be float32 (P, R): a position needs more digits than bfloat16 has."
         )
     if positions is None and len(cos) < qkv.shape[1]:
         raise ValueError(
             f"The tables have {len(cos)} positions, and the sequences {qkv.shape[1]}; make longer "
-            "tables, or give positions."
+            "tables, or pass positions."
         )
     if positions is not None and positions.shape != qkv.shape[:2]:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""SwiGLU: h = silu(gate) * up, silu(x) = x * sigmoid(x); and with a projection, out = h down^T.
+"""SwiGLU: h = silu(gate) * up, silu(x) = x * sigmoid(x); with a projection, out = h @ down^T.
 
     d gate = dh up sigmoid(gate) (1 + gate (1 - sigmoid(gate))),  d up = dh silu(gate)
 
-Shapes: gate_up (..., 2F), the packed projection with the gate first; h (..., F); down (D, F). The
-product is in float32 (the reference: float64 for float64), rounded once.
-Saved: gate_up, and down. h is computed again by the pass that needs it, that of the gradients.
-Bytes, for N rows and b bytes an element: forward 3 N F b; backward 5 N F b, + N F b for h.
+Shapes: gate_up (..., I), I = 2F, packed with the gate first; h (..., F); down (D, F). Arithmetic is
+in float32 (in the reference, float64 for float64), rounded once.
+Saved for backward: gate_up, and down. The backward kernel recomputes h.
+Bytes, for N rows and b bytes per element: forward 3 N F b; backward 5 N F b, + N F b for h.
 Source: Shazeer 2020, https://arxiv.org/abs/2002.05202.
 """
 
@@ -23,13 +23,13 @@ from fastllama_kernels._library import register
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
-    """Gate the second half of the last dimension of `gate_up` (..., 2F) by the first."""
+    """Return silu(gate) * up (..., F) of the packed `gate_up` (..., 2F), gate first."""
     gate, up = gate_up.to(accumulation_dtype(gate_up)).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 def swiglu_linear_reference(gate_up: Tensor, down: Tensor) -> Tensor:
-    """Gate `gate_up` (..., 2F) and project the result on `down` (D, F)."""
+    """Return swiglu(gate_up) @ down^T (..., D) of `gate_up` (..., 2F) and `down` (D, F)."""
     return F.linear(swiglu_reference(gate_up), down)
 
 
@@ -75,7 +75,7 @@ def _swiglu_bwd_kernel(
 
 
 def launch_config(width: int) -> dict[str, int]:
-    """Columns of a row that one program takes, 8 a thread, and warps."""
+    """Return the columns per program, 8 per thread, and warps."""
     block = min(triton.next_power_of_2(width), 1_024)
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 4)}
 
@@ -86,7 +86,7 @@ def _fwd_fake(gate_up: Tensor) -> Tensor:
 
 @register("swiglu_fwd(Tensor gate_up) -> Tensor", _fwd_fake)
 def swiglu_fwd(gate_up: Tensor) -> Tensor:
-    """Return h (..., F) of `gate_up` (..., 2F), in its type."""
+    """Return h (..., F) of `gate_up` (..., 2F), in its dtype."""
     h = _fwd_fake(gate_up)
     width = h.shape[-1]
     config = launch_config(width)
@@ -102,7 +102,7 @@ def _bwd_fake(dh: Tensor, gate_up: Tensor) -> Tensor:
 
 @register("swiglu_bwd(Tensor dh, Tensor gate_up) -> Tensor", _bwd_fake)
 def swiglu_bwd(dh: Tensor, gate_up: Tensor) -> Tensor:
-    """Return the gradient of `gate_up` (..., 2F), in its type, from that of h (..., F)."""
+    """Return the gradient of `gate_up` (..., 2F), in its dtype, from `dh` (..., F)."""
     dgate_up = _bwd_fake(dh, gate_up)
     _launch_bwd(dh, gate_up, dgate_up, h=None)
     return dgate_up
@@ -116,7 +116,7 @@ def _recompute_bwd_fake(dh: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     "swiglu_recompute_bwd(Tensor dh, Tensor gate_up) -> (Tensor, Tensor)", _recompute_bwd_fake
 )
 def swiglu_recompute_bwd(dh: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `swiglu_bwd` does, and h (..., F) in the type of `dh`."""
+    """Return the result of `swiglu_bwd` and h (..., F) in the dtype of `dh`."""
     dgate_up, h = _recompute_bwd_fake(dh, gate_up)
     _launch_bwd(dh, gate_up, dgate_up, h)
     return dgate_up, h
@@ -130,7 +130,7 @@ def _launch_bwd(dh: Tensor, gate_up: Tensor, dgate_up: Tensor, h: Tensor | None)
             dh.contiguous(),
             gate_up.contiguous(),
             dgate_up,
-            # The unused pointer has to be of something.
+            # Without RECOMPUTE the kernel ignores this pointer.
             dgate_up if h is None else h,
             F=width,
             RECOMPUTE=h is not None,
@@ -139,7 +139,7 @@ def _launch_bwd(dh: Tensor, gate_up: Tensor, dgate_up: Tensor, h: Tensor | None)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Both: with or without a projection after it."""
+    """SwiGLU with an optional projection."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, down: Tensor | None) -> Tensor:
@@ -161,20 +161,33 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """Gate the second half of the last dimension of `gate_up` (..., 2F) by the first.
+    """Return silu(gate) * up of a packed projection.
+
+    Args:
+        gate_up: (..., 2F), gate first; float32, bfloat16 or float16, any strides.
+
+    Returns:
+        (..., F) in the dtype of `gate_up`.
 
     Raises:
-        ValueError: a last dimension or type that does not fit, or tensors off the GPU.
+        ValueError: an odd last dimension, another dtype, or a tensor not on CUDA.
     """
     _check(gate_up)
     return _SwiGLU.apply(gate_up, None)
 
 
 def swiglu_linear(gate_up: Tensor, down: Tensor) -> Tensor:
-    """Gate `gate_up` (..., 2F) and project the result on `down` (D, F), saving `gate_up` alone.
+    """Return swiglu(gate_up) @ down^T; `gate_up` is the only activation saved for backward.
+
+    Args:
+        gate_up: (..., 2F), gate first; float32, bfloat16 or float16, any strides.
+        down: (D, F), as in `torch.nn.Linear`; autocast applies to it.
+
+    Returns:
+        (..., D).
 
     Raises:
-        ValueError: shapes or types that do not fit, or tensors off the GPU.
+        ValueError: shapes or dtypes that do not match, or tensors not on CUDA.
     """
     _check(gate_up)
     if down.ndim != 2 or 2 * down.shape[1] != gate_up.shape[-1]:
@@ -188,5 +201,6 @@ def _check(gate_up: Tensor) -> None:
     check_kernel_dtypes(gate_up=gate_up)
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise ValueError(
-            f"gate_up has shape {tuple(gate_up.shape)}; its last dimension is gate and up, so even."
+            f"gate_up has shape {tuple(gate_up.shape)}; its last dimension holds gate and up, so "
+            "it must be even."
         )

@@ -13,18 +13,16 @@ from torch.backends.cuda import SDPAParams
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, _registry, current_flash_attention_impl
 
-from fastllama_kernels import attention_backends
-from fastllama_kernels.attention import attention_reference
+from fastllama_kernels import attention, attention_backends
+from fastllama_kernels.attention import attention_reference, attention_without_cudnn
 from fastllama_kernels.attention_backends import (
     BACKENDS,
     Attention,
     AttentionShape,
     Backend,
-    attention_without_cudnn,
     backends_for,
     fused_attention,
     pinned_sdpa,
-    sdpa_attention,
     set_flash_implementation,
 )
 from tests.compare import (
@@ -359,7 +357,7 @@ def test_cudnn_sees_no_mask(
 
     calls = Calls(monkeypatch)
     monkeypatch.setattr(attention_backends, "varlen_attn", varlen)
-    operator = pinned_sdpa(SDPBackend.CUDNN_ATTENTION) if pinned else sdpa_attention
+    operator = pinned_sdpa(SDPBackend.CUDNN_ATTENTION) if pinned else attention
     operator(*qkv(n_queries, 9), causal=causal, cu_seqlens=cu_seqlens)
     assert calls.seen or (pinned and cu_seqlens is not None)
     assert not any("cudnn" in kernels and masked for kernels, masked in calls.seen)
@@ -371,7 +369,7 @@ def test_cudnn_sees_training_but_no_decoding(
     pinned: bool, n_queries: int, n_keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = Calls(monkeypatch)
-    operator = pinned_sdpa(SDPBackend.CUDNN_ATTENTION) if pinned else sdpa_attention
+    operator = pinned_sdpa(SDPBackend.CUDNN_ATTENTION) if pinned else attention
     operator(*qkv(n_queries, n_keys))
     ((kernels, _),) = calls.seen
     assert ("cudnn" in kernels) == (n_queries == 9)
@@ -429,7 +427,7 @@ def test_compiles_in_one_graph(operator: Attention, n_queries: int, n_keys: int)
 def test_the_reference_compiles_in_one_graph(
     n_queries: int, n_keys: int, cu_seqlens: Tensor | None
 ) -> None:
-    assert_compiles(sdpa_attention, qkv(n_queries, n_keys), cu_seqlens=cu_seqlens)
+    assert_compiles(attention, qkv(n_queries, n_keys), cu_seqlens=cu_seqlens)
 
 
 @TRACES_FUNCTIONS
@@ -521,7 +519,9 @@ def with_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 @pytest.fixture
 def hopper_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     with_capability(monkeypatch, (9, 0))
-    monkeypatch.setattr(attention_backends, "_refusal", lambda shape, can_use: None)
+    monkeypatch.setattr(
+        attention_backends, "_pytorch_unsupported_reason", lambda shape, can_use: None
+    )
     attributes = {"flash_attn_func": None, "_flash_attn_fwd": None}
     for name in (
         "flash_attn_interface",
@@ -635,7 +635,7 @@ def test_pytorch_is_asked_about_the_shape_as_it_is_called() -> None:
         return True
 
     shape = replace(SHAPE, device=torch.device("cpu"))
-    assert attention_backends._refusal(shape, can_use) is None
+    assert attention_backends._pytorch_unsupported_reason(shape, can_use) is None
     (params,) = asked
     assert params.query.shape == (2, 4, 128, 64)
     assert params.key.shape == params.value.shape == (2, 2, 128, 64)
@@ -647,27 +647,29 @@ def test_pytorch_is_asked_about_the_shape_as_it_is_called() -> None:
     assert params.enable_gqa
 
 
-def test_a_refusal_says_why() -> None:
+def test_a_pytorch_unsupported_reason_says_why() -> None:
     def can_use(params: SDPAParams, debug: bool) -> bool:
         warnings.warn("cuDNN SDPA is not deterministic. (Triggered internally at x)", stacklevel=1)
         return False
 
     shape = replace(SHAPE, device=torch.device("cpu"))
-    assert attention_backends._refusal(shape, can_use) == (
+    assert attention_backends._pytorch_unsupported_reason(shape, can_use) == (
         "PyTorch refuses it (cuDNN SDPA is not deterministic.)"
     )
 
 
 def test_each_kernel_of_pytorch_is_asked_about_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with_capability(monkeypatch, (9, 0))
-    monkeypatch.setattr(attention_backends, "_refusal", lambda shape, can_use: can_use.__name__)
+    monkeypatch.setattr(
+        attention_backends, "_pytorch_unsupported_reason", lambda shape, can_use: can_use.__name__
+    )
     assert NAMED["cudnn"].unsupported_reason(SHAPE) == "can_use_cudnn_attention"
     assert NAMED["flash"].unsupported_reason(SHAPE) == "can_use_flash_attention"
 
 
 def test_pytorch_refuses_the_cpu() -> None:
     shape = replace(SHAPE, device=torch.device("cpu"))
-    unsupported_reason = attention_backends._refusal(
+    unsupported_reason = attention_backends._pytorch_unsupported_reason(
         shape, torch.backends.cuda.can_use_flash_attention
     )
     assert unsupported_reason is not None
@@ -731,13 +733,13 @@ class TestOnGpu:
         operator = load_or_skip(backend, head_dim=width, n_heads=n_heads, n_kv_heads=n_kv_heads)
         for seq_len in (1, 2, 63, 64, 65, 127, 128, 192, 257):
             inputs = qkv(seq_len, seq_len, heads, torch.bfloat16, "cuda", width)
-            assert_right_on_gpu(operator, sdpa_attention, inputs, causal=causal)
+            assert_right_on_gpu(operator, attention, inputs, causal=causal)
 
     @pytest.mark.parametrize("n_queries", [1, 7, 64])
     def test_decoding(self, backend: Backend, n_queries: int) -> None:
         operator = load_or_skip(backend)
         inputs = qkv(n_queries, 64, (4, 2), torch.bfloat16, "cuda", 64)
-        assert_right_on_gpu(operator, sdpa_attention, inputs)
+        assert_right_on_gpu(operator, attention, inputs)
 
     @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
@@ -749,7 +751,7 @@ class TestOnGpu:
         cu_seqlens = torch.tensor([ends, [0, 200, 200, 200, 200, 200]], dtype=torch.int32)
         inputs = qkv(200, 200, heads, torch.bfloat16, "cuda", 64)
         assert_right_on_gpu(
-            operator, sdpa_attention, inputs, causal=causal, cu_seqlens=cu_seqlens.cuda()
+            operator, attention, inputs, causal=causal, cu_seqlens=cu_seqlens.cuda()
         )
 
     @pytest.mark.parametrize("expand", [(0, 0, 0, 0), (0, 0, 0, 1), (1, 0, 1, 1)])
@@ -760,9 +762,9 @@ class TestOnGpu:
         kept = [length if keep else 1 for length, keep in zip(size, expand, strict=True)]
         upstream = randn(*kept, seed=3, dtype=torch.bfloat16, device="cuda").expand(size)
         gradients = torch.autograd.grad(operator(*inputs), inputs, upstream)
-        plain = torch.autograd.grad(sdpa_attention(*inputs), inputs, upstream.contiguous())
+        plain = torch.autograd.grad(attention(*inputs), inputs, upstream.contiguous())
         wide = [x.detach().double().requires_grad_() for x in inputs]
-        truth = torch.autograd.grad(sdpa_attention(*wide), wide, upstream.double())
+        truth = torch.autograd.grad(attention(*wide), wide, upstream.double())
         for compared in zip(gradients, plain, truth, strict=True):
             assert_as_exact_as(*compared)
 
@@ -774,8 +776,8 @@ class TestOnGpu:
 
         assert_operator_as_exact_as(
             on_packed(operator),
-            on_packed(sdpa_attention),
-            on_packed(sdpa_attention),
+            on_packed(attention),
+            on_packed(attention),
             [randn(B, 128, 8, 64, seed=0, dtype=torch.bfloat16, device="cuda")],
         )
 
@@ -787,7 +789,7 @@ class TestOnGpu:
         inputs = qkv(128, 128, (4, 2), torch.bfloat16, "cuda", 64)
         assert_right_on_gpu(
             compiled(operator, cu_seqlens=cu_seqlens if packed else None),
-            lambda q, k, v: sdpa_attention(q, k, v, cu_seqlens=cu_seqlens if packed else None),
+            lambda q, k, v: attention(q, k, v, cu_seqlens=cu_seqlens if packed else None),
             inputs,
         )
 

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import _registry, current_flash_attention_impl
 
-from fastllama_kernels import attention_choice
+from fastllama_kernels import attention, attention_choice
 from fastllama_kernels.attention import attention_reference
 from fastllama_kernels.attention_backends import (
     Attention,
     Backend,
-    sdpa_attention,
     set_flash_implementation,
 )
 from fastllama_kernels.attention_choice import (
@@ -52,7 +51,7 @@ def fake(
     )
 
 
-REFERENCE = Backend("reference", lambda shape: None, lambda: sdpa_attention)
+REFERENCE = Backend("reference", lambda shape: None, lambda: attention)
 Install = Callable[..., None]
 
 
@@ -253,7 +252,7 @@ def test_the_reference_is_left_when_all_fail(install: Install, tmp_path: Path) -
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_right_results_pass(dtype: torch.dtype, seq_len: int) -> None:
     shape = replace(SHAPE, dtype=dtype, seq_len=seq_len)
-    assert attention_choice._fault(working, shape) is None
+    assert attention_choice._accuracy_failure(working, shape) is None
 
 
 def test_the_test_is_of_one_short_sequence_and_the_time_of_the_whole_shape() -> None:
@@ -266,7 +265,7 @@ def test_the_test_is_of_one_short_sequence_and_the_time_of_the_whole_shape() -> 
         return working(q, k, v)
 
     shape = replace(SHAPE, seq_len=300)
-    attention_choice._fault(spy, shape)
+    attention_choice._accuracy_failure(spy, shape)
     attention_choice._seconds(spy, shape)
     short, *whole = seen
     assert short == ((1, 256, 4, 16), (1, 256, 2, 16), (1, 256, 2, 16), torch.bfloat16)
@@ -524,7 +523,7 @@ def test_an_unknown_name_gets_the_nearest_and_all(name: str, guess: str) -> None
 
 
 def test_the_operator_of_a_name(install: Install) -> None:
-    assert attention_operator("reference") is sdpa_attention
+    assert attention_operator("reference") is attention
     install(fake("a", lambda *x: torch.tensor(1.0)), fake("b", lambda *x: torch.tensor(2.0)))
     assert attention_operator("b")().item() == 2.0
 
@@ -598,7 +597,7 @@ def test_on_a_gpu_the_choice_is_measured_and_runs(tmp_path: Path) -> None:
     assert "is off by" not in choice.reason
     operator = attention_operator(choice.name)
     try:
-        assert attention_choice._fault(operator, shape) is None
+        assert attention_choice._accuracy_failure(operator, shape) is None
     finally:
         set_flash_implementation(None)
 

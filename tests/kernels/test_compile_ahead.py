@@ -98,7 +98,7 @@ def writes_scalars_only(kernel: CompiledKernel) -> bool:
 def test_next_rows_are_loaded_ahead(kernels: list[CompiledKernel]) -> None:
     asked = [k for k in kernels if k.constants.get("NUM_STAGES", 1) > 1]
     # A row that does not fit in a block is read twice, in loops that are not pipelined.
-    pipelined = [k for k in asked if k.constants["N"] <= k.constants["BLOCK"]]
+    pipelined = [k for k in asked if k.constants["D"] <= k.constants["BLOCK"]]
     assert pipelined
     assert_none(k for k in pipelined if not k.async_copies)
 

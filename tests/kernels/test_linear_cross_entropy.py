@@ -1,5 +1,6 @@
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -108,9 +109,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def in_chunks_of(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "fastllama_kernels.linear_cross_entropy.chunk_length", lambda n_tokens, *_: length
-    )
+    module = sys.modules["fastllama_kernels.linear_cross_entropy"]
+    monkeypatch.setattr(module, "chunk_length", lambda n_tokens, *_: length)
 
 
 def some(dtype: torch.dtype = torch.float32, tokens: tuple[int, ...] = (2, 4)) -> list[Tensor]:
@@ -419,8 +419,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         sizes.append(tuple(x.numel() for x in results[1:]))
         return results
 
-    name = "fastllama_kernels.linear_cross_entropy.linear_cross_entropy_fwd"
-    monkeypatch.setattr(name, launch)
+    module = sys.modules["fastllama_kernels.linear_cross_entropy"]
+    monkeypatch.setattr(module, "linear_cross_entropy_fwd", launch)
     return sizes
 
 

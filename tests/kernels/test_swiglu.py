@@ -427,15 +427,15 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastllama_kernels import swiglu as module
+from fastllama_kernels.swiglu import _swiglu_bwd_kernel, _swiglu_fwd_kernel
 
 def show(kernel, **constants):
     types = {name: "*bf16" for name in kernel.arg_names}
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
     print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"])
 
-show(module._swiglu_fwd_kernel, F=1000, BLOCK=512)
-show(module._swiglu_bwd_kernel, F=1000, BLOCK=512, RECOMPUTE=True)
+show(_swiglu_fwd_kernel, F=1000, BLOCK=512)
+show(_swiglu_bwd_kernel, F=1000, BLOCK=512, RECOMPUTE=True)
 """
 
 
@@ -463,7 +463,7 @@ def test_refuses_the_type_of_gate_up(form: Form, dtype: torch.dtype) -> None:
 @both_forms
 def test_refuses_an_odd_gate_up(form: Form) -> None:
     gate_up, *down = tensors(form, 2)
-    with pytest.raises(ValueError, match=r"gate_up has shape \(2, 47\); .* so even"):
+    with pytest.raises(ValueError, match=r"gate_up has shape \(2, 47\); .* must be even"):
         form.operator(gate_up[:, 1:], *down)
 
 
