@@ -98,12 +98,12 @@ def print_config(config: Config) -> None:
     print(resolved_toml(config))
     print(f"# parameters             {n_parameters(model):,}")
     print(f"# feed-forward width     {model.ffn_hidden}")
-    print(f"# head width             {model.head_dim}")
+    print(f"# head_dim               {model.head_dim}")
     print(f"# updates                {config.n_updates:,}")
     print(f"# accumulation steps     {config.accumulation_steps(world_size())}")
     print(f"# GFLOP/token, causal    {flops_per_token(model, causal=True) / 1e9:.3f}")
     print(f"# GFLOP/token, PaLM      {flops_per_token(model, causal=False) / 1e9:.3f}")
-    for reshard, name in ((False, "kept"), (True, "resharded")):
+    for reshard, name in ((False, "no reshard"), (True, "reshard")):
         total = plan_memory(config, world_size(), reshard=reshard).total
         print(f"# GiB/device, {name:10} {total / 2**30:.1f}")
     per_device = config.training.tokens_per_update // world_size()

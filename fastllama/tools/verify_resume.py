@@ -19,7 +19,7 @@ from pathlib import Path
 from fastllama.checkpoints.folder import complete_checkpoints, step_of
 from fastllama.config import Config, validate
 from fastllama.errors import TrainingFailedError
-from fastllama.logs.sinks import read_rows
+from fastllama.logs.rows import read_rows
 from fastllama.run_folder import RunFolder, resolved_toml
 
 # Float32 sums of the same terms in another order differ by a few eps, 2^-23.
@@ -29,8 +29,8 @@ FLOAT32_TOLERANCE = 1e-6
 # far less than one of them; 2^-10 still shows a wrong batch, moment or learning rate.
 BFLOAT16_TOLERANCE = 1e-3
 # Training amplifies rounding: over 8 of the quickstart's first updates, the difference grew by half
-# in each. A wrong batch or weight exceeds the tolerance of the first update after the resume, a
-# wrong moment or learning rate that of the second.
+# in each. A wrong batch or weight exceeds the tolerance in the first update after the resume, a
+# wrong moment or learning rate in the second.
 TOLERANCE_GROWTH = 2.0
 MAX_TOLERANCE = 1e-2
 
