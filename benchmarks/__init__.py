@@ -1,9 +1,9 @@
-"""Measurements. Where there is no GPU they are rehearsed, with the kernels in the interpreter."""
+"""Benchmarks. Without a GPU they run as a rehearsal: toy sizes, kernels in Triton's interpreter."""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    # Read when Triton is imported, which what is in this package does after this.
+    # Triton reads this when it is imported. The modules of this package import it later.
     os.environ.setdefault("TRITON_INTERPRET", "1")

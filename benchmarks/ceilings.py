@@ -1,11 +1,15 @@
-"""The ceilings of this device: copy, matrix products, attention, and the bound's rates from them.
+"""Measure the ceilings of this device: copy, matmul and attention rates.
 
     python benchmarks/ceilings.py [RECIPE.toml …] [--out DIR]
 
-A copy far larger than any cache; a large square product of random numbers; the products of the
-recipes at their real shapes, forward and both of the backward; causal attention at the head widths
-64 and 128 and the recipes' lengths, by every backend present. Floors of kernels and the fraction
-of the bound H are of these, measured in the same run, and not of a data sheet.
+- copy: a copy far larger than any cache.
+- matmul: a large square matmul of random numbers.
+- gemm: every matmul of the recipes at its real shape, forward and both gradients.
+- attention: causal attention at head_dim 64 and 128 and several lengths, with every available
+  backend.
+
+Kernel floors and the share of the bound H use these rates, measured in the same run, and not the
+data sheet.
 """
 
 import argparse
@@ -28,7 +32,7 @@ from fastllama_kernels.attention_choice import attention_operator
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = ("llama-1b", "llama-100m")
 
-# A rehearsal shows the way and needs no size.
+# A rehearsal uses toy sizes.
 COPY_BYTES, WIDTH, N_TOKENS, ATTENTION_TOKENS = (
     (2**32, 8192, 16384, 16384) if has_gpu() else (2**24, 256, 64, 64)
 )
@@ -37,7 +41,7 @@ HEAD_DIMS = (64, 128)
 
 
 def copy_ceiling(timer: Timer, device: torch.device) -> Ceiling:
-    """Bytes read and written a second by a copy from the device to itself."""
+    """Bytes read plus bytes written per second by a device-to-device copy."""
     source = torch.randint(255, (COPY_BYTES // 2,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = device_seconds(timer, [lambda: target.copy_(source)])
@@ -45,12 +49,12 @@ def copy_ceiling(timer: Timer, device: torch.device) -> Ceiling:
 
 
 def matmul_ceiling(timer: Timer, device: torch.device, dtype: torch.dtype) -> Ceiling:
-    """FLOP/s of a large square product, long enough for the power limit to act."""
-    return _product(timer, device, dtype, "matmul", WIDTH, WIDTH, WIDTH, 10 * SECONDS)
+    """FLOP/s of a large square matmul, measured long enough for the power limit to take effect."""
+    return _gemm_ceiling(timer, device, dtype, "matmul", WIDTH, WIDTH, WIDTH, 10 * SECONDS)
 
 
 def gemm_ceilings(timer: Timer, device: torch.device, model: ModelConfig) -> Iterator[Ceiling]:
-    """FLOP/s of every product of a training step of `model`, in bfloat16."""
+    """FLOP/s of every matmul of a training step of `model`, in bfloat16."""
     width = model.n_embd
     projections = {
         "qkv": (width, (model.n_heads + 2 * model.kv_heads) * model.head_dim),
@@ -66,10 +70,10 @@ def gemm_ceilings(timer: Timer, device: torch.device, model: ModelConfig) -> Ite
             ("input gradient", (N_TOKENS, n_in, n_out)),
             ("weight gradient", (n_out, n_in, N_TOKENS)),
         ):
-            yield _product(timer, device, torch.bfloat16, f"gemm {name} {phase}", *shape)
+            yield _gemm_ceiling(timer, device, torch.bfloat16, f"gemm {name} {phase}", *shape)
 
 
-def _product(
+def _gemm_ceiling(
     timer: Timer,
     device: torch.device,
     dtype: torch.dtype,
@@ -79,7 +83,7 @@ def _product(
     k: int,
     seconds: float = SECONDS,
 ) -> Ceiling:
-    """Of an (m, k) by a (k, n) matrix, with the layouts of a linear layer's three products."""
+    """FLOP/s of (m, k) @ (k, n), with the operand layouts of a linear layer's three matmuls."""
 
     def multiply() -> Call:
         left = torch.randn(m, k, device=device, dtype=dtype)
@@ -97,10 +101,10 @@ def _product(
 def attention_ceilings(
     timer: Timer, device: torch.device, head_dim: int, seq_len: int
 ) -> Iterator[Ceiling]:
-    """FLOP/s of causal attention of 2048 / head_dim heads, by every backend that can.
+    """FLOP/s of causal attention with 2048 / head_dim heads, for every supported backend.
 
-    A forward counts 2 T^2 K FLOPs a head, which is what the mask leaves, a backward 2.5 times
-    that.
+    The forward counts 2 T^2 K FLOPs per head (unmasked positions only), the backward 2.5 times as
+    many.
     """
     n_heads = 2048 // head_dim
     shape = AttentionShape(
@@ -116,9 +120,11 @@ def attention_ceilings(
         if backend.unsupported_reason(shape) is None:
             try:
                 yield from _attention(timer, shape, backend)
-            except Exception as error:  # Of a library that is not ours; the others still count.
-                told = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"no attention by {backend.name}, head_dim {head_dim}, T {seq_len}: {told}")
+            except Exception as error:  # Raised by a third-party library; measure the others.
+                message = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(
+                    f"attention {backend.name} failed, head_dim {head_dim}, T {seq_len}: {message}"
+                )
 
 
 def _attention(timer: Timer, shape: AttentionShape, backend: Backend) -> Iterator[Ceiling]:
@@ -147,7 +153,7 @@ def _attention(timer: Timer, shape: AttentionShape, backend: Backend) -> Iterato
 
 
 def measure_ceilings(models: Sequence[ModelConfig]) -> Iterator[Ceiling]:
-    """All of them, the most important first; matrix products of `models`."""
+    """Measure all ceilings, the most important first; gemm ceilings for `models`."""
     device = default_device()
     timer = make_timer(device)
     with timer.on_stream():
@@ -162,7 +168,7 @@ def measure_ceilings(models: Sequence[ModelConfig]) -> Iterator[Ceiling]:
 
 
 def measured_rates(ceilings: Sequence[Ceiling]) -> Rates | None:
-    """What the bound H needs, from what was measured; None where something is missing."""
+    """Rates for the bound H from measured ceilings; None if one is missing."""
     best: dict[str, dict[tuple[int, int], float]] = defaultdict(lambda: defaultdict(float))
     for ceiling in ceilings:
         if ceiling.dtype == "bfloat16" or ceiling.name == "copy":
@@ -199,20 +205,20 @@ def main() -> None:
         type=Path,
         metavar="RECIPE.toml",
         default=[CONFIGS / f"{name}.toml" for name in RECIPES],
-        help="recipes whose matrix products are measured; default: the 1B and the 100M",
+        help="recipes whose matmuls are measured; default: llama-1b and llama-100m",
     )
     conditions = current_conditions()
     out = RESULTS / results_name(conditions)
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=out, help="folder of results; now %(default)s"
+        "--out", metavar="DIR", type=Path, default=out, help="results folder; default: %(default)s"
     )
     options = parser.parse_args()
     try:
         models = [load_recipe(recipe).model for recipe in options.recipes]
     except ValueError as error:
         parser.error(str(error))
-    table = Table(title=conditions.device + ", a rehearsal" * conditions.is_rehearsal)
-    for heading in ("what", "shape", "type", "provider", "10^12 / s", "middle half"):
+    table = Table(title=conditions.device + ", rehearsal" * conditions.is_rehearsal)
+    for heading in ("ceiling", "shape", "dtype", "provider", "10^12 / s", "interquartile range"):
         table.add_column(heading)
     for ceiling in measure_ceilings(models):
         append(options.out, conditions, [ceiling])

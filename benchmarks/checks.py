@@ -1,8 +1,9 @@
-"""What has to hold on a GPU before any of its times mean anything.
+"""Checks that must pass on a GPU before its timings mean anything.
 
-Every operator, and then the model, as exact as plain PyTorch against float64, by the rule of the
-tests; an update of the trainer that never waits for the device, is compiled without a break in a
-graph, and is not compiled again.
+- Every operator and the whole model are as exact as plain PyTorch, both compared with float64, by
+  the same rule as in the tests.
+- An update of the trainer never waits for the device, compiles without graph breaks, and is not
+  recompiled.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ SMALL = ModelConfig(
 
 
 def operator_checks(recipes: Sequence[str], dtypes: Sequence[torch.dtype]) -> Iterator[Check]:
-    """Outputs and gradients of every operator at the widths of the recipes."""
+    """Check outputs and gradients of every operator at the widths of the recipes."""
     device = default_device()
     for benchmark in BENCHMARKS:
         for recipe in recipes:
@@ -43,20 +44,20 @@ def operator_checks(recipes: Sequence[str], dtypes: Sequence[torch.dtype]) -> It
             for dtype in dtypes:
                 inputs = benchmark.inputs(shape, dtype, torch.Generator(device).manual_seed(0))
                 leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-                # The reference in float64, and in the type as what plain PyTorch can do.
+                # The reference runs twice: in float64 as the truth, and in dtype as plain PyTorch.
                 (ours, *_) = benchmark.providers(shape, dtype, device)
                 operator, reference = (
-                    _of_leaves(function, inputs) for function in (ours.make(), benchmark.reference)
+                    _bind(function, inputs) for function in (ours.make(), benchmark.reference)
                 )
                 name = f"{benchmark.operator} {recipe} {str(dtype).removeprefix('torch.')}"
-                yield _checked(
+                yield _run_check(
                     name,
                     lambda: assert_operator_as_exact_as(operator, reference, reference, leaves),  # noqa: B023
                 )
 
 
-def _of_leaves(function: Operator, inputs: tuple[Any, ...]) -> Operator:
-    """The operator as a function of its differentiable inputs."""
+def _bind(function: Operator, inputs: tuple[Any, ...]) -> Operator:
+    """`function` with its non-differentiable arguments bound."""
 
     def operator(*leaves: Tensor) -> Tensor | tuple[Tensor, ...]:
         given = iter(leaves)
@@ -69,7 +70,7 @@ def _of_leaves(function: Operator, inputs: tuple[Any, ...]) -> Operator:
 
 
 def model_check(dtype: torch.dtype) -> Check:
-    """Loss and every gradient of a small model on the kernels."""
+    """Check the loss and all gradients of a small model that uses the kernels."""
     device = default_device()
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(
@@ -96,11 +97,11 @@ def model_check(dtype: torch.dtype) -> Check:
         for actual, plain, truth in zip(*runs, strict=True):
             assert_as_exact_as(actual, plain, truth.double())
 
-    return _checked(f"model {str(dtype).removeprefix('torch.')}", compare)
+    return _run_check(f"model {str(dtype).removeprefix('torch.')}", compare)
 
 
 def step_checks(config: Config) -> Iterator[Check]:
-    """That an update neither waits for the device nor is compiled twice."""
+    """Check that an update neither waits for the device nor breaks graphs nor recompiles."""
     with tempfile.TemporaryDirectory() as folder:
         config = workload(config, config.training.tokens_per_update)
         config = with_synthetic_data(config, Path(folder) / "data")
@@ -112,20 +113,20 @@ def step_checks(config: Config) -> Iterator[Check]:
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
-            yield _checked("an update does not wait for the device", step)
+            yield _run_check("an update does not wait for the device", step)
             if world.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
             again = counters["stats"]["unique_graphs"] - compiled
             breaks = sum(counters["graph_break"].values())
-    # No graph at all is not a whole one.
+    # With compilation on, zero compiled graphs is a failure too.
     whole = breaks == 0 and (compiled > 0 or not config.training.compile)
     yield Check("no graph is broken", whole, f"{breaks} breaks in {compiled} graphs")
     yield Check("nothing is compiled again", again == 0, f"{again} graphs after the second update")
 
 
-def _checked(name: str, check: Callable[[], object]) -> Check:
+def _run_check(name: str, check: Callable[[], object]) -> Check:
     try:
         check()
-    except Exception as error:  # Whatever is wrong is what has to be reported.
+    except Exception as error:  # Any error is the result of the check.
         return Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
     return Check(name, True, "")

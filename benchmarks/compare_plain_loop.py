@@ -1,10 +1,10 @@
-"""Tokens per second of the trainer at the quickstart shape over those of a plain PyTorch loop.
+"""Compare the trainer's tokens/s with a plain PyTorch loop, at the quickstart shape.
 
     python benchmarks/compare_plain_loop.py [--rounds 5] [--updates 12]
 
-Both train the same shape in float32 on this machine's CPU, one process at a time, taking turns so
-that what else the machine does falls on both. Each round gives a ratio; the median and the extremes
-of the rounds are printed. It exits with 1 when the median is below 0.95.
+Both train the same shape in float32 on this machine's CPU, one process at a time. They alternate,
+so that other load on the machine affects both. Each round gives one ratio, fastllama over plain
+loop. The command prints median and extremes, and exits with 1 if the median is below 0.95.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def plain_loop(data: Path, sequences: int, updates: int) -> float:
 
 
 def trainer(data: Path, updates: int, tokens_per_update: int) -> float:
-    """Median tokens/s of `fastllama train`, logging every update, without side jobs."""
+    """Median tokens/s of `fastllama train`, with every update logged and without side jobs."""
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "--run-dir": f"{folder}/run",
@@ -55,7 +55,9 @@ def trainer(data: Path, updates: int, tokens_per_update: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="pairs of runs")
-    parser.add_argument("--updates", type=int, default=12, help="updates of a run; 2 warm up")
+    parser.add_argument(
+        "--updates", type=int, default=12, help="updates per run, of which 2 are warm-up"
+    )
     options = parser.parse_args()
     config = load_recipe(RECIPE)
     data, tokens = ROOT / config.data.path, config.training.tokens_per_update

@@ -1,12 +1,12 @@
-"""Compile every Triton kernel of the recipes for three GPUs, without having one, and tabulate.
+"""Compile every Triton kernel of the recipes for three GPU architectures, without a GPU.
 
     python benchmarks/compile_table.py [--markdown] [--json FILE]
 
-The operators are called on small CPU tensors of the recipes' widths, with a driver that pretends
-to be each GPU and a hook that stops every launch where Triton would compile it. So what is
-compiled is what the launchers launch, with the types, constants and alignments Triton itself
-derives. Registers and spills are what ptxas says; instructions are counted where they stand in the
-PTX, once however often they run. Warps per multiprocessor follow from these by arithmetic.
+The command calls the operators on small CPU tensors of the recipes' widths. A fake driver stands in
+for each GPU, and a hook intercepts every launch at the point where Triton would compile it. The
+compiled kernels are therefore exactly the launched ones, with the dtypes, constants and alignments
+that Triton derives. Registers and spills come from ptxas. Instructions are counted in the PTX, each
+once, however often it runs. Warps per multiprocessor are computed from these numbers.
 """
 
 import argparse
@@ -40,12 +40,11 @@ from fastllama_kernels import TRITON, _library
 RECIPES = Path(__file__).parents[1] / "configs"
 # Compute capabilities: A100; H100 and H200; B200.
 ARCHITECTURES = (80, 90, 100)
-TABULATED = 90
-# Shared memory of one multiprocessor in bytes. A program can have all but 1 KiB of it, and takes
-# 1 KiB more than it asks for.
+TABLE_ARCHITECTURE = 90
+# Shared memory of one multiprocessor in bytes. Each program occupies 1 KiB more than it requests.
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 RESERVED_SHARED_BYTES = 1024
-# Tokens. Triton compiles other code for counts that 16 does not divide, and training has none.
+# Tokens. Training only has counts divisible by 16; Triton specialises on that.
 ROWS = 16
 DTYPE = torch.bfloat16
 LOSS_OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
@@ -53,48 +52,48 @@ LOSS_OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch, as far as Triton compiles other code for it."""
+    """The properties of a launch that determine the code Triton compiles."""
 
     module: str
     kernel: str
     architecture: int
-    """Compute capability: 90 for 9.0."""
+    """Compute capability, such as 90 for 9.0."""
     specialization: str
-    """JSON of types, constants, alignments, options and target, for `JITFunction.preload`."""
+    """JSON for `JITFunction.preload`: types, constants, alignments, options and target."""
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What one kernel became in one configuration on one GPU."""
+    """Compilation result of one kernel in one configuration for one GPU."""
 
     module: str
     kernel: str
     architecture: int
-    """Compute capability: 90 for 9.0."""
+    """Compute capability, such as 90 for 9.0."""
     constants: dict[str, Any]
-    """Constexpr parameters, and others that are None or 1, by name."""
+    """Constexpr parameters, and other parameters specialised as None or 1, by name."""
     dtype: str
-    """Narrowest float type of the tensors, as Triton spells it: that of activations."""
+    """Narrowest float dtype of the tensors, in Triton's spelling: the activation dtype."""
     warps: int
     registers: int
-    """Of one thread."""
+    """Registers per thread."""
     spill_store_bytes: int
     spill_load_bytes: int
     shared_bytes: int
-    """Shared memory of one program."""
+    """Shared memory per program."""
     warps_per_multiprocessor: int
-    """Warps of as many programs as fit at a time, of 64."""
+    """Resident warps of at most 64, from the number of programs that fit."""
     wide_loads: int
-    """Loads of 128 bits or more a thread from global memory, the asynchronous ones among them."""
+    """Global loads of at least 128 bits per thread, asynchronous copies included."""
     wide_stores: int
-    """Stores of 128 bits or more a thread to global memory."""
+    """Global stores of at least 128 bits per thread."""
     async_copies: int
-    """Copies of any width from global to shared memory that the thread does not wait for."""
+    """Asynchronous copies (cp.async) of any width from global to shared memory."""
     has_float64: bool
     has_atomics: bool
 
 
-# --- What is launched -----------------------------------------------------------------------------
+# --- Recording launches ---------------------------------------------------------------------------
 
 
 def _train_rms_norm(model: ModelConfig) -> None:
@@ -133,7 +132,7 @@ def _train_cross_entropy(model: ModelConfig) -> None:
 
 
 def _train_linear_cross_entropy(model: ModelConfig) -> None:
-    # The width of hidden is one of PyTorch's products, and of no kernel.
+    # The width of hidden only matters to PyTorch's matmuls, not to a kernel.
     hidden, weight = _leaf(ROWS, ROWS), _leaf(model.vocab_size, ROWS)
     targets = torch.zeros(ROWS, dtype=torch.int64)
     for options in ({}, LOSS_OPTIONS):
@@ -147,7 +146,7 @@ OPERATORS: tuple[Callable[[ModelConfig], None], ...] = (
     _train_cross_entropy,
     _train_linear_cross_entropy,
 )
-"""One for each operator: all of its variants, forward and backward, at the widths of a model."""
+"""One function per operator: runs all variants, forward and backward, at a model's widths."""
 
 
 def _leaf(*shape: int) -> Tensor:
@@ -158,8 +157,8 @@ def _backward(*outputs: Tensor) -> None:
     torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
 
-class PretendedGPU:
-    """What Triton asks of a driver before it compiles."""
+class FakeGPU:
+    """The part of a Triton driver that compilation needs."""
 
     def __init__(self, architecture: int) -> None:
         self.target = GPUTarget("cuda", architecture, 32)
@@ -168,7 +167,7 @@ class PretendedGPU:
         return self.target
 
     def get_current_device(self) -> int:
-        """A number for each architecture: a kernel remembers the target of a device."""
+        """One device id per architecture, because a kernel caches the target by device id."""
         return int(self.target.arch)
 
     def get_current_stream(self, device: int) -> int:
@@ -176,7 +175,7 @@ class PretendedGPU:
 
 
 def record_launches(models: Iterable[ModelConfig], architecture: int) -> list[Launch]:
-    """Return what training `models` launches on a GPU, each once; nothing runs.
+    """Return the distinct launches of training `models` on a GPU, without running them.
 
     This process cannot launch kernels afterwards.
     """
@@ -186,23 +185,27 @@ def record_launches(models: Iterable[ModelConfig], architecture: int) -> list[La
         kernel = fn.jit_function
         specialization = compile["specialization_data"]
         launches[Launch(fn.module, kernel.__name__, architecture, specialization)] = None
-        return True  # Triton then neither compiles nor launches.
+        return True  # Tells Triton to skip compilation and launch.
 
-    driver.set_active(PretendedGPU(architecture))
+    driver.set_active(FakeGPU(architecture))
     knobs.runtime.jit_cache_hook = record
-    _library.INTERPRETED = True  # Lets tensors on the CPU through to the launch.
+    _library.INTERPRETED = True  # Lets CPU tensors reach the launch.
     for model in models:
         for train in OPERATORS:
             train(model)
     return list(launches)
 
 
-# --- What becomes of it ---------------------------------------------------------------------------
+# --- Compilation ----------------------------------------------------------------------------------
 
 
 def compile_launch(launch: Launch) -> CompiledKernel:
-    """Compile for the GPU of `launch`, whatever is in Triton's cache, and take stock."""
-    driver.set_active(PretendedGPU(launch.architecture))
+    """Compile `launch` for its GPU, bypassing Triton's cache, and collect the statistics.
+
+    Raises:
+        RuntimeError: the kernel does not compile.
+    """
+    driver.set_active(FakeGPU(launch.architecture))
     knobs.compilation.always_compile = True
     knobs.nvidia.dump_ptxas_log = True  # To stdout.
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
@@ -212,7 +215,7 @@ def compile_launch(launch: Launch) -> CompiledKernel:
     try:
         with redirect_stdout(log):
             binary = kernel.preload(launch.specialization)
-    except Exception as error:  # Any: Triton's own cannot all be sent to another process.
+    except Exception as error:  # Not all of Triton's exceptions can be pickled to the parent.
         raise RuntimeError(
             f"{launch.kernel} with {constants} does not compile for sm_{launch.architecture}: "
             f"{error}"
@@ -220,7 +223,7 @@ def compile_launch(launch: Launch) -> CompiledKernel:
     ptx = binary.asm["ptx"]
     pointers = [kind for kind in data["signature"].values() if re.match(r"\*(bf|fp)", kind)]
     warps, shared_bytes = data["options"]["num_warps"], binary.metadata.shared
-    registers = max(_found(r"Used (\d+) registers", log.getvalue()))
+    registers = max(_find_ints(r"Used (\d+) registers", log.getvalue()))
     return CompiledKernel(
         module=launch.module,
         kernel=launch.kernel,
@@ -229,8 +232,8 @@ def compile_launch(launch: Launch) -> CompiledKernel:
         dtype=min(pointers, key=lambda kind: int(kind[3:]))[1:],
         warps=warps,
         registers=registers,
-        spill_store_bytes=sum(_found(r"(\d+) bytes spill stores", log.getvalue())),
-        spill_load_bytes=sum(_found(r"(\d+) bytes spill loads", log.getvalue())),
+        spill_store_bytes=sum(_find_ints(r"(\d+) bytes spill stores", log.getvalue())),
+        spill_load_bytes=sum(_find_ints(r"(\d+) bytes spill loads", log.getvalue())),
         shared_bytes=shared_bytes,
         warps_per_multiprocessor=resident_warps(
             launch.architecture, warps, registers, shared_bytes
@@ -250,21 +253,21 @@ def _constants(names: Sequence[str], data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _found(pattern: str, log: str) -> list[int]:
+def _find_ints(pattern: str, log: str) -> list[int]:
     return [int(number) for number in re.findall(pattern, log)]
 
 
 def _count_wide(operation: str, ptx: str) -> int:
-    """Count instructions such as `ld.global.L1::evict_last.v4.b32`."""
+    """Count vector instructions of at least 128 bits, such as `ld.global.L1::evict_last.v4.b32`."""
     vectors = re.findall(rf"\b{operation}\.global[\w.:]*\.v(\d)\.[bfsu](\d+)", ptx)
     return sum(int(length) * int(bits) >= 128 for length, bits in vectors)
 
 
 def resident_warps(architecture: int, warps: int, registers: int, shared_bytes: int) -> int:
-    """Warps a multiprocessor holds at a time, of 64, in programs of `warps` each.
+    """Resident warps of at most 64 per multiprocessor, for programs of `warps` warps.
 
-    Of its four quarters each has 16,384 registers, given to warps in units of 256. No more than
-    32 programs fit, whatever they need.
+    Each of the four quarters of a multiprocessor has 16,384 registers, allocated to warps in units
+    of 256. At most 32 programs are resident.
     """
     registers_of_warp = 32 * 8 * -(-registers // 8)
     programs = min(
@@ -276,7 +279,7 @@ def resident_warps(architecture: int, warps: int, registers: int, shared_bytes: 
 
 
 def compile_recipes() -> list[CompiledKernel]:
-    """Compile everything that training the recipes in configs launches, on all processors."""
+    """Compile all launches of training the recipes in configs, on all CPU cores."""
     models = {load_recipe(path).model for path in RECIPES.glob("*.toml")}
     by_width = sorted(models, key=lambda model: (model.n_embd, model.ffn_hidden))
     launches = [
@@ -284,13 +287,13 @@ def compile_recipes() -> list[CompiledKernel]:
         for architecture in ARCHITECTURES
         for launch in record_launches(by_width, architecture)
     ]
-    # Not forked: this process has PyTorch's threads.
+    # Spawn: forking is unsafe with PyTorch's threads.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
         return list(pool.map(compile_launch, launches))
 
 
-# --- The table ------------------------------------------------------------------------------------
+# --- Table ----------------------------------------------------------------------------------------
 
 HEADINGS = (
     "kernel",
@@ -304,13 +307,13 @@ HEADINGS = (
     "cp.async",
 )
 CAPTION = (
-    f"sm_{TABULATED}, {DTYPE}; in brackets the most registers on any of "
-    f"{', '.join(f'sm_{architecture}' for architecture in ARCHITECTURES)}, where that is more"
+    f"sm_{TABLE_ARCHITECTURE}, {DTYPE}; in brackets the highest register count on "
+    f"{', '.join(f'sm_{architecture}' for architecture in ARCHITECTURES)}, where it is higher"
 )
 
 
 def table_rows(kernels: Iterable[CompiledKernel]) -> list[tuple[str, ...]]:
-    """Return the cells of the rows, kernel by kernel."""
+    """Cells of the table rows, grouped by kernel."""
     variants: dict[str, list[CompiledKernel]] = defaultdict(list)
     for kernel in kernels:
         variants[kernel.kernel].append(kernel)
@@ -318,15 +321,15 @@ def table_rows(kernels: Iterable[CompiledKernel]) -> list[tuple[str, ...]]:
 
 
 def _rows_of_kernel(variants: Sequence[CompiledKernel]) -> list[tuple[str, ...]]:
-    """Rows of one kernel: one for those that differ in numbers only and came out the same."""
+    """Rows of one kernel. Variants with equal results that differ only in numbers share a row."""
     most_registers: dict[str, int] = defaultdict(int)
     for kernel in variants:
         configuration = str(kernel.constants)
         most_registers[configuration] = max(most_registers[configuration], kernel.registers)
-    names = _telling_constants(variants)
+    names = _distinguishing_constants(variants)
     numbers: dict[tuple[str, ...], list[dict[str, int]]] = defaultdict(list)
     for kernel in variants:
-        if kernel.architecture == TABULATED:
+        if kernel.architecture == TABLE_ARCHITECTURE:
             constants = {name: _constant(kernel, name) for name in names}
             results = _results(kernel, most_registers[str(kernel.constants)])
             numbers[_switches(constants), *results].append(_numbers(constants))
@@ -337,22 +340,22 @@ def _rows_of_kernel(variants: Sequence[CompiledKernel]) -> list[tuple[str, ...]]
     ]
 
 
-def _telling_constants(variants: Sequence[CompiledKernel]) -> list[str]:
-    """Constants by which the variants differ, without numbers that follow from an earlier one."""
-    telling: list[str] = []
+def _distinguishing_constants(variants: Sequence[CompiledKernel]) -> list[str]:
+    """Constants that differ between variants, except numbers determined by an earlier constant."""
+    distinct: list[str] = []
     for name in dict.fromkeys(name for kernel in variants for name in kernel.constants):
         values = [_constant(kernel, name) for kernel in variants]
         follows = _is_number(values[0]) and any(
             len(set(zip(earlier, values, strict=True))) == len(set(earlier))
-            for earlier in ([_constant(kernel, other) for kernel in variants] for other in telling)
+            for earlier in ([_constant(kernel, other) for kernel in variants] for other in distinct)
         )
         if len(set(values)) > 1 and not follows:
-            telling.append(name)
-    return telling
+            distinct.append(name)
+    return distinct
 
 
 def _constant(kernel: CompiledKernel, name: str) -> Any:
-    """True for an argument that is None in other variants and given in this one."""
+    """Value of a constant; True for an argument that is None only in other variants."""
     return kernel.constants.get(name, True)
 
 
@@ -365,7 +368,7 @@ def _numbers(constants: dict[str, Any]) -> dict[str, int]:
 
 
 def _switches(constants: dict[str, Any]) -> str:
-    """`HAS_RESIDUAL · RECOMPUTE`: what is on, or given, or not 0."""
+    """Names of enabled switches and given arguments: `HAS_RESIDUAL · RECOMPUTE`."""
     return " · ".join(
         name.removesuffix("_ptr")
         for name, value in constants.items()
@@ -374,7 +377,7 @@ def _switches(constants: dict[str, Any]) -> str:
 
 
 def _join(group: Sequence[dict[str, int]]) -> str:
-    """`H 4, 32 · G 4, 8` of numbers with the same names."""
+    """Numbers of a group by name: `H 4, 32 · G 4, 8`."""
     return " · ".join(
         f"{name} {', '.join(str(value) for value in sorted({numbers[name] for numbers in group}))}"
         for name in group[0]
@@ -412,10 +415,10 @@ def print_table(rows: Iterable[Sequence[str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument("--json", type=Path, help="write all that is known of every GPU here")
+    parser.add_argument("--json", type=Path, help="write the results for every GPU to this file")
     options = parser.parse_args()
     if _library.INTERPRETED:
-        parser.exit(2, "TRITON_INTERPRET is set, so nothing can be compiled; unset it.\n")
+        parser.exit(2, "TRITON_INTERPRET is set, so Triton cannot compile; unset it.\n")
     kernels = compile_recipes()
     if options.json:
         options.json.write_text(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))

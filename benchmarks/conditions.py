@@ -1,4 +1,4 @@
-"""What a measurement was made on: device, versions, clocks, power."""
+"""Conditions of a measurement: device, software versions, clocks, power."""
 
 import os
 import platform
@@ -18,17 +18,17 @@ from fastllama.run_folder import git_revision
 
 
 def has_gpu() -> bool:
-    """Whether this is a measurement, or the rehearsal of one on a CPU."""
+    """True for a measurement, False for a rehearsal on a CPU."""
     return torch.cuda.is_available()
 
 
 def default_device() -> torch.device:
-    """The GPU measured, or the CPU of a rehearsal."""
+    """The first GPU, or the CPU in a rehearsal."""
     return torch.device("cuda", 0) if has_gpu() else torch.device("cpu")
 
 
 def current_conditions() -> Conditions:
-    """Those of this process, now."""
+    """Conditions of this process at this moment."""
     if has_gpu():
         properties = torch.cuda.get_device_properties(0)
         device = properties.name
@@ -57,7 +57,7 @@ def current_conditions() -> Conditions:
 
 
 def results_name(conditions: Conditions) -> str:
-    """Folder of a device under results: `NVIDIA H200` is h200."""
+    """Name of the device's folder under results, such as `h200` for `NVIDIA H200`."""
     if conditions.is_rehearsal:
         return "cpu-rehearsal"
     words = conditions.device.removeprefix("NVIDIA ").lower().split()
@@ -65,7 +65,7 @@ def results_name(conditions: Conditions) -> str:
 
 
 class GpuMonitor:
-    """Samples clock and power of the first GPU once a second; knows nothing without nvidia-smi."""
+    """Samples clock and power of the first GPU once a second. Without nvidia-smi both are None."""
 
     def __init__(self) -> None:
         self._clocks: list[float] = []
@@ -94,12 +94,12 @@ class GpuMonitor:
 
     @property
     def sm_clock_mhz(self) -> float | None:
-        """Median so far."""
+        """Median of the samples so far."""
         return statistics.median(self._clocks) if self._clocks else None
 
     @property
     def power_watts(self) -> float | None:
-        """Median so far."""
+        """Median of the samples so far."""
         return statistics.median(self._watts) if self._watts else None
 
     def __exit__(
@@ -114,7 +114,7 @@ class GpuMonitor:
 
 
 def _query(fields: str) -> list[str] | None:
-    """Of the first GPU, from nvidia-smi; None where there is none or it does not answer."""
+    """Fields of the first GPU from nvidia-smi; None if nvidia-smi is missing or fails."""
     command = ["nvidia-smi", "-i", "0", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -124,7 +124,7 @@ def _query(fields: str) -> list[str] | None:
 
 
 def _number(text: str) -> float | None:
-    """None for `[N/A]`, which nvidia-smi gives for what it may not tell."""
+    """None for `[N/A]`, nvidia-smi's value for an unavailable field."""
     try:
         return float(text)
     except ValueError:
@@ -142,5 +142,5 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Of the tree that is measured, which on a borrowed machine may have come without its .git."""
+    """Commit of the measured tree. FASTLLAMA_COMMIT names it where the tree has no .git."""
     return os.environ.get("FASTLLAMA_COMMIT") or git_revision() or ""

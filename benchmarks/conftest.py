@@ -1,4 +1,4 @@
-"""`pytest benchmarks --benchmark-only`: measures every operator and shows a table of ours."""
+"""Fixtures and summary table of `pytest benchmarks --benchmark-only`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +15,15 @@ ROWS: list[KernelTime] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--results", type=Path, help="folder to add the rows to, as JSON for benchmarks/report.py"
+        "--results",
+        type=Path,
+        help="append the rows to this folder, as JSON for benchmarks/report.py",
     )
 
 
 @pytest.fixture
 def rows(request: pytest.FixtureRequest) -> Iterator[list[KernelTime]]:
-    """What a benchmark appends is shown at the end, and kept where --results says."""
+    """Rows of the summary table. New rows are also saved in the folder of --results."""
     before = len(ROWS)
     yield ROWS
     folder = request.config.getoption("--results")
@@ -32,6 +34,6 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[KernelTime]]:
 def pytest_terminal_summary() -> None:
     if ROWS:
         console = Console()
-        # Into a file or a pipe it would be cut at 80 columns.
+        # In a file or a pipe rich would cut the table at 80 columns.
         console.width = max(console.width, 150)
         console.print(kernel_table(ROWS, current_conditions()))

@@ -1,4 +1,9 @@
-"""The quickstart model as a plain PyTorch script: what the trainer is timed against."""
+"""The quickstart model as a plain PyTorch script: the baseline of compare_plain_loop.py.
+
+    python benchmarks/plain_loop.py TOKENS.npy SEQUENCES_PER_UPDATE UPDATES
+
+Prints the median tokens/s after two warm-up updates.
+"""
 
 import sys
 import time
@@ -50,11 +55,11 @@ class Model(nn.Module):
 
 tokens, model = np.load(sys.argv[1], mmap_mode="r"), Model()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
-draw, times = np.random.default_rng(0), []
+rng, times = np.random.default_rng(0), []
 for _ in range(int(sys.argv[3])):
     start = time.perf_counter()
     for _ in range(BATCH // MICRO):
-        rows = np.stack([tokens[i : i + T + 1] for i in draw.integers(0, len(tokens) - T, MICRO)])
+        rows = np.stack([tokens[i : i + T + 1] for i in rng.integers(0, len(tokens) - T, MICRO)])
         batch = torch.from_numpy(rows.astype(np.int64))
         (model(batch[:, :-1], batch[:, 1:]) / (BATCH // MICRO)).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,8 +1,8 @@
-"""Where the time of a training step goes, by class of kernels, beside what the bound allows each.
+"""Profile of a training step: device time per class of kernels, next to the bound of each class.
 
-Classes are told by the names of kernels, in the order below: the first pattern that fits counts.
-What fits none is `other`, which therefore has to be small for the table to mean anything. Idle is
-wall time less the time in which at least one kernel ran.
+The name of a kernel determines its class: the first matching pattern below counts. A kernel that
+matches no pattern is `other`; the table is only meaningful while `other` is small. Idle is the wall
+time during which no kernel ran.
 """
 
 import re
@@ -18,7 +18,7 @@ from benchmarks.results import ProfileShare
 from benchmarks.timing import synchronize
 from fastllama.planning.bound import Bound
 
-# Names of CUDA kernels, and for the rehearsal those of PyTorch's operators.
+# Patterns for names of CUDA kernels, and for PyTorch's operators in a rehearsal.
 CLASSES = {
     "rms_norm": r"rms_norm",
     "rope": r"rope",
@@ -26,21 +26,21 @@ CLASSES = {
     "cross_entropy": r"cross_entropy|_scale_kernel|log_softmax|nll_loss",
     "attention": r"flash|fmha|sdpa|scaled_dot_product|attention|cudnn",
     "matmul": r"gemm|nvjet|cutlass|xmma|cublas|splitKreduce|aten::(mm|addmm|bmm|matmul)",
-    # The backward sorts the tokens, to add up the gradients of those that are the same.
+    # The backward sorts the token ids, to sum the gradients of equal ids.
     "embedding": r"embedding|index_?select|index_put|gather_kernel|RadixSort|grad_weight|segment",
     "optimizer": r"adam|multi_tensor|foreach|norm_kernel|linalg_vector_norm",
     "copy": r"memcpy|memset|copy_|CatArray|chunk_cat|FillFunctor|aten::(copy|cat|fill|zero)",
     "communication": r"nccl|all_?gather|reduce_?scatter|all_?reduce",
-    # Sums over the programs of a kernel, gradients added up, and what Inductor wrote.
+    # Reductions over the programs of a kernel, gradient accumulation, and Inductor's kernels.
     "elementwise": r"triton_(poi|red|per)|elementwise_kernel|reduce_kernel",
 }
 N_LISTED = 60
-"""Kernels of the listing, the longest first."""
+"""Number of kernels in the listing."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel that ran."""
+    """One executed kernel."""
 
     name: str
     start_s: float
@@ -50,10 +50,10 @@ class Launch:
 def profile_updates(
     update: Callable[[], object], n_updates: int, device: torch.device
 ) -> tuple[list[Launch], float]:
-    """Run some updates under the profiler; what ran on the device, and the wall seconds of all.
+    """Profile `n_updates` updates; return the executed kernels and the wall seconds of all updates.
 
-    On a GPU the kernels alone are recorded: to record what the host does as well would hold it up
-    and make the device wait.
+    On a GPU only kernels are recorded. Recording host events would slow the host down and make the
+    device wait.
     """
     on_cuda = device.type == "cuda"
     update()
@@ -65,10 +65,10 @@ def profile_updates(
     kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
     launches = []
     for event in found.events():
-        # An annotation spans the kernels that are counted themselves.
+        # A user annotation spans kernels that are already counted.
         if event.device_type == kind and not event.is_user_annotation:
             start = event.time_range.start
-            # Operators contain one another on a CPU: what each does itself is work.
+            # CPU operators nest, so count only the time of the operator itself.
             end = event.time_range.end if on_cuda else start + event.self_cpu_time_total
             launches.append(Launch(event.name, start / 1e6, end / 1e6))
     wall = max(launch.end_s for launch in launches) - min(launch.start_s for launch in launches)
@@ -76,21 +76,21 @@ def profile_updates(
 
 
 def listing(launches: Sequence[Launch], n_updates: int) -> str:
-    """Kernels by name, with their class: what a share is made of, and what `other` is."""
+    """Text table of the longest kernels with their class, to inspect the shares and `other`."""
     seconds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for launch in launches:
         seconds[launch.name] += launch.end_s - launch.start_s
         calls[launch.name] += 1
-    lines = [f"{'ms an update':>12}  {'calls':>6}  class          kernel"]
+    lines = [f"{'ms per update':>13}  {'calls':>6}  class          kernel"]
     for name in sorted(seconds, key=lambda name: -seconds[name])[:N_LISTED]:
         each, count = 1e3 * seconds[name] / n_updates, calls[name] / n_updates
-        lines.append(f"{each:12.3f}  {count:6.0f}  {operator_class(name):13}  {name}")
+        lines.append(f"{each:13.3f}  {count:6.0f}  {operator_class(name):13}  {name}")
     return "\n".join(lines) + "\n"
 
 
 def operator_class(name: str) -> str:
-    """The class of a kernel by its name."""
+    """Class of a kernel, from its name."""
     for known, pattern in CLASSES.items():
         if re.search(pattern, name, re.IGNORECASE):
             return known
@@ -105,7 +105,7 @@ def profile_shares(
     bound: Bound | None,
     tokens_per_update: int,
 ) -> list[ProfileShare]:
-    """A row a class, the longest first, and what is left of the wall time as `idle`."""
+    """One record per class, the longest first, including `idle`."""
     seconds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for launch in launches:
@@ -128,7 +128,7 @@ def profile_shares(
 
 
 def busy_seconds(launches: Iterable[Launch]) -> float:
-    """Time in which at least one kernel ran, however many did at once."""
+    """Time during which at least one kernel ran."""
     busy, until = 0.0, -1.0
     for launch in sorted(launches, key=lambda launch: launch.start_s):
         busy += max(0.0, launch.end_s - max(launch.start_s, until))
@@ -137,7 +137,7 @@ def busy_seconds(launches: Iterable[Launch]) -> float:
 
 
 def bound_by_class(bound: Bound, tokens_per_update: int) -> dict[str, float]:
-    """Seconds of an update that the bound allows each class."""
+    """Seconds per update of each class in the bound."""
     per_token = {
         "matmul": bound.matmul,
         "attention": bound.attention_forward + bound.attention_backward,

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention, by every backend that can."""
+"""Benchmark of causal grouped-query attention with every backend that supports the shape."""
 
 from functools import partial
 from typing import Any
@@ -28,14 +28,14 @@ def _shape(model: ModelConfig, n_tokens: int) -> Shape:
 
 def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
     b, t, width = shape["B"], shape["T"], shape["K"]
-    # Views of one packed projection, as in the model: backends that want their own layout pay.
+    # Views of one packed projection, as in the model. Backends that need another layout pay for it.
     heads = (shape["H"], shape["G"], shape["G"])
     packed = randn(generator, dtype, b, t, sum(heads), width).detach()
     return tuple(x.requires_grad_() for x in packed.split(heads, dim=2))
 
 
 def _work(shape: Shape, size: int) -> dict[str, Work]:
-    # Two products over half of the keys forward, five backward, as FlashAttention counts.
+    # FlashAttention's count: two causal matmuls forward, five backward.
     flops = 2.0 * shape["B"] * shape["H"] * shape["T"] ** 2 * shape["K"]
     return forward_and_backward(Work(flops=flops), Work(flops=2.5 * flops))
 

@@ -1,4 +1,4 @@
-"""One operator to measure: its inputs at the shape of a recipe, its work, and who computes it."""
+"""Description of an operator benchmark: inputs, minimal work, and the providers compared."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ PHASES = ("forward", "backward", "both")
 
 @dataclass(frozen=True)
 class Work:
-    """What one phase has to do at least."""
+    """Minimal work of one phase."""
 
     bytes: float = 0.0
-    """Moved, by the docstring of the kernel; those of matrix products are left out."""
+    """Bytes moved, from the docstring of the kernel, without the operands of matmuls."""
     flops: float = 0.0
-    """Of matrix products."""
+    """FLOPs of matmuls."""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.bytes + other.bytes, self.flops + other.flops)
@@ -30,19 +30,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Provider:
-    """One who computes the operator."""
+    """One implementation of the operator."""
 
     name: str
     package: str
-    """Distribution it comes in, by the name pip knows."""
+    """Name of its package on PyPI."""
     make: Callable[[], Operator]
-    """Imports what it needs; ImportError where that is not installed."""
+    """Returns the operator. Raises ImportError if the package is not installed."""
     waits_for_host: bool = False
-    """Reads a result on the host, so that no CUDA graph can hold it."""
+    """Reads a result on the host and therefore cannot be captured in a CUDA graph."""
     phases: tuple[str, ...] = PHASES
-    """Those that can be repeated on the same inputs."""
+    """Phases that can be repeated on the same inputs."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    """Element types it can train in."""
+    """Supported dtypes."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +51,34 @@ class Benchmark:
 
     operator: str
     shape: Callable[[ModelConfig, int], Shape]
-    """Sizes at a recipe's model and a number of tokens, by the letters of the legend."""
+    """Sizes for a model and a number of tokens, keyed by the letters of the shape legend."""
     inputs: Callable[[Shape, torch.dtype, torch.Generator], tuple[Any, ...]]
-    """Arguments; the tensors that want a gradient are its leaves."""
+    """Arguments of the operator. Tensors that require a gradient are leaves."""
     reference: Operator
-    """The definition, run in float64 for the truth."""
+    """Reference implementation; in float64 it gives the truth."""
     work: Callable[[Shape, int], Mapping[str, Work]]
-    """By phase, for a shape and the bytes of an element; a phase left out is not measured."""
+    """Work per phase, for a shape and an element size in bytes. Missing phases are not measured."""
     providers: Callable[[Shape, torch.dtype, torch.device], list[Provider]]
-    """In the order of their interest."""
+    """Providers, the most interesting first."""
 
 
 def ours(make: Callable[[], Operator]) -> Provider:
-    """What is measured against all others, and comes first."""
+    """fastllama's own provider; always the first."""
     return Provider("fastllama", "fastllama", make)
 
 
 def rows(model: ModelConfig, n_tokens: int) -> Shape:
-    """B sequences of T that are about `n_tokens` in all."""
+    """Shape of B sequences of T positions, about `n_tokens` in total."""
     seq_len = min(model.max_seq_len, n_tokens)
     return {"B": n_tokens // seq_len, "T": seq_len}
 
 
 def randn(generator: torch.Generator, dtype: torch.dtype, *size: int) -> Tensor:
-    """A leaf of normal numbers on the generator's device."""
+    """A leaf of standard normal numbers on the generator's device."""
     x = torch.randn(size, generator=generator, device=generator.device, dtype=dtype)
     return x.requires_grad_()
 
 
 def forward_and_backward(forward: Work, backward: Work) -> dict[str, Work]:
-    """The work of all phases where both is one after the other."""
+    """Work of all phases if `both` is the sum of forward and backward."""
     return {"forward": forward, "backward": backward, "both": forward + backward}

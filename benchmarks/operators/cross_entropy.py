@@ -1,4 +1,4 @@
-"""Cross-entropy of logits that are there."""
+"""Benchmark of cross-entropy over materialised logits."""
 
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> tup
 
 def _work(shape: Shape, size: int) -> dict[str, Work]:
     moved = size * shape["N"] * shape["V"]
-    # Both in place: the logits are read once and their gradient written once, at the forward.
+    # `both` is in place: the forward reads the logits once and writes their gradient once.
     return {"forward": Work(moved), "backward": Work(2 * moved), "both": Work(2 * moved)}
 
 
@@ -42,7 +42,7 @@ BENCHMARKS = (
         inputs=_inputs,
         reference=_loss(REFERENCE.cross_entropy),
         work=_work,
-        # In place, the n-th call finds the gradient that the one before has left as its logits.
+        # In place, each call reads the gradient left by the previous call as its logits.
         providers=lambda *_: [
             ours(partial(_loss, TRITON.cross_entropy)),
             Provider(

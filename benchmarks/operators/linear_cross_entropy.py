@@ -1,4 +1,4 @@
-"""Output projection and loss in one."""
+"""Benchmark of the fused output projection and loss."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def _shape(model: ModelConfig, n_tokens: int) -> Shape:
 def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
     n, v, d = shape["N"], shape["V"], shape["D"]
     hidden = randn(generator, dtype, n, d)
-    # Of the size of trained ones: logits of the order of 1.
+    # Scaled like trained weights, so that logits are of the order of 1.
     weight = (randn(generator, dtype, v, d).detach() * d**-0.5).requires_grad_()
     targets = torch.randint(v, (n,), generator=generator, device=generator.device)
     return hidden, weight, targets
@@ -25,7 +25,7 @@ def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> tup
 
 def _work(shape: Shape, size: int) -> dict[str, Work]:
     n, v, d = shape["N"], shape["V"], shape["D"]
-    # Who does the gradients in the forward and who does not compare in the sum alone.
+    # Some providers compute the gradients in the forward, so only `both` is comparable.
     moved = 2 * n * v * size + 2 * n * d * size + v * d * (4 + size)
     return {"both": Work(moved, 6.0 * n * v * d)}
 

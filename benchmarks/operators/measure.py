@@ -1,4 +1,4 @@
-"""Measures cells: one operator, shape, type, phase and provider each."""
+"""Measures cells. A cell is one operator, shape, dtype, phase and provider."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,10 +32,10 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     *linear_cross_entropy.BENCHMARKS,
 )
 
-# On a CPU the kernels run in Triton's interpreter, and a rehearsal needs no size.
+# On a CPU the kernels run in Triton's interpreter, so a rehearsal uses toy sizes.
 N_TOKENS, ERROR_TOKENS = (16_384, 2_048) if has_gpu() else (8, 4)
 N_INPUTS = 2
-"""Sets of inputs that calls take in turn."""
+"""Sets of inputs; consecutive calls alternate between them."""
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = ("llama-1b", "llama-100m", "llama-3.2-1b", "llama-3.1-8b", "quickstart")
@@ -43,7 +43,7 @@ RECIPES = ("llama-1b", "llama-100m", "llama-3.2-1b", "llama-3.1-8b", "quickstart
 
 @dataclass(frozen=True)
 class Cell:
-    """What one row of the table is about."""
+    """Key of one row of the table."""
 
     benchmark: Benchmark
     recipe: str
@@ -68,16 +68,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Floors:
-    """Rates measured in this run, that floors are computed from."""
+    """Rates behind the floors, measured in this run."""
 
     bandwidth: float
-    """Bytes read and written a second by a copy."""
+    """Bytes read plus bytes written per second by a copy."""
     matmul: dict[str, float]
-    """FLOP/s of a large product by type."""
+    """FLOP/s of a large matmul by dtype."""
 
     @classmethod
     def of(cls, ceilings: Sequence[Ceiling]) -> "Floors":
-        """Of ceilings measured in one run."""
+        """Floors from the ceilings of one run."""
         rates = {(ceiling.name, ceiling.dtype): ceiling.rate.median for ceiling in ceilings}
         return cls(
             bandwidth=rates["copy", "uint8"],
@@ -86,9 +86,9 @@ class Floors:
 
 
 def cells(recipes: Sequence[str], dtypes: Sequence[torch.dtype]) -> Iterator[Cell]:
-    """Every cell of the recipes in configs; a shape that two of them share comes once.
+    """Cells of the recipes in configs. A shape shared by two recipes appears once.
 
-    On a CPU those of a rehearsal: one small shape in float32, and one compilation.
+    On a CPU: the cells of the rehearsal, with one small shape in float32 and one compiled operator.
     """
     device = default_device()
     if not has_gpu():
@@ -112,7 +112,7 @@ def cells(recipes: Sequence[str], dtypes: Sequence[torch.dtype]) -> Iterator[Cel
 
 
 def _is_rehearsed(cell: Cell) -> bool:
-    """One compilation shows the way as well as twenty do."""
+    """A rehearsal compiles only one operator, to save time."""
     one = (cell.benchmark.operator, cell.phase) == ("swiglu", "both")
     return cell.provider.name != "compiled" or one
 
@@ -123,29 +123,30 @@ def measure(
     floors: Floors,
     time_host: Callable[[Sequence[Call]], Spread] | None = None,
 ) -> KernelTime:
-    """Measure one cell; what the provider raises becomes the row's `failure`.
+    """Measure one cell. An exception of the provider becomes the row's `failure`.
 
     Args:
-        cell: what is measured.
-        device: where.
-        floors: rates that its floor is computed from.
-        time_host: measures the host-inclusive time of one of several equal calls.
+        cell: the cell to measure.
+        device: the device to measure on.
+        floors: rates for the floor.
+        time_host: measures the host-inclusive time of a call, given equivalent calls; None means
+            `host_seconds`.
 
     Raises:
         ImportError: the provider is not installed.
     """
+    # Load just before measuring: attention backends set process-wide state, so the last one wins.
     operator = cell.provider.make()
     timer = make_timer(device, waits_for_host=cell.provider.waits_for_host)
     device_s, host_s, peak, error, failure = None, None, None, None, ""
     try:
-        # Where one backend after the other is made, the last one made is the one that runs.
         error = largest_error(cell, operator, device)
         with timer.on_stream():
             calls = [phase_call(cell, operator, device, seed) for seed in range(N_INPUTS)]
             device_s = device_seconds(timer, calls)
             host_s = time_host(calls) if time_host else host_seconds(calls, device)
             peak = peak_bytes(calls[0], device)
-    except Exception as raised:  # Of a library that is not ours: it is reported.
+    except Exception as raised:  # Raised by a third-party library; reported in the row.
         failure = f"{type(raised).__name__}: {raised}".splitlines()[0]
         device_s, host_s = None, None
     work = cell.benchmark.work(cell.shape, cell.dtype.itemsize)[cell.phase]
@@ -170,7 +171,7 @@ def measure(
 
 
 def phase_call(cell: Cell, operator: Operator, device: torch.device, seed: int) -> Call:
-    """One phase of `operator` on random inputs of its own."""
+    """A call of one phase of `operator`, on random inputs drawn from `seed`."""
     inputs = _inputs(cell, cell.shape, cell.dtype, device, seed)
     leaves = _leaves(inputs)
     if cell.phase == "forward":
@@ -183,9 +184,9 @@ def phase_call(cell: Cell, operator: Operator, device: torch.device, seed: int) 
 
 
 def largest_error(cell: Cell, operator: Operator, device: torch.device) -> float:
-    """Of the results of a phase, against the definition in float64, over the largest value.
+    """Largest error of a phase against the reference in float64, over the largest value.
 
-    At fewer tokens than are timed: in float64 the scores of attention would fill the device.
+    It uses fewer tokens than the timing: attention scores in float64 would fill the device.
     """
     shape = cell.benchmark.shape(cell.model, ERROR_TOKENS)
     truths = _truths(cell.benchmark, tuple(shape.items()), cell.dtype, device)
@@ -198,7 +199,7 @@ def largest_error(cell: Cell, operator: Operator, device: torch.device) -> float
         "backward": wanted_gradients,
         "both": wanted_outputs + wanted_gradients,
     }
-    # `max` of Python would pass over a NaN.
+    # Python's `max` can drop a NaN; torch's propagates it.
     errors = [
         ((x.double() - truth).abs().max() / truth.abs().max()).item()
         for x, truth in zip(found[cell.phase], wanted[cell.phase], strict=True)
@@ -206,7 +207,7 @@ def largest_error(cell: Cell, operator: Operator, device: torch.device) -> float
     return torch.tensor(errors).max().item()
 
 
-# One, because in float64 a few would fill a small device.
+# Only one entry: several float64 results would fill a small device.
 @lru_cache(maxsize=1)
 def _truths(
     benchmark: Benchmark,
@@ -214,7 +215,7 @@ def _truths(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and gradients of the definition, in float64, of inputs rounded to `dtype`."""
+    """Outputs and gradients of the reference in float64, for inputs rounded to `dtype`."""
     inputs = benchmark.inputs(dict(shape), dtype, torch.Generator(device).manual_seed(0))
     exact = tuple(
         x.detach().double().requires_grad_(x.requires_grad)
@@ -226,10 +227,10 @@ def _truths(
 
 
 def _results(operator: Operator, inputs: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and the gradients of the leaves for the upstream gradients of seed 0."""
+    """Outputs, and gradients of the leaves for upstream gradients drawn from seed 0."""
     outputs = operator(*inputs)
-    kept = [x.detach().clone() for x in _as_tuple(outputs)]
-    return kept, list(_backward(outputs, _leaves(inputs), _upstream(outputs, seed=0)))
+    copies = [x.detach().clone() for x in _as_tuple(outputs)]
+    return copies, list(_backward(outputs, _leaves(inputs), _upstream(outputs, seed=0)))
 
 
 def _inputs(
@@ -244,7 +245,7 @@ def _leaves(inputs: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _upstream(outputs: Tensor | tuple[Tensor, ...], seed: int) -> list[Tensor]:
-    """Random gradients of the outputs, the same numbers in every type; 1 for a loss."""
+    """Random upstream gradients, the same numbers in every dtype; 1 for a scalar loss."""
     upstream = []
     for x in _as_tuple(outputs):
         generator = torch.Generator(x.device).manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What others offer for the same operators, with the signatures of `fastllama_kernels`.
+"""Operators of other libraries, with the signatures of `fastllama_kernels`.
 
     rms_norm(x, weight, eps) -> y
     add_rms_norm(x, residual, weight, eps) -> (y, stream)
@@ -6,10 +6,10 @@
     swiglu(gate_up) -> h
     cross_entropy(logits_NV, targets_N) -> mean loss
     linear_cross_entropy(hidden_ND, weight_VD, targets_N) -> mean loss
-    add_rms_norm_linear, swiglu_linear: with a product after them, as `fastllama_kernels` has them
+    add_rms_norm_linear, swiglu_linear: followed by a matmul, as in `fastllama_kernels`
 
-All arguments are positional. Everything is as its authors ship it: what a default gives up of
-exactness is said below, and not repaired.
+All arguments are positional. Every library runs with its defaults. The docstrings below name each
+default that costs accuracy.
 
 Written against Liger-Kernel 0.8.5, QuACK 0.6.5, flash-attn 2.8.3, cut-cross-entropy 25.1.1 and
 PyTorch 2.13.
@@ -28,14 +28,14 @@ Factory = Callable[[], Operator]
 
 
 def eager_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """PyTorch's own kernel."""
+    """PyTorch's native kernel."""
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def eager_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Two kernels: the sum, and PyTorch's own RMSNorm."""
+    """Two kernels: the residual add, then PyTorch's native RMSNorm."""
     stream = residual + x
     return F.rms_norm(stream, weight.shape, weight, eps), stream
 
@@ -43,7 +43,7 @@ def eager_add_rms_norm(
 def eager_rope(
     qkv_BTE: Tensor, cos_PR: Tensor, sin_PR: Tensor, n_heads: int, n_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As in Hugging Face's Llama: in the type of the input, the tables rounded to it."""
+    """As in Hugging Face's Llama: computed in the input dtype, with the tables rounded to it."""
     heads = qkv_BTE.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
     q_BTHK, k_BTGK, v_BTGK = heads.split((n_heads, n_kv_heads, n_kv_heads), dim=2)
     cos, sin = (
@@ -65,29 +65,29 @@ def _rotate_half(x: Tensor) -> Tensor:
 def eager_add_rms_norm_linear(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, projection: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As above, and what is normalised is kept for the weight's gradient."""
+    """`eager_add_rms_norm` and a linear layer. Autograd saves y for the weight gradient."""
     y, stream = eager_add_rms_norm(x, residual, weight, eps)
     return F.linear(y, projection), stream
 
 
 def eager_swiglu(gate_up: Tensor) -> Tensor:
-    """Two kernels, with silu(gate) rounded between them."""
+    """Two kernels; silu(gate) is rounded between them."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def eager_swiglu_linear(gate_up: Tensor, down: Tensor) -> Tensor:
-    """As above, and what is gated is kept for the weight's gradient."""
+    """`eager_swiglu` and a linear layer. Autograd saves h for the weight gradient."""
     return F.linear(eager_swiglu(gate_up), down)
 
 
 def eager_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """On a copy of the logits in float32."""
+    """Converts the logits to float32 first."""
     return F.cross_entropy(logits_NV.float(), targets_N)
 
 
 def eager_linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """All logits at once, and a copy of them in float32."""
+    """Materialises all logits, and a float32 copy of them."""
     return F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), targets_N)
 
 
@@ -101,33 +101,33 @@ EAGER: Mapping[str, Operator] = {
     "cross_entropy": eager_cross_entropy,
     "linear_cross_entropy": eager_linear_cross_entropy,
 }
-"""Plain PyTorch as a good user writes it."""
+"""Idiomatic plain PyTorch."""
 
 
 def compiled(operator: Operator) -> Operator:
-    """Compile with Inductor for each shape, so that a backward can be repeated.
+    """Compile `operator` with Inductor for each shape, with a backward that can run repeatedly.
 
-    For the latter it changes a setting of the process.
+    Disables donated buffers for the whole process.
     """
     from torch._functorch import config
 
-    # By default a compiled backward reuses the memory of what was saved for it, and refuses to
-    # run twice. Read when the operator is compiled, and again when its backward runs: on a GPU
-    # in a thread of autograd's, which since PyTorch 2.13 sees defaults and not settings.
+    # By default a compiled backward reuses the memory of its saved tensors and refuses to run
+    # twice. The option is read at compile time and again when the backward runs. On a GPU the
+    # backward runs in an autograd thread, which since PyTorch 2.13 sees the default, not the value.
     config.donated_buffer = False
     config._config["donated_buffer"].default = False  # type: ignore[attr-defined]
-    # Dynamo counts compilations by code object, and gives up after eight. Each operator made
-    # starts to count anew; with fullgraph the ninth shape of one raises, and is not run eagerly.
+    # Dynamo counts compilations per code object and stops after eight. Reset the count for each
+    # new operator. With fullgraph a ninth shape raises and does not silently run eagerly.
     torch._dynamo.reset_code(operator.__code__)
     return torch.compile(operator, fullgraph=True, dynamic=False)
 
 
 def pytorch_linear_cross_entropy() -> Operator:
-    """In chunks, with the gradients computed in the forward; the loss is in the type of hidden."""
+    """Chunked; the forward computes the gradients. The loss has the dtype of hidden."""
     from torch.nn import LinearCrossEntropyOptions
     from torch.nn.functional import linear_cross_entropy
 
-    # Without it the backward runs once, in place; with it, it allocates its results.
+    # By default the backward works in place and runs only once. This makes it allocate its results.
     options = LinearCrossEntropyOptions(allow_retain_graph=True)
 
     def operator(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -137,23 +137,23 @@ def pytorch_linear_cross_entropy() -> Operator:
 
 
 def liger_rms_norm() -> Operator:
-    """In Llama's casting mode, which rounds before the weight; dx replaces dy."""
+    """Llama casting mode: rounds before multiplying by the weight. dx overwrites dy."""
     from liger_kernel.transformers.functional import liger_rms_norm
 
     return liger_rms_norm
 
 
 def liger_add_rms_norm() -> Operator:
-    """In Llama's casting mode, which rounds before the weight; dx replaces dy."""
+    """Llama casting mode: rounds before multiplying by the weight. dx overwrites dy."""
     from liger_kernel.transformers.functional import liger_fused_add_rms_norm
 
     return liger_fused_add_rms_norm
 
 
 def liger_rope() -> Operator:
-    """On (B, heads, T, K); copies q and k out of the packed projection, then turns them there.
+    """Works on (B, heads, T, K): copies q and k out of the packed projection, then rotates them.
 
-    Its backward turns dq and dk where they are.
+    The backward rotates dq and dk in place.
     """
     from liger_kernel.transformers.functional import liger_rope
 
@@ -167,7 +167,7 @@ def liger_rope() -> Operator:
             k_BTGK.transpose(1, 2),
             cos_PR,
             sin_PR,
-            # Of tables that are not duplicated, the width has to be given.
+            # Required because our tables hold each angle only once.
             rotary_dim=2 * cos_PR.shape[-1],
         )
         return q_BHTK.transpose(1, 2), k_BGTK.transpose(1, 2), v_BTGK
@@ -176,11 +176,11 @@ def liger_rope() -> Operator:
 
 
 def liger_swiglu() -> Operator:
-    """The one for a packed projection; silu(gate) is rounded before the product."""
+    """Variant for a packed projection. silu(gate) is rounded before the multiplication by up."""
     from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction
 
     def operator(gate_up: Tensor) -> Tensor:
-        # The gradient it returns is of two dimensions, whatever the input had.
+        # Its gradient is always two-dimensional.
         h: Tensor = LigerFusedGateUpSiLUMulFunction.apply(gate_up.flatten(0, -2))
         return h.unflatten(0, gate_up.shape[:-1])
 
@@ -188,10 +188,10 @@ def liger_swiglu() -> Operator:
 
 
 def liger_cross_entropy() -> Operator:
-    """The forward replaces the logits by their gradient, and the backward scales that in place.
+    """The forward overwrites the logits with their gradient; the backward scales it in place.
 
-    The loss is in the type of the logits. The host counts the targets, and asks whether the
-    gradient of the loss is 1.
+    The loss has the dtype of the logits. The host reads the number of targets, and checks whether
+    the upstream gradient is 1.
     """
     from liger_kernel.transformers.functional import liger_cross_entropy
 
@@ -199,9 +199,10 @@ def liger_cross_entropy() -> Operator:
 
 
 def liger_linear_cross_entropy() -> Operator:
-    """In chunks, with the gradients computed in the forward and scaled in place by the backward.
+    """Chunked; the forward computes the gradients and the backward scales them in place.
 
-    That of the weight is summed in the type of the weight. Host as in `liger_cross_entropy`.
+    The weight gradient accumulates in the dtype of the weight. Waits for the host like
+    `liger_cross_entropy`.
     """
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -209,7 +210,7 @@ def liger_linear_cross_entropy() -> Operator:
 
 
 def quack_rms_norm() -> Operator:
-    """One kernel a pass, in CuTe."""
+    """One CuTe kernel per pass."""
     from quack.rmsnorm import rmsnorm
 
     def operator(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -219,7 +220,7 @@ def quack_rms_norm() -> Operator:
 
 
 def quack_add_rms_norm() -> Operator:
-    """The stream stays in the type of the residual."""
+    """The residual stream keeps the dtype of `residual`."""
     from quack.rmsnorm import rmsnorm
 
     def operator(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -229,7 +230,7 @@ def quack_add_rms_norm() -> Operator:
 
 
 def quack_rope() -> Operator:
-    """Turns queries and keys of the packed projection where they are; K in multiples of 8."""
+    """Rotates queries and keys of the packed projection in place. K must be a multiple of 8."""
     from quack.rotary import apply_rotary_emb_qkv_
 
     def operator(
@@ -244,17 +245,17 @@ def quack_rope() -> Operator:
 
 
 def quack_cross_entropy() -> Operator:
-    """The gradient is computed in the backward, in memory of its own."""
+    """The backward computes the gradient in a new tensor."""
     from quack.cross_entropy import cross_entropy
 
     return cross_entropy
 
 
 def quack_linear_cross_entropy() -> Operator:
-    """In chunks, with the gradients computed in the forward and scaled in place by the backward.
+    """Chunked; the forward computes the gradients and the backward scales them in place.
 
-    In bfloat16 on Hopper it stores exponentials instead of logits. The gradient of the weight is
-    summed in float32. Tunes its matrix products on the first call. N is a multiple of 8.
+    In bfloat16 on Hopper it stores exponentials instead of logits. The weight gradient accumulates
+    in float32. The first call autotunes the matmuls. N must be a multiple of 8.
     """
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
@@ -262,7 +263,7 @@ def quack_linear_cross_entropy() -> Operator:
 
 
 def flash_attn_rms_norm() -> Operator:
-    """Dao's Triton kernel; the weight stays in registers up to 8,192 columns."""
+    """Tri Dao's Triton kernel. The weight stays in registers up to 8,192 columns."""
     from flash_attn.ops.triton.layer_norm import rms_norm_fn
 
     def operator(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -272,7 +273,7 @@ def flash_attn_rms_norm() -> Operator:
 
 
 def flash_attn_add_rms_norm() -> Operator:
-    """The stream stays in the type of the residual; y is of the sum before it is rounded."""
+    """The residual stream keeps the dtype of `residual`; y is computed from the unrounded sum."""
     from flash_attn.ops.triton.layer_norm import rms_norm_fn
 
     def operator(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -282,7 +283,7 @@ def flash_attn_add_rms_norm() -> Operator:
 
 
 def flash_attn_rope() -> Operator:
-    """Turns queries and keys of the packed projection where they are."""
+    """Rotates queries and keys of the packed projection in place."""
     from flash_attn.layers.rotary import apply_rotary_emb_qkv_
 
     def operator(
@@ -296,7 +297,7 @@ def flash_attn_rope() -> Operator:
 
 
 def flash_attn_swiglu() -> Operator:
-    """An element-wise CUDA kernel on the strided halves; their gradients are then packed."""
+    """An elementwise CUDA kernel on the strided halves. Autograd then packs the two gradients."""
     from flash_attn.ops.activations import swiglu
 
     def operator(gate_up: Tensor) -> Tensor:
@@ -306,7 +307,7 @@ def flash_attn_swiglu() -> Operator:
 
 
 def flash_attn_cross_entropy() -> Operator:
-    """Reduced as by `flash_attn.losses`; the gradient is computed in memory of its own."""
+    """Mean as in `flash_attn.losses`. The backward computes the gradient in a new tensor."""
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
     def operator(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -317,9 +318,9 @@ def flash_attn_cross_entropy() -> Operator:
 
 
 def cce_linear_cross_entropy() -> Operator:
-    """Never stores logits; the backward skips blocks of gradients that are next to nothing.
+    """Never stores logits. The backward skips blocks with negligible gradients.
 
-    The host lists the targets that count.
+    The host reads the list of targets that are not ignored.
     """
     from cut_cross_entropy import linear_cross_entropy
 
@@ -387,5 +388,5 @@ LIBRARIES: Mapping[str, tuple[Provider, ...]] = {
 
 
 def peers(operator: str) -> list[Provider]:
-    """Plain PyTorch first, then the libraries."""
+    """Providers of `operator`: plain PyTorch first, then the libraries."""
     return [_eager(operator), _compiled(operator), *LIBRARIES.get(operator, ())]

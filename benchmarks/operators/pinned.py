@@ -1,8 +1,9 @@
-"""The pinned configurations of the kernels, and the launches of a training step they decide."""
+"""Pinned kernel configurations, and the launches of a training step that use them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,12 @@ from torch import Tensor
 
 from benchmarks.operators.case import Work, randn
 from fastllama.config import ModelConfig
-from fastllama_kernels import cross_entropy, linear_cross_entropy, rms_norm, rope, swiglu
+
+# The package exports operators under the names of their modules.
+cross_entropy, linear_cross_entropy, rms_norm, rope, swiglu = (
+    import_module(f"fastllama_kernels.{name}")
+    for name in ("cross_entropy", "linear_cross_entropy", "rms_norm", "rope", "swiglu")
+)
 
 LaunchConfig = dict[str, int]
 DTYPE = torch.bfloat16
@@ -22,22 +28,22 @@ LOSS_OPTIONS = (-100, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Pinned:
-    """One configuration, as functions of a kernel's file give it for the sizes of a model."""
+    """One kernel configuration, which functions of the kernel's file compute from model sizes."""
 
     name: str
     module: ModuleType
     functions: tuple[str, ...]
-    """Of `module`. One returns launch options by name, or a number that then has its name."""
+    """Names in `module`. A function returns launch options, or one option of the same name."""
     sizes: Callable[[ModelConfig, int], tuple[int, ...]]
-    """Their arguments, for a model and a number of tokens."""
+    """Arguments of these functions, for a model and a number of tokens."""
     inputs: Callable[[ModelConfig, int, torch.Generator], tuple[Any, ...]]
     launch: Callable[..., list[Tensor]]
-    """What a step launches with this configuration; what it wrote."""
+    """Launches this configuration as a training step does, and returns everything it wrote."""
     work: Callable[[ModelConfig, int], Work]
-    """Of `launch`, at least."""
+    """Minimal work of `launch`."""
 
     def config(self, model: ModelConfig, n_tokens: int) -> LaunchConfig:
-        """The pinned one."""
+        """Current configuration for `model` and `n_tokens`."""
         config: LaunchConfig = {}
         for name in self.functions:
             part = getattr(self.module, name)(*self.sizes(model, n_tokens))
@@ -46,7 +52,7 @@ class Pinned:
 
     @contextmanager
     def replaced_by(self, config: LaunchConfig) -> Iterator[None]:
-        """Have every launch take `config`, which names what the pinned one names."""
+        """Make every launch use `config`, which has the same keys as the pinned configuration."""
         before = {name: getattr(self.module, name) for name in self.functions}
         options = {name: value for name, value in config.items() if name not in before}
         for name in before:
@@ -85,7 +91,7 @@ def _rope_inputs(model: ModelConfig, n: int, generator: torch.Generator) -> tupl
     return randn(generator, DTYPE, *shape, width).detach(), dq, dk, dv, angles.cos(), angles.sin()
 
 
-def _turn_and_back(
+def _rotate_fwd_bwd(
     qkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
 ) -> list[Tensor]:
     rope.rope_(qkv, cos, sin, None, dq.shape[2], dk.shape[2])
@@ -97,7 +103,7 @@ def _swiglu_inputs(model: ModelConfig, n: int, generator: torch.Generator) -> tu
     return gate_up, randn(generator, DTYPE, n, model.ffn_hidden).detach()
 
 
-def _gate_and_back(gate_up: Tensor, dh: Tensor) -> list[Tensor]:
+def _swiglu_fwd_bwd(gate_up: Tensor, dh: Tensor) -> list[Tensor]:
     return [swiglu.swiglu_fwd(gate_up), *swiglu.swiglu_recompute_bwd(dh, gate_up)]
 
 
@@ -132,8 +138,8 @@ def _activations(copies: int) -> Callable[[ModelConfig, int], Work]:
 
 
 def _rope_work(model: ModelConfig, n: int) -> Work:
-    turned, packed = model.n_heads + model.kv_heads, model.n_heads + 2 * model.kv_heads
-    return Work(2 * (turned + packed) * model.head_dim * n * DTYPE.itemsize)
+    rotated, packed = model.n_heads + model.kv_heads, model.n_heads + 2 * model.kv_heads
+    return Work(2 * (rotated + packed) * model.head_dim * n * DTYPE.itemsize)
 
 
 def _logits_work(model: ModelConfig, n: int) -> Work:
@@ -170,7 +176,7 @@ PINNED = (
         functions=("launch_config",),
         sizes=lambda model, _: (model.head_dim // 2,),
         inputs=_rope_inputs,
-        launch=_turn_and_back,
+        launch=_rotate_fwd_bwd,
         work=_rope_work,
     ),
     Pinned(
@@ -179,7 +185,7 @@ PINNED = (
         functions=("launch_config",),
         sizes=lambda model, _: (model.ffn_hidden,),
         inputs=_swiglu_inputs,
-        launch=_gate_and_back,
+        launch=_swiglu_fwd_bwd,
         work=lambda model, n: Work(9 * n * model.ffn_hidden * DTYPE.itemsize),
     ),
     Pinned(

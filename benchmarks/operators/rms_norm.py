@@ -1,4 +1,4 @@
-"""RMSNorm alone, with the residual stream, and with the projection that follows in training."""
+"""Benchmarks of RMSNorm: alone, with the residual add, and with the projection that follows."""
 
 from typing import Any
 
@@ -64,8 +64,8 @@ def _work_with_residual(shape: Shape, size: int) -> dict[str, Work]:
 
 def _work_with_projection(shape: Shape, size: int) -> dict[str, Work]:
     moved = size * _activations(shape)
-    product = 2.0 * _activations(shape) * shape["E"]
-    return forward_and_backward(Work(4 * moved, product), Work(5 * moved, 2 * product))
+    flops = 2.0 * _activations(shape) * shape["E"]
+    return forward_and_backward(Work(4 * moved, flops), Work(5 * moved, 2 * flops))
 
 
 BENCHMARKS = (

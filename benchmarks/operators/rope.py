@@ -1,4 +1,4 @@
-"""Rotary positions on the packed projection of queries, keys and values."""
+"""Benchmark of rotary embeddings on the packed projection of queries, keys and values."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> tup
     n_heads, n_kv_heads, width = shape["H"], shape["G"], shape["K"]
     packed = (n_heads + 2 * n_kv_heads) * width
     qkv = randn(generator, dtype, shape["B"], shape["T"], packed)
-    # Any angles will do, and random ones hide nothing.
+    # Random angles exercise every value; the timing does not depend on them.
     angles = torch.rand(shape["T"], width // 2, generator=generator, device=generator.device)
     return qkv, angles.cos(), angles.sin(), n_heads, n_kv_heads
 
@@ -47,7 +47,7 @@ BENCHMARKS = (
         inputs=_inputs,
         reference=REFERENCE.rope,
         work=_work,
-        # Writes into the projection: the n-th call turns what the one before has turned.
+        # In place: each call rotates the output of the previous call.
         providers=lambda *_: [ours(lambda: TRITON.rope), *peers("rope")],
     ),
 )

@@ -1,4 +1,4 @@
-"""SwiGLU alone, and with the projection that follows in training."""
+"""Benchmarks of SwiGLU: alone, and with the projection that follows."""
 
 from typing import Any
 
@@ -47,8 +47,8 @@ def _work(shape: Shape, size: int) -> dict[str, Work]:
 
 
 def _work_with_projection(shape: Shape, size: int) -> dict[str, Work]:
-    moved, product = size * _hidden(shape), 2.0 * _hidden(shape) * shape["D"]
-    return forward_and_backward(Work(3 * moved, product), Work(6 * moved, 2 * product))
+    moved, flops = size * _hidden(shape), 2.0 * _hidden(shape) * shape["D"]
+    return forward_and_backward(Work(3 * moved, flops), Work(6 * moved, 2 * flops))
 
 
 BENCHMARKS = (

@@ -1,4 +1,4 @@
-"""The table of kernels that a terminal shows as soon as they are measured."""
+"""Terminal table of measured kernels."""
 
 from collections.abc import Iterable
 
@@ -6,16 +6,16 @@ from rich.table import Table
 
 from benchmarks.results import Conditions, KernelTime
 
-REHEARSAL = "CPU rehearsal: shows that the measuring works, says nothing of speed"
+REHEARSAL = "CPU rehearsal: tests the benchmark code, does not measure speed"
 
 
 def kernel_table(rows: Iterable[KernelTime], conditions: Conditions) -> Table:
-    """Device time, its share of the floor, and the error, a row a cell."""
+    """One row per cell: device time, share of the floor, error."""
     title = REHEARSAL if conditions.is_rehearsal else conditions.device
-    table = Table(title=title, caption="spread: half of the middle half")
-    for heading in ("operator", "phase", "recipe", "type", "provider"):
+    table = Table(title=title, caption="spread: half the interquartile range")
+    for heading in ("operator", "phase", "recipe", "dtype", "provider"):
         table.add_column(heading)
-    for heading in ("device µs", "spread", "host µs", "of floor", "error", "peak MB"):
+    for heading in ("device µs", "spread", "host µs", "% of floor", "error", "peak MB"):
         table.add_column(heading, justify="right")
     for row in rows:
         cells = [row.operator, row.phase, row.recipe, row.dtype, row.provider]

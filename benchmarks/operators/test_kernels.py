@@ -1,6 +1,6 @@
-"""Every operator, phase, shape, type and provider: `pytest benchmarks --benchmark-only`.
+"""Times every operator, phase, shape, dtype and provider: `pytest benchmarks --benchmark-only`.
 
-The time in pytest-benchmark's own table includes the host; ours below it has that of the device.
+pytest-benchmark's own table shows host-inclusive times. Our table below it shows device times.
 """
 
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ CELLS = list(cells(RECIPES, (torch.bfloat16, torch.float32)))
 
 @pytest.fixture(scope="session")
 def floors() -> Floors:
-    """Of this device, now."""
+    """Ceilings of this device, measured in this run."""
     device = default_device()
     timer = make_timer(device)
     with timer.on_stream():
         dtypes = (torch.bfloat16, torch.float32)
-        products = [matmul_ceiling(timer, device, dtype) for dtype in dtypes]
-        return Floors.of([copy_ceiling(timer, device), *products])
+        matmuls = [matmul_ceiling(timer, device, dtype) for dtype in dtypes]
+        return Floors.of([copy_ceiling(timer, device), *matmuls])
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-# PyTorch's compiler imports what PyTorch deprecates.
+# PyTorch's compiler imports deprecated modules.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_kernel(cell: Cell, benchmark: Any, floors: Floors, rows: list[KernelTime]) -> None:
     device = default_device()
@@ -47,6 +47,6 @@ def test_kernel(cell: Cell, benchmark: Any, floors: Floors, rows: list[KernelTim
     try:
         row = measure(cell, device, floors, time_host)
     except ImportError as error:
-        pytest.skip(f"pip install {cell.provider.package} brings {cell.provider.name}: {error}")
+        pytest.skip(f"{cell.provider.name} needs pip install {cell.provider.package}: {error}")
     rows.append(row)
     assert not row.failure or row.provider != "fastllama", row.failure

@@ -1,4 +1,4 @@
-"""Rates of the bound from ceilings, and that a ceiling is work over time."""
+"""Ceilings are work over time, and the rates of the bound follow from them."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,9 +16,9 @@ from fastllama_kernels.attention_backends import Attention, Backend
 
 
 class OneSecond(Timer):
-    """Every call takes a second, and is made."""
+    """Fake timer: runs every call and reports one second for each."""
 
-    kind = "pretended"
+    kind = "fake"
 
     def series(self, calls: Sequence[Call]) -> Callable[[], float]:
         def run() -> float:
@@ -42,7 +42,7 @@ ALL = [
 ]
 
 
-def test_rates_are_the_best_of_each_in_bfloat16() -> None:
+def test_measured_rates_take_best_bfloat16() -> None:
     rates = measured_rates(ALL)
     assert rates is not None
     assert (rates.matmul, rates.bandwidth) == (7.0, 4.0)
@@ -50,7 +50,7 @@ def test_rates_are_the_best_of_each_in_bfloat16() -> None:
     assert rates.source == "measured in the same run"
 
 
-def test_a_backend_that_fails_is_passed_over_with_both_of_its_phases(
+def test_failing_backend_is_skipped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_backward(name: str) -> Attention:
@@ -67,17 +67,17 @@ def test_a_backend_that_fails_is_passed_over_with_both_of_its_phases(
     assert [(one.provider, one.name) for one in found] == [
         (provider, name) for provider in "ac" for name in phases
     ]
-    assert "no attention by b, head_dim 64, T 8: RuntimeError" in capsys.readouterr().out
+    assert "attention b failed, head_dim 64, T 8: RuntimeError" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["copy", "matmul", "attention forward", "attention backward"])
-def test_no_rates_where_one_is_missing(missing: str) -> None:
+def test_no_rates_if_one_is_missing(missing: str) -> None:
     assert measured_rates([one for one in ALL if one.name != missing]) is None
 
 
-def test_products_are_all_of_a_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gemm_ceilings_cover_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "N_TOKENS", 8)
     model = ModelConfig(vocab_size=48, n_embd=32, n_layers=1, n_heads=4, multiple_of=16)
     found = list(gemm_ceilings(OneSecond(), torch.device("cpu"), model))
-    # At a second each, the rate is the FLOPs.
+    # Every matmul takes one second, so its rate equals its FLOPs.
     assert sum(one.rate.median for one in found) == 6 * 8 * matmul_parameters(model)

@@ -1,4 +1,4 @@
-"""What the benchmarks of operators measure, and what their floors are made of."""
+"""Operator benchmarks: measured cells, minimal work, floors and errors."""
 
 import dataclasses
 from typing import Any
@@ -30,7 +30,7 @@ FLOORS = Floors(bandwidth=1e9, matmul={"float32": 1e12, "bfloat16": 2e12})
 
 
 def nbytes(*tensors: Tensor) -> int:
-    """Of tensors that are each moved once, without what is as small as a weight."""
+    """Bytes of moving each tensor once. Vectors such as weights are negligible."""
     return sum(x.nbytes for x in tensors if x.ndim > 1)
 
 
@@ -42,8 +42,8 @@ def cell_of(
 
 @pytest.mark.parametrize("operator", ["rms_norm", "add_rms_norm", "swiglu", "cross_entropy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_those_of_the_tensors(operator: str, dtype: torch.dtype) -> None:
-    """Inputs read, outputs written; then both sides' gradients, and what was saved."""
+def test_work_bytes_match_tensor_sizes(operator: str, dtype: torch.dtype) -> None:
+    """Forward: read inputs, write outputs. Backward: gradients of both, plus the saved input."""
     benchmark = BY_NAME[operator]
     shape = benchmark.shape(MODEL, 256)
     inputs = benchmark.inputs(shape, dtype, torch.Generator(CPU).manual_seed(0))
@@ -52,23 +52,23 @@ def test_bytes_are_those_of_the_tensors(operator: str, dtype: torch.dtype) -> No
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     work = benchmark.work(shape, dtype.itemsize)
     assert work["forward"].bytes == nbytes(*leaves, *outputs)
-    # The sum that was normalised serves for both that were added, as does its gradient.
+    # add_rms_norm saves only the sum of its inputs; both inputs share one gradient.
     saved, gradient = leaves[0], leaves[0]
     assert work["backward"].bytes == nbytes(*outputs, saved, gradient)
 
 
-def test_rope_leaves_values_where_they_are() -> None:
+def test_rope_bytes() -> None:
     benchmark = BY_NAME["rope"]
     shape = benchmark.shape(MODEL, 256)
     q, k, v = benchmark.reference(*benchmark.inputs(shape, torch.float32, torch.Generator(CPU)))
     work = benchmark.work(shape, 4)
     assert work["forward"].bytes == 2 * nbytes(q, k)
-    # The backward packs their gradients as well.
+    # The backward also packs the gradient of v. The forward leaves v in place.
     assert work["backward"].bytes == 2 * nbytes(q, k, v)
 
 
 @pytest.mark.parametrize("operator", ["add_rms_norm_linear", "swiglu_linear"])
-def test_flops_are_those_pytorch_counts(operator: str) -> None:
+def test_flops_match_pytorch_counter(operator: str) -> None:
     benchmark = BY_NAME[operator]
     cell = cell_of(benchmark, ours(lambda: benchmark.reference), "forward")
     work = benchmark.work(cell.shape, 4)
@@ -79,7 +79,7 @@ def test_flops_are_those_pytorch_counts(operator: str) -> None:
         assert counter.get_total_flops() == work[phase].flops
 
 
-def test_flops_of_attention_are_half_of_what_is_not_masked() -> None:
+def test_attention_flops_are_causal() -> None:
     shape = {"B": 2, "T": 32, "H": 4, "G": 2, "K": 16}
     work = BY_NAME["attention"].work(shape, 2)
     full = 2 * (2 * 2 * 4 * 32 * 32 * 16)
@@ -87,18 +87,18 @@ def test_flops_of_attention_are_half_of_what_is_not_masked() -> None:
     assert work["backward"].flops == 2.5 * full / 2
 
 
-def test_linear_cross_entropy_is_three_products() -> None:
+def test_linear_cross_entropy_flops() -> None:
     benchmark = BY_NAME["linear_cross_entropy"]
     cell = cell_of(benchmark, ours(lambda: benchmark.reference), "both")
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         phase_call(cell, benchmark.reference, CPU, seed=0)()
-    # One more forward is for the upstream gradient's shape, outside the call.
+    # phase_call runs one extra forward, to get the shape of the upstream gradient.
     assert counter.get_total_flops() - benchmark.work(cell.shape, 4)["both"].flops == (
         2 * cell.shape["N"] * cell.shape["V"] * cell.shape["D"]
     )
 
 
-def test_error_of_a_wrong_result_is_seen() -> None:
+def test_largest_error() -> None:
     benchmark = BY_NAME["swiglu"]
 
     def slightly_wrong(gate_up: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def test_error_of_a_wrong_result_is_seen() -> None:
     assert torch.tensor(error(unwritten, "forward")).isnan()
 
 
-def test_a_row_has_its_floor_from_the_rates_of_the_run() -> None:
+def test_floor_uses_rates_of_the_run() -> None:
     benchmark = BY_NAME["swiglu_linear"]
     provider = ours(lambda: benchmark.reference)
     row = measure(cell_of(benchmark, provider, "both"), CPU, FLOORS)
@@ -132,7 +132,7 @@ def test_a_row_has_its_floor_from_the_rates_of_the_run() -> None:
     assert row.share_of_floor == row.floor_s / row.device_s.median
 
 
-def test_what_a_provider_raises_is_its_row() -> None:
+def test_provider_exception_becomes_failure() -> None:
     benchmark = BY_NAME["swiglu"]
 
     def fail(gate_up: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def test_what_a_provider_raises_is_its_row() -> None:
     assert (row.failure, row.device_s) == ("RuntimeError: no such shape", None)
 
 
-def test_a_missing_provider_is_for_the_caller() -> None:
+def test_missing_provider_raises_import_error() -> None:
     def missing() -> Any:
         raise ImportError("no module")
 
@@ -150,7 +150,7 @@ def test_a_missing_provider_is_for_the_caller() -> None:
         measure(cell_of(BY_NAME["swiglu"], ours(missing), "forward"), CPU, FLOORS)
 
 
-def test_every_operator_is_measured_against_plain_pytorch() -> None:
+def test_cells_cover_every_operator_and_plain_pytorch() -> None:
     measured = list(cells(["quickstart"], [torch.float32]))
     operators = {field.name for field in dataclasses.fields(REFERENCE)} - {"name"}
     assert {cell.benchmark.operator for cell in measured} == operators
@@ -160,7 +160,7 @@ def test_every_operator_is_measured_against_plain_pytorch() -> None:
     assert len({str(cell) for cell in measured}) == len(measured)
 
 
-def test_floors_of_ceilings() -> None:
+def test_floors_from_ceilings() -> None:
     rate = Spread(5.0, 4.0, 6.0, 9)
     ceilings = [
         Ceiling("matmul", "pytorch", {}, "bfloat16", rate.map(lambda x: 2 * x)),

@@ -1,3 +1,5 @@
+"""Operators of other libraries compute the same as the reference."""
+
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,14 +23,14 @@ HEADS, KV_HEADS, K = 4, 2, 16
 
 
 pytestmark = pytest.mark.filterwarnings(
-    # Of the imports of PyTorch's compiler.
+    # Raised while PyTorch's compiler imports its modules.
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
 )
 
 
 @pytest.fixture(autouse=True)
 def compiler_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Those that `compiled` changes, put back."""
+    """Restore the settings that `compiled` changes."""
     entry = functorch_config._config["donated_buffer"]
     monkeypatch.setattr(entry, "default", entry.default)
     with functorch_config.patch(donated_buffer=True):
@@ -36,7 +38,7 @@ def compiler_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def tables() -> tuple[Tensor, Tensor]:
-    """Longer than the sequences."""
+    """cos and sin, with more positions than the sequences have."""
     angles = torch.outer(torch.arange(T + 2), 1 / torch.arange(1, K // 2 + 1)).to(DEVICE)
     return angles.cos(), angles.sin()
 
@@ -51,7 +53,7 @@ def reference_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """An operator's definition, how it is called, and the shapes of what has gradients."""
+    """Reference of an operator, its call, and the shapes of its differentiable inputs."""
 
     reference: Operator
     bind: Callable[[Operator], Operator]
@@ -92,10 +94,10 @@ CASES = {
 }
 
 COMPILED_ON_CPU = {"rms_norm"}
-"""A second or more each, of the same few lines."""
+"""Compiling takes over a second per operator, so a CPU tests only one."""
 
 LIGER_ON_CPU = {"rope", "swiglu", "cross_entropy", "linear_cross_entropy"}
-"""Its norms convert scalar arguments, which are Python floats in Triton's interpreter."""
+"""Liger's norms convert scalar arguments, which are Python floats in Triton's interpreter."""
 
 MODULES = ("liger_kernel", "quack", "flash_attn", "cut_cross_entropy")
 
@@ -139,14 +141,14 @@ def run(case: Case, operator: Operator, inputs: list[Tensor]) -> tuple[Tensor, .
     return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
-def test_every_operator_has_plain_pytorch() -> None:
+def test_every_operator_has_plain_pytorch_peers() -> None:
     assert LIBRARIES.keys() < EAGER.keys() == CASES.keys()
     for operator in EAGER:
         assert [peer.name for peer in peers(operator)][:2] == ["eager", "compiled"]
 
 
 @peers_that(runs_here)
-def test_peers_compute_what_the_reference_does(operator: str, peer: Provider) -> None:
+def test_peers_match_reference(operator: str, peer: Provider) -> None:
     case = CASES[operator]
     actual = case.bind(make(peer))
     reference = case.bind(case.reference)
@@ -155,7 +157,7 @@ def test_peers_compute_what_the_reference_does(operator: str, peer: Provider) ->
 
 
 @peers_that(runs_here)
-def test_a_backward_can_be_repeated(operator: str, peer: Provider) -> None:
+def test_repeated_backward(operator: str, peer: Provider) -> None:
     case = CASES[operator]
     actual = make(peer)
     inputs = leaves(case, peer.dtypes[0])
@@ -170,7 +172,7 @@ def test_a_backward_can_be_repeated(operator: str, peer: Provider) -> None:
             ones = [torch.ones_like(x) for x in outputs]
             gradients.append(torch.autograd.grad(outputs, inputs, ones, retain_graph=True))
 
-    # Of a thread other than the one that compiled, as on a GPU.
+    # In another thread than the compiling one, as in autograd on a GPU.
     thread = Thread(target=repeat)
     thread.start()
     thread.join()
@@ -178,8 +180,8 @@ def test_a_backward_can_be_repeated(operator: str, peer: Provider) -> None:
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
-def test_compilations_are_counted_for_each_operator_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without the seconds that Inductor takes.
+def test_recompile_limit_is_per_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The eager backend avoids the compile time of Inductor.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(recompile_limit=1):
         for width in (5, 6):
@@ -190,7 +192,7 @@ def test_compilations_are_counted_for_each_operator_made(monkeypatch: pytest.Mon
 
 
 @peers_that(lambda _, peer: peer.package != "torch")
-def test_a_missing_package_is_an_import_error(
+def test_missing_package_raises_import_error(
     operator: str, peer: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for loaded in [name for name in sys.modules if name.partition(".")[0] in MODULES]:
@@ -201,7 +203,7 @@ def test_a_missing_package_is_an_import_error(
         peer.make()
 
 
-def test_an_older_pytorch_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_pytorch_raises_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("torch.nn.functional.linear_cross_entropy", raising=False)
     with pytest.raises(ImportError):
         LIBRARIES["linear_cross_entropy"][0].make()

@@ -1,4 +1,4 @@
-"""Kernels told apart by name, and time that is counted once."""
+"""Classification of kernels by name, and busy time."""
 
 from importlib import import_module
 
@@ -43,22 +43,22 @@ from fastllama.planning.bound import ASSUMED_RATES, bound
         ("void at::native::detail::chunk_cat_cuda_kernel<float, float>", "copy"),
         ("triton_poi_fused_add_0", "elementwise"),
         ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "elementwise"),
-        ("_a_kernel_nobody_knows", "other"),
+        ("_unknown_kernel", "other"),
         ("aten::mm", "matmul"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
     ],
 )
-def test_class_of_a_kernel(kernel: str, name: str) -> None:
+def test_operator_class(kernel: str, name: str) -> None:
     assert operator_class(kernel) == name
 
 
-def test_what_runs_at_once_is_busy_once() -> None:
+def test_busy_seconds_count_overlap_once() -> None:
     launches = [Launch("b", 4.0, 6.0), Launch("a", 0.0, 3.0), Launch("c", 1.0, 2.0)]
     assert busy_seconds(launches) == 5.0
     assert busy_seconds([*launches, Launch("d", 5.0, 7.0)]) == 6.0
 
 
-def test_shares_are_of_the_wall_time_of_an_update() -> None:
+def test_profile_shares() -> None:
     launches = [
         Launch("aten::mm", 0.0, 4.0),
         Launch("_rope_", 4.0, 5.0),
@@ -70,7 +70,7 @@ def test_shares_are_of_the_wall_time_of_an_update() -> None:
     assert [row.seconds for row in rows] == sorted((row.seconds for row in rows), reverse=True)
 
 
-def test_the_listing_tells_kernels_with_their_class_the_longest_first() -> None:
+def test_listing_is_sorted_by_time() -> None:
     launches = [
         Launch("_rope_", 0.0, 1e-3),
         Launch("aten::mm", 1e-3, 5e-3),
@@ -81,7 +81,7 @@ def test_the_listing_tells_kernels_with_their_class_the_longest_first() -> None:
     assert second.split() == ["1.000", "1", "rope", "_rope_"]
 
 
-def test_bound_of_the_classes_adds_up_to_the_bound() -> None:
+def test_bound_by_class_sums_to_bound() -> None:
     limit = bound(ModelConfig(), 2**16, ASSUMED_RATES["H200"])
     allowed = bound_by_class(limit, 2**16)
     assert sum(allowed.values()) == pytest.approx(2**16 * limit.seconds_per_token)
@@ -89,7 +89,7 @@ def test_bound_of_the_classes_adds_up_to_the_bound() -> None:
 
 
 @pytest.mark.parametrize("operator", ["rms_norm", "rope", "swiglu", "cross_entropy"])
-def test_our_kernels_are_in_the_class_of_their_operator(operator: str) -> None:
+def test_class_of_our_kernels(operator: str) -> None:
     module = import_module(f"fastllama_kernels.{operator}")
     kernels = [name for name in vars(module) if name.endswith("_kernel")]
     assert kernels
