@@ -1,13 +1,13 @@
-"""Report of measurements: tables and plots of a folder of results, or what changed since another.
+"""Write a report of a results folder, or compare two results folders.
 
     python benchmarks/report.py [DIR ...] [--out DIR]
     python benchmarks/report.py NEW --baseline OLD
 
-The first writes report.md and its plots, from the files in DIR and nothing else. The second
-compares fastllama's own times, memory and checks in NEW with those in OLD, and exits with 1 where
-any became worse beyond noise, so that it can stand between a change and its merge. What counts as
-noise, and why, is in benchmarks/reporting/comparison.py. A mistake in the call, a damaged file, or
-folders of different devices exit with 2 before anything is written.
+The first form writes report.md and its plots from the files in DIR. The second form is a regression
+gate: it compares fastllama's own times, memory and checks in NEW with OLD, and exits with 1 if any
+became worse beyond noise. benchmarks/reporting/comparison.py defines and justifies the noise
+threshold. Wrong arguments, a damaged file, or folders of different devices exit with 2 before
+anything is written.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from fastllama.atomic import write_atomic
 
 
 def report(results: ResultSet) -> dict[str, str | bytes]:
-    """The files of a report by name."""
+    """Contents of the report's files by name."""
     plots: dict[str, str | bytes] = {}
     for name, figure in figures(results).items():
         png = io.BytesIO()
@@ -41,7 +41,7 @@ def report(results: ResultSet) -> dict[str, str | bytes]:
 
 
 def markdown(results: ResultSet, plots: Sequence[str]) -> str:
-    """The text of a report, of the sections there are records for."""
+    """Text of the report, with one section per kind of record present."""
     sections = [
         _heading(results),
         _checks(results),
@@ -71,11 +71,13 @@ def _heading(results: ResultSet) -> str:
             kind = " (CPU rehearsal)" if conditions.is_rehearsal else ""
             lines[-1] = f"- **[{set_letter(index)}]** {conditions.device}{kind} · {lines[-1]}"
     if len(lines) > 1:
-        lines.insert(0, "Measured under different conditions; rows carry the letter of theirs:\n")
+        lines.insert(
+            0, "Measured under different conditions. The letter of a row refers to this list:\n"
+        )
     parts.append("\n".join(lines))
     parts.append(
-        "Medians; ± is half the width of the middle half. Ratios are times over those of "
-        f"{OURS} in the same cell under the same conditions, so above 1 is slower than {OURS}."
+        "Values are medians; ± is half the interquartile range. Ratios are times over those of "
+        f"{OURS} in the same cell under the same conditions: above 1 is slower than {OURS}."
     )
     return "\n\n".join(parts)
 
@@ -89,7 +91,7 @@ def _conditions_line(conditions: Conditions) -> str:
         "cuDNN": conditions.cudnn,
         "driver": conditions.driver,
         "power limit": "" if watts is None else f"{watts:g} W",
-        "highest clock": "" if clock is None else f"{clock:,.0f} MHz",
+        "max clock": "" if clock is None else f"{clock:,.0f} MHz",
         "Python": conditions.python,
         "commit": conditions.commit,
     }
@@ -109,7 +111,7 @@ def _checks(results: ResultSet) -> str:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """What became slower first, then what no table of times shows; the sum is the last line."""
+    """Print the table of times, slowest change first, then all other changes and the summary."""
     for sentence in comparison.versions:
         print(f"warning: {sentence}")
     times = Table("cell", "old µs", "new µs", "new / old", "verdict")
@@ -117,11 +119,11 @@ def print_comparison(comparison: Comparison) -> None:
         old, new = (f"{spread.median * 1e6:,.1f}" for spread in (change.old, change.new))
         times.add_row(name_of(change.key), old, new, f"{change.ratio:.3f}", change.verdict)
     if comparison.changes:
-        # Where the output is a file there is no width, and 80 columns break every name.
+        # A file has no terminal width; the default of 80 columns would break every name.
         console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
         console.print(times)
-    for key, (was, now) in comparison.heavier.items():
-        print(f"more memory: {name_of(key)}: {was / 1e6:,.1f} MB, now {now / 1e6:,.1f} MB")
+    for key, (was, now) in comparison.more_memory.items():
+        print(f"more memory: {name_of(key)}: was {was / 1e6:,.1f} MB, is {now / 1e6:,.1f} MB")
     for name, problem in comparison.newly_failing.items():
         print(f"newly failing: {name}: {problem}")
     for names, where in ((comparison.only_old, "baseline"), (comparison.only_new, "new folder")):
@@ -131,14 +133,16 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def default_folders() -> list[Path]:
-    """Every folder under benchmarks/results that holds results.
+    """All folders under benchmarks/results that contain results.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no folder contains results.
     """
     folders = sorted({file.parent for name in FILES.values() for file in RESULTS.glob(f"*/{name}")})
     if not folders:
-        raise ValueError(f"no folder under {RESULTS} holds results; measure first, or name one.")
+        raise ValueError(
+            f"no folder under {RESULTS} holds results; run a benchmark first, or name a folder."
+        )
     return folders
 
 
@@ -151,13 +155,13 @@ def main() -> None:
         metavar="DIR",
         nargs="*",
         type=Path,
-        help="folders of results; every one under benchmarks/results unless given",
+        help="results folders; default: all under benchmarks/results",
     )
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="where a report goes; unless given, beside its data"
+        "--out", metavar="DIR", type=Path, help="folder for the report; default: DIR"
     )
     parser.add_argument(
-        "--baseline", metavar="OLD", type=Path, help="compare the one DIR with this folder"
+        "--baseline", metavar="OLD", type=Path, help="compare DIR with this results folder"
     )
     options = parser.parse_args()
     try:
@@ -169,15 +173,15 @@ def main() -> None:
 
 
 def run_comparison(folders: Sequence[Path], baseline: Path, out: Path | None) -> int:
-    """Print what changed; 1 where anything became worse.
+    """Print the comparison. Returns 1 if anything became worse, otherwise 0.
 
     Raises:
-        ValueError: a mistake in the call, or folders that cannot be compared.
+        ValueError: wrong arguments, or folders that cannot be compared.
     """
     if len(folders) != 1:
-        raise ValueError(f"--baseline compares one DIR with it, {len(folders)} given; name one.")
+        raise ValueError(f"--baseline needs exactly one DIR, {len(folders)} given.")
     if out:
-        raise ValueError(f"--baseline prints and writes nothing into {out}; leave out --out.")
+        raise ValueError(f"--baseline writes no files; leave out --out {out}.")
     old, new = ResultSet.load(baseline), ResultSet.load(folders[0])
     comparison = compare(old, new)
     if new.is_rehearsal:
@@ -187,16 +191,16 @@ def run_comparison(folders: Sequence[Path], baseline: Path, out: Path | None) ->
 
 
 def write_reports(folders: Sequence[Path], out: Path | None) -> None:
-    """Write and name the files of one report a folder.
+    """Write one report per folder, and print the names of its files.
 
     Raises:
-        ValueError: a mistake in the call, or a folder without results.
+        ValueError: wrong arguments, or a folder without results.
     """
     if out and len(folders) > 1:
         raise ValueError(
-            f"--out {out} takes one report, {len(folders)} folders given; name one DIR."
+            f"--out {out} takes a single report, {len(folders)} folders given; name one DIR."
         )
-    # All is read and drawn before anything is written.
+    # Build all reports before writing, so that an error leaves no partial output.
     reports = {folder: report(ResultSet.load(folder)) for folder in folders}
     for folder, files in reports.items():
         target = out or folder

@@ -1,10 +1,10 @@
-"""Results: what was measured and under which conditions, as JSON that is read back years later.
+"""Results on disk: measurements and their conditions, as JSON.
 
-A folder of results holds one file a kind of record: ceilings.json, checks.json, kernels.json,
-training.json, profile.json, tuning.json. A file is a list of records, one a line; a record is the
-fields of its class below, `schema`, and the `conditions` it was measured under. Times are in
-seconds, sizes in bytes, rates in units a second. A field may be added with a default, so that older
-files can be read; `SCHEMA` grows with it, so that older code says why it cannot read newer ones.
+A results folder holds one file per kind of record: ceilings.json, checks.json, kernels.json,
+training.json, profile.json, tuning.json. Each file is a list with one record per line. A record
+holds the fields of its class below, `schema`, and the `conditions` of the measurement. Times are in
+seconds, sizes in bytes, rates in units per second. A new field needs a default, so that older files
+stay readable, and a higher `SCHEMA`, so that older code can report why it cannot read newer files.
 """
 
 import dataclasses
@@ -23,35 +23,35 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a number depends on besides the code."""
+    """Everything a number depends on besides the code."""
 
     date: str
     """UTC, ISO 8601."""
     commit: str
-    """Of this repository, with `+changes` where the tree differed from it; empty if unknown."""
+    """Commit of this repository, plus `+changes` if the tree differed from it; empty if unknown."""
     device: str
-    """As PyTorch names it, or the processor."""
+    """PyTorch's name of the GPU, or the name of the CPU."""
     is_rehearsal: bool
-    """Measured on a CPU, to show that the measuring works: nothing follows for a GPU."""
+    """True for a run on a CPU, which tests the benchmark code and says nothing about a GPU."""
     n_multiprocessors: int
-    """Streaming multiprocessors, or the threads PyTorch uses on a CPU."""
+    """Streaming multiprocessors of the GPU, or PyTorch's threads on a CPU."""
     memory_bytes: int
-    """Of the device."""
+    """Total memory of the device."""
     python: str
     torch: str
     triton: str
     cuda: str
-    """Version PyTorch was built with; empty without."""
+    """CUDA version PyTorch was built with; empty for a CPU build."""
     cudnn: str
     driver: str
-    """As nvidia-smi gives it; empty where there is none."""
+    """Driver version from nvidia-smi; empty without nvidia-smi."""
     power_limit_watts: float | None = None
     max_sm_clock_mhz: float | None = None
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of repeated measurements: the median and the middle half."""
+    """Median and interquartile range of repeated measurements."""
 
     median: float
     low: float
@@ -62,127 +62,127 @@ class Spread:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Spread":
-        """Summarise at least one sample."""
+        """Spread of one or more samples."""
         if len(samples) == 1:
             return cls(samples[0], samples[0], samples[0], 1)
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
         return cls(median, low, high, len(samples))
 
     def map(self, function: Callable[[float], float]) -> "Spread":
-        """The spread of a monotonic function of the samples: a rate, of times."""
+        """Spread of a monotonic function of the samples, such as a rate computed from times."""
         low, high = sorted((function(self.low), function(self.high)))
         return Spread(function(self.median), low, high, self.n)
 
     @property
     def noise(self) -> float:
-        """Width of the middle half over the median."""
+        """Interquartile range over the median."""
         return (self.high - self.low) / self.median
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The best rate seen of one resource: what floors are computed from."""
+    """Measured peak rate of one resource. Floors are computed from ceilings."""
 
     name: str
-    """copy, matmul, gemm, attention forward, attention backward."""
+    """copy, matmul, gemm …, attention forward or attention backward."""
     provider: str
-    """Who computed it: a library or an attention backend."""
+    """Library or attention backend."""
     shape: dict[str, int]
     dtype: str
     rate: Spread
-    """FLOP/s; for copy, bytes read and written a second."""
+    """FLOP/s; for copy, bytes read plus bytes written per second."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Something that holds or does not."""
+    """A condition that holds or does not."""
 
     name: str
     passed: bool
     detail: str
-    """The numbers behind it, or what went wrong."""
+    """The numbers behind the result, or the error."""
 
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One operator, in one shape and type, by one provider."""
+    """One phase of one operator, in one shape and dtype, by one provider."""
 
     operator: str
     phase: str
-    """forward, backward, both."""
+    """forward, backward or both."""
     recipe: str
     shape: dict[str, int]
     dtype: str
     provider: str
     timer: str
-    """graph: replays of a CUDA graph; events: CUDA events around calls; host: a CPU's clock."""
+    """graph: replay of a CUDA graph; events: CUDA events around each call; host: CPU clock."""
     device_s: Spread | None
-    """Of the device, caches cold. None where `failure` says why."""
+    """Device time with a cold cache. None after a `failure`."""
     host_s: Spread | None
-    """Of a call that is waited for, launches included."""
+    """Wall time from the launch of a call until it has finished."""
     peak_bytes: int | None
-    """Allocated at most during a call, beyond what was before; None on a CPU."""
+    """Peak allocation of a call on top of the memory already in use; None on a CPU."""
     error: float | None
-    """Largest error against float64 over the largest value, of the worst result."""
+    """Largest absolute error against float64 over the largest value, of the worst result."""
     bytes: float
-    """Fewest that the operator has to move, by its docstring; those of products are left out."""
+    """Least bytes the operator must move, from its docstring, without the matmuls' operands."""
     flops: float
-    """Of its matrix products."""
+    """FLOPs of its matmuls."""
     floor_s: float
-    """Bytes over the copy's rate plus FLOPs over the product's rate, of the same run."""
+    """bytes over the copy rate, plus flops over the matmul rate; both rates from the same run."""
     failure: str = ""
-    """What the provider raised."""
+    """The exception the provider raised."""
 
     @property
     def share_of_floor(self) -> float | None:
-        """1 is as fast as the device can."""
+        """Floor over device time; 1 is the fastest the device allows."""
         return None if self.device_s is None else self.floor_s / self.device_s.median
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One way to train one recipe, in a process of its own."""
+    """One contender that trained one recipe in its own process."""
 
     contender: str
-    """fastllama, a peer, or `fastllama without …` in an ablation."""
+    """fastllama, the name of a peer, or `fastllama without …` in an ablation."""
     recipe: str
     dtype: str
     seq_len: int
     batch_size: int
-    """Sequences of a micro-batch, as the search found or as given."""
+    """Sequences per micro-batch, as found by the search or as given."""
     tokens_per_update: int
     n_parameters: int
     seconds_per_update: Spread | None
-    """In steady state. None where `failure` says why."""
+    """Time of a steady-state update. None after a `failure`."""
     tok_per_s: float | None
     mfu_causal: float | None
-    """Model FLOPs over the peak of the data sheet, attention below the diagonal; None without."""
+    """Model FLOP/s over the data-sheet peak, causal attention; None if the peak is unknown."""
     mfu_palm: float | None
-    """The same with all of attention."""
+    """The same, with attention counted unmasked (PaLM)."""
     hfu: float | None
-    """The same with the FLOPs executed: causal, and scores computed again in the backward."""
+    """The same, with the executed FLOPs: causal, plus the recomputed scores of the backward."""
     bound_tok_per_s: float | None
-    """The bound H of `fastllama.planning.flops`; None where the device's rates are not known."""
+    """The bound H of `fastllama.planning.bound`; None if the rates of the device are unknown."""
     bound_source: str
-    """Where its rates are from."""
+    """Source of the rates behind the bound."""
     peak_bytes: int | None
     seconds_to_first_update: float | None
-    """From the start of the process: imports, compilation and all."""
+    """From the start of the process, imports and compilation included."""
     losses: list[float] = field(default_factory=list)
-    """Of each update from the first: the same tokens and initial weights for all."""
+    """Loss of each update. All contenders share tokens and initial weights."""
     parity: str = ""
-    """Empty where the losses are those of the plain model; else why the row is void."""
+    """Empty if the losses match the plain model; otherwise the reason the row is void."""
     sm_clock_mhz: float | None = None
-    """Median while it ran."""
+    """Median over the timed updates."""
     power_watts: float | None = None
-    """Median while it ran."""
+    """Median over the timed updates."""
     details: str = ""
-    """What the contender says of itself: kernels, attention backend, versions."""
+    """The contender's description of itself: kernels, attention backend, versions."""
     failure: str = ""
 
     @property
     def share_of_bound(self) -> float | None:
-        """1 is as fast as the bound allows."""
+        """Tokens/s over the bound; 1 is the fastest the bound allows."""
         if self.tok_per_s is None or self.bound_tok_per_s is None:
             return None
         return self.tok_per_s / self.bound_tok_per_s
@@ -190,37 +190,37 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class ProfileShare:
-    """Where the time of a training step goes: one class of operators."""
+    """Share of one class of kernels in the time of an update."""
 
     recipe: str
     operator_class: str
-    """matmul, attention, rms_norm, …; idle is when the device had nothing to do."""
+    """matmul, attention, rms_norm, …; idle is the time without any kernel running."""
     seconds: float
-    """Of the device in one update."""
+    """Device time in one update."""
     share: float
-    """Of the update's wall time."""
+    """Fraction of the update's wall time."""
     calls: int
-    """Kernels launched in one update."""
+    """Kernel launches in one update."""
     bound_s: float | None
-    """What the bound H allows this class; None where it has no part in it."""
+    """Seconds of this class in the bound H; None if the bound does not contain it."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """One configuration of a kernel, as the search of benchmarks/tune.py tried it."""
+    """One configuration of a kernel that benchmarks/tune.py tried."""
 
     name: str
-    """Of the configuration, in benchmarks/operators/pinned.py."""
+    """Name of the kernel in benchmarks/operators/pinned.py."""
     recipe: str
     n_tokens: int
     dtype: str
     config: dict[str, int]
     role: str
-    """pinned: what the code has; tried: on the way; found: timed once more at the end."""
+    """pinned: used by the code; tried: a step of the search; found: its result, timed again."""
     device_s: Spread | None
-    """Of the device, caches cold. None where `failure` says why."""
+    """Device time with a cold cache. None after a `failure`."""
     floor_s: float
-    """As of `KernelTime`."""
+    """As in `KernelTime`."""
     failure: str = ""
 
 
@@ -237,7 +237,7 @@ Kind = TypeVar("Kind", Ceiling, Check, KernelTime, TrainingRun, ProfileShare, Tu
 
 
 def append(folder: Path, conditions: Conditions, records: Sequence[Record]) -> None:
-    """Add records to the files of `folder`; what is on disk is whole at every moment."""
+    """Append records to the files of `folder`. Each file is replaced atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, name in FILES.items():
         lines = [
@@ -262,10 +262,10 @@ def _lines(file: Path) -> list[str]:
 
 
 def read(folder: Path, kind: type[Kind]) -> Iterator[tuple[Conditions, Kind]]:
-    """The records of one kind in `folder`, in the order they were measured; none without a file.
+    """Records of one kind in `folder`, in the order of measurement; none without a file.
 
     Raises:
-        ValueError: a file is not one of results, or of a newer schema.
+        ValueError: the file is not a results file, or has a newer schema.
     """
     file = folder / FILES[kind]
     if not file.exists():
@@ -277,12 +277,14 @@ def read(folder: Path, kind: type[Kind]) -> Iterator[tuple[Conditions, Kind]]:
         for entry in entries:
             schema = entry.pop("schema")
             if schema > SCHEMA:
-                raise ValueError(f"schema {schema} is newer than {SCHEMA}, which this code reads")
+                raise ValueError(
+                    f"schema {schema} is newer than {SCHEMA}, the newest this code reads"
+                )
             yield Conditions(**entry.pop("conditions")), _record(kind, entry)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is not a file of results ({error}); remove it, or read it with the code of "
-            "the commit that wrote it."
+            f"{file} is not a results file ({error}); remove it, or read it with the commit that "
+            "wrote it."
         ) from None
 
 

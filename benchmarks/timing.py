@@ -1,14 +1,14 @@
-"""How long a call takes on the device, and on the host.
+"""Device time and host time of a call.
 
-On a GPU the calls are captured in a CUDA graph, so that launching costs nothing, and the graph is
-timed between two events. After every call the L2 cache is flushed by reading a buffer four times
-its size, in turn one of two, so that no flush finds its own. A second graph of the flushes alone is
-timed in turn, and the difference is the calls'. So what a call leaves in the cache, to be written
-back during the next flush, is charged to it. One more flush, which is not timed, comes before the
-first event: it has the device busy while the graph is launched. Calls use different inputs one
-after the other, and repeat, so that the clock's steps of half a microsecond do not count. A call
-that waits for the host cannot be captured; it is timed between events of its own, launches
-included. On a CPU, for a rehearsal, a clock takes the place of the events.
+On a GPU the calls are captured in a CUDA graph, so launch overhead is not measured. The replay of
+the graph is timed between two CUDA events. After each call the L2 cache is flushed by reading a
+buffer of four times its size. Two buffers alternate, so a flush never hits its own data. A second
+graph holds only the flushes. It is timed in alternation with the first, and its time is subtracted.
+The write-back of a call's dirty cache lines happens during the next flush, so the call pays for it.
+One untimed flush precedes the first event and keeps the device busy while the graph is launched.
+Calls alternate between different inputs and are repeated, so the 0.5 µs resolution of the events
+does not matter. A call that waits for the host cannot be captured. It is timed between its own pair
+of events, launches included. On a CPU (rehearsal only) the host clock replaces the events.
 """
 
 import time
@@ -26,30 +26,30 @@ from benchmarks.results import Spread
 Call = Callable[[], object]
 
 CPU_FLUSH_BYTES = 2**22
-FEWEST_SAMPLES, MOST_SAMPLES = (5, 100) if torch.cuda.is_available() else (2, 10)
+MIN_SAMPLES, MAX_SAMPLES = (5, 100) if torch.cuda.is_available() else (2, 10)
 SECONDS = 0.1 if torch.cuda.is_available() else 0.01
-"""That one measurement takes."""
+"""Duration of one measurement."""
 N_REPEATS = 5 if torch.cuda.is_available() else 1
-"""Of every call in one sample."""
+"""Repeats of each call in one sample."""
 
 
 class Timer(ABC):
-    """Times a series of calls, each with cold caches."""
+    """Times a series of calls, each with a cold cache."""
 
     kind: str
-    """As `KernelTime.timer`."""
+    """Value of `KernelTime.timer`."""
 
     @abstractmethod
     def series(self, calls: Sequence[Call]) -> Callable[[], float]:
-        """Prepare `calls`; the result runs them and returns seconds of the device."""
+        """Prepare `calls`. The returned function runs them and returns device seconds."""
 
     def on_stream(self) -> AbstractContextManager[Any]:
-        """Where all that is timed, and the forward of a backward, has to run."""
+        """Context for all timed calls, and for the forward of a timed backward."""
         return nullcontext()
 
 
 class GraphTimer(Timer):
-    """Replays of a CUDA graph, between two events."""
+    """Times the replay of a CUDA graph between two events."""
 
     kind = "graph"
 
@@ -80,7 +80,7 @@ class GraphTimer(Timer):
 
 
 class EventTimer(Timer):
-    """Events around every call; a launch that the device waits for counts."""
+    """Times each call between two events, including any launch latency the device waits for."""
 
     kind = "events"
 
@@ -105,7 +105,7 @@ class EventTimer(Timer):
 
 
 class HostTimer(Timer):
-    """A CPU's clock around every call."""
+    """Times each call with the host clock."""
 
     kind = "host"
 
@@ -126,9 +126,9 @@ class HostTimer(Timer):
 
 
 class _Flush:
-    """Fills the cache with lines of no use to anyone.
+    """Evicts the cache by reading a large buffer.
 
-    Clean ones: what writing leaves behind would be written back at the expense of the next call.
+    It reads and does not write: dirty lines would be written back during the next call.
     """
 
     def __init__(self, device: torch.device, n_buffers: int) -> None:
@@ -144,40 +144,40 @@ class _Flush:
 
 @cache
 def make_timer(device: torch.device, *, waits_for_host: bool = False) -> Timer:
-    """The best timer for calls on `device` that do, or do not, wait for their own results."""
+    """Timer for calls on `device`. `waits_for_host`: the call reads a result on the host."""
     if device.type == "cpu":
         return HostTimer()
     return EventTimer(device) if waits_for_host else GraphTimer(device)
 
 
 def device_seconds(timer: Timer, calls: Sequence[Call], seconds: float = SECONDS) -> Spread:
-    """Seconds of the device for one of `calls`, over about `seconds` of measuring.
+    """Device seconds per call, measured for about `seconds`.
 
-    The calls do the same on different inputs. Run inside `timer.on_stream()`.
+    `calls` are the same operation on different inputs. Run inside `timer.on_stream()`.
     """
-    (spread,) = side_by_side(timer, [calls], seconds)
+    (spread,) = interleaved_seconds(timer, [calls], seconds)
     return spread
 
 
-def side_by_side(
+def interleaved_seconds(
     timer: Timer, variants: Sequence[Sequence[Call]], seconds: float = SECONDS
 ) -> list[Spread]:
-    """Seconds of one call of each variant, over about `seconds` of measuring each.
+    """Device seconds per call of each variant, measured for about `seconds` each.
 
-    Samples of the variants are taken in turn, so that a device that becomes hotter or slower in
-    the meantime does so for all of them. Run inside `timer.on_stream()`.
+    The samples of the variants are interleaved, so heat and clock changes affect all of them
+    equally. Run inside `timer.on_stream()`.
     """
     for calls in variants:
         for _ in range(2):
             for call in calls:
                 call()
     variants = [[*calls] * N_REPEATS for calls in variants]
-    timed = [(timer.series(calls), _flushes_alone(timer, len(calls))) for calls in variants]
+    timed = [(timer.series(calls), _flushes_only(timer, len(calls))) for calls in variants]
     for run, idle in timed:
         run()
         idle()
     longest = max(run() for run, _ in timed)
-    n_samples = min(max(round(seconds / max(longest, 1e-6)), FEWEST_SAMPLES), MOST_SAMPLES)
+    n_samples = min(max(round(seconds / max(longest, 1e-6)), MIN_SAMPLES), MAX_SAMPLES)
     samples = [[run() - idle() for run, idle in timed] for _ in range(n_samples)]
     return [
         Spread.of([sample / len(calls) for sample in column])
@@ -186,9 +186,9 @@ def side_by_side(
 
 
 def host_seconds(
-    calls: Sequence[Call], device: torch.device, n_samples: int = 3 * FEWEST_SAMPLES
+    calls: Sequence[Call], device: torch.device, n_samples: int = 3 * MIN_SAMPLES
 ) -> Spread:
-    """Wall seconds of one of `calls` that is waited for, with what it takes to launch it."""
+    """Wall seconds from launching one of `calls` until the device has finished it."""
     samples = []
     for sample in range(n_samples):
         synchronize(device)
@@ -200,7 +200,7 @@ def host_seconds(
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Bytes `call` allocates at most, beyond what was there before; None on a CPU."""
+    """Peak bytes `call` allocates on top of the memory already in use; None on a CPU."""
     if device.type == "cpu":
         return None
     torch.cuda.synchronize(device)
@@ -212,11 +212,11 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device; a CPU is always done."""
+    """Wait until the device is idle; no-op on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @cache
-def _flushes_alone(timer: Timer, n: int) -> Callable[[], float]:
+def _flushes_only(timer: Timer, n: int) -> Callable[[], float]:
     return timer.series([lambda: None] * n)

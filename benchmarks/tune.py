@@ -1,13 +1,13 @@
-"""Search for faster configurations of the kernels than the pinned ones, on this device.
+"""Search for kernel configurations that are faster than the pinned ones on this device.
 
     python benchmarks/tune.py [NAME ...] [--recipes NAME ...] [--minutes M] [--out DIR]
 
-From the pinned configuration the search goes to the fastest of its neighbours, which have one
-parameter a step larger or smaller, for as long as that one is faster beyond noise. Neighbours are
-timed side by side, as in benchmarks/timing.py; one that does not compile, or computes anything
-else, is passed over. What was found is timed once more against the pinned one. Nothing is changed:
-to pin it, edit the function that gives the configuration, and commit it with the results, which
-are in tuning.json.
+The search starts at the pinned configuration and moves to its fastest neighbour for as long as that
+neighbour is faster beyond noise. Neighbours differ by one step in one parameter. Their timings are
+interleaved, as described in benchmarks/timing.py. A neighbour that does not compile, or computes a
+different result, is skipped. At the end the best configuration is timed again against the pinned
+one. The command changes no code: to pin a configuration, edit the function that returns it, and
+commit it with the results in tuning.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.operators.pinned import DTYPE, PINNED, LaunchConfig, Pinned
 from benchmarks.reporting.tuning import HEADINGS, cells, is_faster, verdict
 from benchmarks.results import RESULTS, Spread, Tuning, append
 from benchmarks.throughput import REHEARSAL_TITLE, open_console
-from benchmarks.timing import SECONDS, Timer, make_timer, side_by_side
+from benchmarks.timing import SECONDS, Timer, interleaved_seconds, make_timer
 from fastllama.config import ModelConfig, load_recipe
 
 DEFAULT_RECIPES = ["llama-1b", "llama-100m"] if has_gpu() else ["quickstart"]
@@ -41,21 +41,24 @@ LIMITS = {
     "NUM_STAGES": (1, 6),
     "num_warps": (1, 32),
 }
-"""Of the parameters that are searched; what else a configuration holds follows from the shape."""
-ONE_BY_ONE = ("NUM_STAGES", "programs_per_multiprocessor")
-"""Parameters that need not be powers of two."""
+"""Limits of the searched parameters. All other options follow from the shape."""
+UNIT_STEPS = ("NUM_STAGES", "programs_per_multiprocessor")
+"""Parameters that also change in steps of one, not only by a factor of two."""
 
 Measure = Callable[[Sequence[LaunchConfig]], list[Spread | None]]
-"""Device seconds of each configuration, None where it does not work."""
+"""Device seconds of each configuration; None for one that fails."""
 
 
 def neighbours(config: LaunchConfig) -> Iterator[LaunchConfig]:
-    """Those with one parameter a step away, or block and warps alike: a thread has as much then."""
+    """Configurations one step away in one parameter, or in BLOCK and num_warps together.
+
+    Changing both by the same factor keeps the work per thread.
+    """
     for name, (least, most) in LIMITS.items():
         if name in config:
             value = config[name]
             steps = [value // 2, 2 * value]
-            if name in ONE_BY_ONE:
+            if name in UNIT_STEPS:
                 steps += [value - 1, value + 1]
             for step in sorted({step for step in steps if least <= step <= most} - {value}):
                 yield config | {name: step}
@@ -73,11 +76,11 @@ def _allowed(name: str, value: int) -> bool:
     return least <= value <= most
 
 
-def climb(start: LaunchConfig, measure: Measure) -> LaunchConfig:
-    """The configuration none of whose neighbours is faster, going from `start` downhill.
+def hill_climb(start: LaunchConfig, measure: Measure) -> LaunchConfig:
+    """Hill climbing from `start` to a configuration without a faster neighbour.
 
-    `measure` is given the best so far, then its neighbours not tried yet; an empty answer ends the
-    search.
+    `measure` receives the best configuration so far, followed by its untried neighbours. An empty
+    result ends the search.
     """
     best, tried = start, [start]
     while candidates := [config for config in neighbours(best) if config not in tried]:
@@ -108,14 +111,14 @@ class Search:
         floor_s: Callable[[Work], float],
         finished: Callable[[Tuning], None],
     ) -> None:
-        """Run inside `timer.on_stream()`, as `run`.
+        """Create and run the search inside `timer.on_stream()`.
 
         Args:
-            pinned: what is searched for.
+            pinned: kernel to tune.
             recipe: name of `model`.
-            model: gives the shape.
+            model: model that determines the shape.
             timer: times the launches.
-            floor_s: seconds that work takes at least.
+            floor_s: returns the least seconds for a piece of work.
             finished: called with every record.
         """
         self._pinned, self._recipe, self._model = pinned, recipe, model
@@ -123,12 +126,12 @@ class Search:
         self._floor_s = floor_s(pinned.work(model, N_TOKENS))
         self._start = pinned.config(model, N_TOKENS)
         self._wanted = self._results(self._start)
-        self._inputs = [self._draw(seed) for seed in range(N_INPUTS)]
+        self._inputs = [self._make_inputs(seed) for seed in range(N_INPUTS)]
 
     def run(self, deadline: float) -> tuple[Tuning, Tuning]:
-        """Return the pinned configuration and the one found, which may be the same.
+        """Return the records of the pinned and of the best configuration, which may be the same.
 
-        `deadline` is a moment of time.time(), after which no more neighbours are tried.
+        After `deadline`, in terms of `time.time()`, no more neighbours are tried.
         """
 
         def try_all(configs: Sequence[LaunchConfig]) -> list[Spread | None]:
@@ -136,7 +139,7 @@ class Search:
                 return []
             return [row.device_s for row in self._measure(configs, "tried")]
 
-        best = climb(self._start, try_all)
+        best = hill_climb(self._start, try_all)
         if best == self._start:
             (row,) = self._measure([best], "pinned", 5 * SECONDS)
             return row, row
@@ -146,14 +149,14 @@ class Search:
     def _measure(
         self, configs: Sequence[LaunchConfig], role: str, seconds: float = SECONDS
     ) -> list[Tuning]:
-        """Time those configurations side by side that work."""
+        """Check all configurations, and time the working ones interleaved."""
         failures = [self._failure(config) for config in configs]
         calls = [
             [self._call(config, inputs) for inputs in self._inputs]
             for config, failure in zip(configs, failures, strict=True)
             if not failure
         ]
-        times = iter(side_by_side(self._timer, calls, seconds) if calls else [])
+        times = iter(interleaved_seconds(self._timer, calls, seconds) if calls else [])
         rows = [
             Tuning(
                 name=self._pinned.name,
@@ -179,26 +182,28 @@ class Search:
 
         return launch
 
-    def _draw(self, seed: int) -> Sequence[object]:
+    def _make_inputs(self, seed: int) -> Sequence[object]:
         generator = torch.Generator(default_device()).manual_seed(seed)
         return self._pinned.inputs(self._model, N_TOKENS, generator)
 
     def _results(self, config: LaunchConfig) -> list[Tensor]:
-        """Of inputs drawn anew: some are written to."""
-        return self._call(config, self._draw(seed=0))()
+        """Outputs for fresh inputs; some launches write into their inputs."""
+        return self._call(config, self._make_inputs(seed=0))()
 
     def _failure(self, config: LaunchConfig) -> str:
-        """Why a configuration cannot take the place of the pinned one; empty if it can."""
+        """Why `config` cannot replace the pinned configuration; empty if it can."""
         try:
             results = self._results(config)
-        except Exception as error:  # Of Triton, about what no GPU can run: it is reported.
+        except (
+            Exception
+        ) as error:  # Raised by Triton, for example out of shared memory; reported in the record.
             return f"{type(error).__name__}: {error}".splitlines()[0]
         for result, wanted in zip(results, self._wanted, strict=True):
             largest = wanted.double().abs().max()
             difference = ((result.double() - wanted.double()).abs().max() / largest).item()
-            # Sums in another order differ by a rounding of the result. NaN does not compare.
+            # Another order of summation may change the rounding. Written so that NaN fails.
             if not difference <= torch.finfo(DTYPE).eps:
-                return f"differs from the pinned one by {difference:.1e} of the largest value"
+                return f"differs from the pinned result by {difference:.1e} of the largest value"
         return ""
 
 
@@ -208,7 +213,7 @@ def main() -> None:
     )
     names = [pinned.name for pinned in PINNED]
     parser.add_argument(
-        "names", metavar="NAME", nargs="*", help=f"of {', '.join(names)}; all unless given"
+        "names", metavar="NAME", nargs="*", help=f"any of {', '.join(names)}; default: all"
     )
     parser.add_argument(
         "--recipes",
@@ -216,19 +221,26 @@ def main() -> None:
         nargs="+",
         choices=RECIPES,
         default=DEFAULT_RECIPES,
-        help=f"whose shapes, of {', '.join(RECIPES)}; unless given {' '.join(DEFAULT_RECIPES)}",
+        help=f"tune for these shapes, any of {', '.join(RECIPES)}; "
+        f"default: {' '.join(DEFAULT_RECIPES)}",
     )
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="time in all, compiling too; now %(default)g"
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="total time, compilation included; default: %(default)g",
     )
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder of results; default: one by device"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="results folder; default: benchmarks/results/<device>",
     )
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(names)):
-        parser.error(f"{unknown[0]!r} is not pinned; choose from {', '.join(map(repr, names))}.")
+        parser.error(f"unknown kernel {unknown[0]!r}; choose from {', '.join(map(repr, names))}.")
     if options.minutes <= 0:
-        parser.error(f"--minutes {options.minutes:g} is no time; give more than 0.")
+        parser.error(f"--minutes must be positive, not {options.minutes:g}.")
     search_all(
         [pinned for pinned in PINNED if pinned.name in (options.names or names)],
         options.recipes,
@@ -240,7 +252,7 @@ def main() -> None:
 def search_all(
     chosen: Sequence[Pinned], recipes: Sequence[str], out: Path | None, end: float
 ) -> None:
-    """Search for each at the shape of each recipe, and print what was found."""
+    """Tune each kernel at the shape of each recipe, and print the verdicts."""
     conditions, device, console = current_conditions(), default_device(), open_console()
     folder = out or RESULTS / results_name(conditions)
     timer = make_timer(device)
@@ -249,12 +261,12 @@ def search_all(
         table.add_column(heading)
     searches = [(pinned, recipe) for recipe in recipes for pinned in chosen]
     with timer.on_stream():
-        copied = copy_ceiling(timer, device)
-        multiplied = matmul_ceiling(timer, device, DTYPE)
-        append(folder, conditions, [copied, multiplied])
+        copy = copy_ceiling(timer, device)
+        matmul = matmul_ceiling(timer, device, DTYPE)
+        append(folder, conditions, [copy, matmul])
 
         def floor_s(work: Work) -> float:
-            return work.bytes / copied.rate.median + work.flops / multiplied.rate.median
+            return work.bytes / copy.rate.median + work.flops / matmul.rate.median
 
         for number, (pinned, recipe) in enumerate(searches):
             now = time.time()

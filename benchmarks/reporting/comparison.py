@@ -1,18 +1,18 @@
-"""Two folders of results, cell by cell: what became slower, heavier, or stopped working.
+"""Compare two results folders cell by cell: regressions in time, memory and correctness.
 
-A cell is slower or faster where the ratio of the medians is off 1 by more than 2 % and by more than
-the root of the sum of the squares of both noises, the noise being the width of the middle half over
-the median. Why this much:
+A cell is slower or faster if the ratio of its medians differs from 1 by more than 2 % and by more
+than hypot(noise_old, noise_new). Noise is the interquartile range over the median. Rationale:
 
-- Relative errors of two independent measurements add up in squares in their ratio.
-- The middle half of a normal distribution is 1.35 standard deviations wide, and the median of n
-  samples is uncertain by 1.25 / sqrt(n) of one. So two equal noises ask for 3.4 standard errors of
-  the ratio at n = 10 and 4.8 at n = 20: among hundreds of cells hardly one is called by chance.
-- The samples of one run do not show what differs between runs, such as clocks, temperature, and
-  where buffers lie in memory. The 2 % stands for that, and for runs of a single sample.
+- The relative errors of two independent measurements add in quadrature in their ratio.
+- The interquartile range of a normal distribution is 1.35 standard deviations, and the standard
+  error of the median of n samples is 1.25 / sqrt(n) standard deviations. With equal noise on both
+  sides the threshold is 3.4 standard errors of the ratio at n = 10, and 4.8 at n = 20. Among
+  hundreds of cells hardly one is misjudged by chance.
+- The samples of one run do not show the variation between runs, such as clocks, temperature and
+  memory placement. The 2 % covers it, and covers runs with a single sample.
 
-A cell measured several times in a folder counts with the median of its medians and their spread,
-which does show what differs between runs.
+For a cell measured several times in a folder, the spread is that of its medians, which includes the
+variation between runs.
 """
 
 import math
@@ -24,26 +24,26 @@ from dataclasses import dataclass
 from benchmarks.reporting.result_set import OURS, ResultSet, shape_text
 from benchmarks.results import Conditions, Spread
 
-LEAST_CHANGE = 0.02
-SLOWER, FASTER, EQUAL = "slower", "faster", "no difference beyond noise"
+MIN_CHANGE = 0.02
+SLOWER, FASTER, EQUAL = "slower", "faster", "within noise"
 Key = tuple[str, str, str, str]
-"""What was measured, recipe, shape, type."""
+"""Operator and phase (or "training"), recipe, shape, dtype."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one folder knows of one key."""
+    """Measurement of one key in one folder."""
 
     seconds: Spread | None
-    """None where `problem` says why."""
+    """None if there is a `problem`."""
     peak_bytes: float | None
     problem: str
-    """Of the newest record: what was raised, or why it is void."""
+    """Exception, or reason for being void, of the newest record; empty if none."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A cell that both folders have."""
+    """Times of a cell present in both folders."""
 
     key: Key
     old: Spread
@@ -62,59 +62,59 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a new folder changed over an old one."""
+    """Differences of a new folder from an old one."""
 
     changes: list[Change]
     """Slowest first."""
-    heavier: dict[Key, tuple[float, float]]
-    """Peak bytes, old and new, of the cells where they grew by more than 2 %."""
+    more_memory: dict[Key, tuple[float, float]]
+    """Old and new peak bytes of the cells where they grew by more than 2 %."""
     newly_failing: dict[str, str]
-    """Checks and cells that worked before, with what went wrong."""
+    """Errors of checks and cells that passed in the old folder."""
     only_old: list[str]
     only_new: list[str]
     versions: list[str]
-    """Software that differs, as sentences."""
+    """One sentence per software version that differs."""
 
     def count(self, verdict: str) -> int:
-        """Cells with this verdict."""
+        """Number of cells with this verdict."""
         return sum(change.verdict == verdict for change in self.changes)
 
     @property
     def summary(self) -> str:
-        """`3 slower, 12 faster, 80 no difference beyond noise`, and what else became worse."""
+        """Counts: `3 slower, 12 faster, 80 within noise`, plus new failures and memory growth."""
         counts = {name: self.count(name) for name in (SLOWER, FASTER, EQUAL)}
-        worse = {"newly failing": len(self.newly_failing), "more memory": len(self.heavier)}
+        worse = {"newly failing": len(self.newly_failing), "more memory": len(self.more_memory)}
         counts |= {name: n for name, n in worse.items() if n}
         return ", ".join(f"{n} {name}" for name, n in counts.items())
 
     @property
     def is_regression(self) -> bool:
         """Whether anything became worse."""
-        return bool(self.count(SLOWER) or self.heavier or self.newly_failing)
+        return bool(self.count(SLOWER) or self.more_memory or self.newly_failing)
 
 
 def verdict(old: Spread, new: Spread) -> str:
-    """Whether times differ, by the rule at the top of this file."""
+    """SLOWER, FASTER or EQUAL, by the rule at the top of this file."""
     change = new.median / old.median - 1
-    if abs(change) <= max(LEAST_CHANGE, math.hypot(old.noise, new.noise)):
+    if abs(change) <= max(MIN_CHANGE, math.hypot(old.noise, new.noise)):
         return EQUAL
     return SLOWER if change > 0 else FASTER
 
 
 def combined(spreads: Sequence[Spread]) -> Spread:
-    """One spread of repeated measurements; that of a single one is its own."""
+    """Spread of the medians of repeated measurements; a single measurement keeps its own spread."""
     return spreads[0] if len(spreads) == 1 else Spread.of([spread.median for spread in spreads])
 
 
 def compare(old: ResultSet, new: ResultSet) -> Comparison:
-    """Compare fastllama's own cells, and the checks.
+    """Compare fastllama's own cells and the checks of two folders.
 
     Raises:
-        ValueError: the devices differ, or the folders have nothing in common.
+        ValueError: the devices differ, or the folders share no cell and no check.
     """
     if len(_devices(old) | _devices(new)) > 1:
         raise ValueError(
-            f"not comparable: {_listed(_devices(new))} against {_listed(_devices(old))}; "
+            f"not comparable: {_join_names(_devices(new))} against {_join_names(_devices(old))}; "
             "compare results of one device at one power limit."
         )
     old_cells, new_cells = _cells(old), _cells(new)
@@ -145,12 +145,12 @@ def compare(old: ResultSet, new: ResultSet) -> Comparison:
     }
     return Comparison(
         changes=sorted(changes, key=lambda change: change.ratio, reverse=True),
-        heavier={
+        more_memory={
             key: (was.peak_bytes, now.peak_bytes)
             for key, (was, now) in common.items()
             if was.peak_bytes is not None
             and now.peak_bytes is not None
-            and now.peak_bytes > (1 + LEAST_CHANGE) * was.peak_bytes
+            and now.peak_bytes > (1 + MIN_CHANGE) * was.peak_bytes
         },
         newly_failing=broken_checks | broken_cells,
         only_old=sorted(old_names - new_names),
@@ -160,7 +160,7 @@ def compare(old: ResultSet, new: ResultSet) -> Comparison:
 
 
 def name_of(key: Key) -> str:
-    """A key on one line."""
+    """Key as text on one line."""
     return ", ".join(key)
 
 
@@ -178,11 +178,11 @@ def _cells(results: ResultSet) -> dict[Key, Cell]:
             records["training", run.recipe, shape, run.dtype].append(
                 Cell(run.seconds_per_update, run.peak_bytes, run.failure or run.parity)
             )
-    return {key: _together(cells) for key, cells in records.items()}
+    return {key: _merge(cells) for key, cells in records.items()}
 
 
-def _together(cells: Sequence[Cell]) -> Cell:
-    """Of one key: the newest record decides whether it works, all that worked say how fast."""
+def _merge(cells: Sequence[Cell]) -> Cell:
+    """Merge the records of a key: the newest decides on failure, all successful ones on time."""
     if problem := cells[-1].problem:
         return Cell(None, None, problem)
     worked = [cell for cell in cells if not cell.problem]
@@ -208,7 +208,7 @@ def _differing_versions(old: ResultSet, new: ResultSet) -> list[str]:
     sentences = []
     for name in ("python", "torch", "triton", "cuda", "cudnn", "driver"):
         was, now = (
-            _listed(getattr(conditions, name) for conditions in results.condition_sets)
+            _join_names(getattr(conditions, name) for conditions in results.condition_sets)
             for results in (old, new)
         )
         if was != now:
@@ -216,5 +216,5 @@ def _differing_versions(old: ResultSet, new: ResultSet) -> list[str]:
     return sentences
 
 
-def _listed(versions: Iterable[str]) -> str:
+def _join_names(versions: Iterable[str]) -> str:
     return " and ".join(sorted({version or "unknown" for version in versions}))

@@ -1,4 +1,4 @@
-"""Ceilings and kernels of a report."""
+"""Report sections on ceilings and kernels."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ N_FURTHEST = 15
 
 
 def ceilings_section(results: ResultSet) -> str:
-    """What floors and shares are computed from."""
+    """Table of the ceilings behind the floors."""
     if not results.ceilings:
         return ""
     rows = [
@@ -25,12 +25,12 @@ def ceilings_section(results: ResultSet) -> str:
         )
         for conditions, ceiling in results.ceilings
     ]
-    headings = ("resource", "shape", "type", "provider", "rate", "unit")
+    headings = ("resource", "shape", "dtype", "provider", "rate", "unit")
     return "## Ceilings\n\n" + table(headings, rows, n_text=4)
 
 
 def kernels_section(results: ResultSet) -> str:
-    """A table for each operator and phase, with what failed below it."""
+    """One table per operator and phase, followed by its failures."""
     if not results.kernels:
         return ""
     ours = defaultdict(list)
@@ -40,20 +40,20 @@ def kernels_section(results: ResultSet) -> str:
         if kernel.provider == OURS and kernel.device_s:
             ours[_kernel_cell(conditions, kernel)].append(kernel.device_s)
     parts = [
-        "## Kernels\n\nTimes are of the device with cold caches; `host` is a call that is waited "
-        "for. The floor is what the ceilings above allow; the error is the largest against "
-        "float64, over the largest value."
+        "## Kernels\n\nDevice times have a cold cache. Host times run from the launch of a call "
+        "until it has finished. The floor is the least time that the ceilings above allow. The "
+        "error is the largest difference from float64, over the largest value."
     ]
     headings = (
         "recipe",
         "shape",
-        "type",
+        "dtype",
         "provider",
         "timer",
         "device µs",
         "host µs",
         "achieved",
-        "of floor",
+        "% of floor",
         "error",
         "peak MB",
         "ratio",
@@ -92,7 +92,7 @@ def _kernel_cell(conditions: Conditions, kernel: KernelTime) -> tuple[object, ..
 
 
 def _kernel_order(conditions: Conditions, kernel: KernelTime) -> tuple[object, ...]:
-    """Cells together, fastllama first in each, then the fastest."""
+    """Sort key: by cell, fastllama first within a cell, then the fastest first."""
     seconds = kernel.device_s.median if kernel.device_s else 0.0
     cell = (kernel.recipe, kernel.dtype, sorted(kernel.shape.items()))
     return (*cell, kernel.provider != OURS, seconds, conditions.date)
@@ -119,14 +119,14 @@ def _kernel_row(kernel: KernelTime, mark: str, ours: Sequence[Spread]) -> tuple[
 
 
 def _achieved(kernel: KernelTime, seconds: float) -> str:
-    """In the unit of what limits it: matrix products where it has any, else bytes."""
+    """Achieved FLOP/s for kernels with matmuls, otherwise achieved bytes/s."""
     if kernel.flops:
         return f"{number(kernel.flops / seconds / 1e12)} TFLOP/s"
     return f"{number(kernel.bytes / seconds / 1e9)} GB/s"
 
 
 def furthest_section(results: ResultSet) -> str:
-    """Where there is most to gain: our kernels by their share of the floor."""
+    """Our kernels with the smallest share of the floor."""
     shares = [
         (kernel.share_of_floor, conditions, kernel)
         for conditions, kernel in results.kernels
@@ -147,5 +147,5 @@ def furthest_section(results: ResultSet) -> str:
         for share, conditions, kernel in shares[:N_FURTHEST]
         if kernel.device_s
     ]
-    headings = ("operator", "recipe", "shape", "type", "of floor", "µs above it")
+    headings = ("operator", "recipe", "shape", "dtype", "% of floor", "µs above floor")
     return f"## {OURS} kernels furthest from the floor\n\n" + table(headings, rows, n_text=4)

@@ -1,4 +1,4 @@
-"""Plots of a report: kernels against the roof and the floor, training speed and memory."""
+"""Plots of a report: roofline, share of the floor, training speed and memory."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +15,7 @@ from benchmarks.reporting.text import number
 from benchmarks.reporting.training import ABLATION, workload
 from benchmarks.results import KernelTime, TrainingRun
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; without their yellow, which
-# is hardly seen on white.
+# The colour-blind safe palette of Okabe and Ito, without its yellow, which is hard to see on white.
 OUR_COLOUR = "#0072B2"
 COLOURS = ("#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
@@ -25,10 +24,10 @@ GREY = "0.45"
 
 
 def figures(results: ResultSet) -> dict[str, Figure]:
-    """The plots there is data for, by file name."""
+    """Plots by file name, for the data present."""
     kernels = [kernel for _, kernel in results.kernels if kernel.device_s]
     ours = [kernel for kernel in kernels if kernel.provider == OURS]
-    # Ablations would drown the contenders; their table says it better.
+    # Ablations have their own table; here they would crowd out the contenders.
     runs = [
         (run, run.contender + results.mark(conditions))
         for conditions, run in results.training
@@ -41,12 +40,12 @@ def figures(results: ResultSet) -> dict[str, Figure]:
     if kernels:
         plots["kernels-floor.png"] = _floor(kernels, colours)
     if any(run.tok_per_s for run, _ in runs):
-        plots["training-throughput.png"] = _bars(runs, colours, "tokens a second", _throughput)
+        plots["training-throughput.png"] = _bars(runs, colours, "tokens/s", _throughput)
     if any(run.peak_bytes for run, _ in runs):
         plots["training-memory.png"] = _bars(runs, colours, "peak memory, GB", _memory)
     subjects = {
-        "kernels-roofline.png": f"{OURS} kernels under the roofs measured",
-        "kernels-floor.png": "kernels, share of the floor reached",
+        "kernels-roofline.png": f"{OURS} kernels and the measured roofline",
+        "kernels-floor.png": "share of the floor reached by each kernel",
         "training-throughput.png": "training speed",
         "training-memory.png": "training memory",
     }
@@ -56,23 +55,23 @@ def figures(results: ResultSet) -> dict[str, Figure]:
 
 
 def title(results: ResultSet, subject: str) -> str:
-    """Of every plot, since plots are copied out of reports."""
+    """Title with device and rehearsal label, because plots are copied out of reports."""
     devices = " and ".join(dict.fromkeys(c.device for c in results.condition_sets))
     label = f"{REHEARSAL}\n" if results.is_rehearsal else ""
     return f"{label}{devices}: {subject}"
 
 
 def provider_colours(results: ResultSet) -> dict[str, str]:
-    """One colour a provider or contender in all plots of a report."""
+    """One colour per provider or contender, shared by all plots of a report."""
     providers = {kernel.provider for _, kernel in results.kernels}
     contenders = {run.contender for _, run in results.training} - providers
-    # One after the other, so that no plot repeats a colour before all are used.
+    # One sequence for both, so that no plot repeats a colour before all are used.
     others = [name for name in (*sorted(providers), *sorted(contenders)) if name != OURS]
     return {OURS: OUR_COLOUR} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
 
 
 def _roofline(results: ResultSet, kernels: Sequence[KernelTime]) -> Figure:
-    """Bytes a second where no product is, FLOPs a second over intensity, a panel a type, where."""
+    """Kernels without matmuls: bytes/s. With matmuls: FLOP/s over intensity, a panel per dtype."""
     moving = [kernel for kernel in kernels if not kernel.flops]
     dtypes = sorted({kernel.dtype for kernel in kernels if kernel.flops})
     n_panels = bool(moving) + len(dtypes)
@@ -89,11 +88,11 @@ def _roofline(results: ResultSet, kernels: Sequence[KernelTime]) -> Figure:
             _level(axes, copy / 1e12, f"copy {number(copy / 1e12)} TB/s", "-")
         axes.set(xscale="log", yscale="log", xlabel="MB moved", ylabel="TB/s")
         _label_decades(axes)
-        axes.set_title("without matrix products")
+        axes.set_title("without matmuls")
     for axes, dtype in zip(panels, dtypes, strict=True):
-        products = [kernel for kernel in kernels if kernel.flops and kernel.dtype == dtype]
-        _product_panel(axes, results, products, copy, markers)
-        axes.set_title(f"with matrix products, {dtype}")
+        with_matmuls = [kernel for kernel in kernels if kernel.flops and kernel.dtype == dtype]
+        _matmul_panel(axes, results, with_matmuls, copy, markers)
+        axes.set_title(f"with matmuls, {dtype}")
     handles = [
         Line2D([], [], color=OUR_COLOUR, marker=markers[name], linestyle="", label=name)
         for name in operators
@@ -107,7 +106,7 @@ def _roofline(results: ResultSet, kernels: Sequence[KernelTime]) -> Figure:
     return figure
 
 
-def _product_panel(
+def _matmul_panel(
     axes: Axes,
     results: ResultSet,
     kernels: Sequence[KernelTime],
@@ -120,7 +119,7 @@ def _product_panel(
     if matmul and copy:
         intensities.append(matmul / copy)
     low, high = min(intensities, default=1) / 4, max(intensities, default=1) * 4
-    # Attention moves nothing but the operands of its products: it stands at the right edge.
+    # Attention counts no bytes besides the operands of its matmuls. Draw it at the right edge.
     edge = high * 3
     for kernel in kernels:
         x = kernel.flops / kernel.bytes if kernel.bytes else edge
@@ -128,26 +127,26 @@ def _product_panel(
     if any(not kernel.bytes for kernel in kernels):
         axes.axvspan(high, edge * 3, color="0.94", zorder=0)
         axes.annotate(
-            "products\nonly", (edge, 0.02), xycoords=("data", "axes fraction"), ha="center"
+            "matmuls\nonly", (edge, 0.02), xycoords=("data", "axes fraction"), ha="center"
         )
         high = edge * 3
     if matmul and copy:
         along = np.geomspace(low, high, 200)
         axes.plot(along, np.minimum(matmul, along * copy) / 1e12, color=GREY, label="roof")
         serial = 1 / (1 / matmul + 1 / (along * copy)) / 1e12
-        axes.plot(along, serial, color=GREY, linestyle="--", label="floor: one after the other")
+        axes.plot(along, serial, color=GREY, linestyle="--", label="floor (no overlap)")
         _name_level(axes, matmul / 1e12, f"matmul {number(matmul / 1e12)} TFLOP/s")
         axes.legend(loc="lower left", bbox_to_anchor=(0.3, 0), frameon=False)
     for name in ("attention forward", "attention backward"):
         if rate := best_rate(results, name, dtype):
             _level(axes, rate / 1e12, f"{name} {number(rate / 1e12)}", ":")
     axes.set(xscale="log", yscale="log", ylabel="TFLOP/s", xlim=(low, high))
-    axes.set_xlabel("FLOP / byte, the bytes of the products themselves left out")
+    axes.set_xlabel("FLOP / byte, without the bytes of the matmul operands")
     _label_decades(axes)
 
 
 def _label_decades(axes: Axes) -> None:
-    """Plain numbers at 1, 2 and 5 of each power of ten, and a decade of height at least."""
+    """Label 1, 2 and 5 of each decade with plain numbers; show at least one decade of height."""
     bottom, top = axes.get_ylim()
     axes.set_ylim(min(bottom, top / 10) / 1.2, top * 1.2)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -158,7 +157,7 @@ def _label_decades(axes: Axes) -> None:
 
 
 def best_rate(results: ResultSet, name: str, dtype: str | None = None) -> float | None:
-    """The highest ceiling of this name, of any type unless one is given."""
+    """Highest ceiling of this name; `dtype` None means any dtype."""
     rates = [
         ceiling.rate.median
         for _, ceiling in results.ceilings
@@ -186,7 +185,7 @@ def _level(axes: Axes, y: float, text: str, style: str) -> None:
 
 
 def _name_level(axes: Axes, y: float, text: str) -> None:
-    """At the left of the line, above it: over other lines, but under the points."""
+    """Label a level at its left end: drawn over the lines, under the points."""
     axes.annotate(
         text,
         (0, y),
@@ -199,7 +198,7 @@ def _name_level(axes: Axes, y: float, text: str) -> None:
 
 
 def _floor(kernels: Sequence[KernelTime], colours: dict[str, str]) -> Figure:
-    """A row an operator and phase, in it a line a provider, on it a dot a shape."""
+    """One row per operator and phase, one line in it per provider, one dot per shape."""
     rows = list(dict.fromkeys((kernel.operator, kernel.phase) for kernel in kernels))
     providers = [name for name in colours if any(kernel.provider == name for kernel in kernels)]
     figure = Figure(figsize=(10, 1.5 + len(rows) * (0.15 + 0.11 * len(providers))))
@@ -207,10 +206,10 @@ def _floor(kernels: Sequence[KernelTime], colours: dict[str, str]) -> Figure:
     axes = figure.subplots()
     step = 0.8 / len(providers)
     for i, name in enumerate(providers):
-        mine = [kernel for kernel in kernels if kernel.provider == name]
+        own = [kernel for kernel in kernels if kernel.provider == name]
         axes.plot(
-            [kernel.share_of_floor for kernel in mine if kernel.share_of_floor is not None],
-            [rows.index((k.operator, k.phase)) - 0.4 + (i + 0.5) * step for k in mine],
+            [kernel.share_of_floor for kernel in own if kernel.share_of_floor is not None],
+            [rows.index((k.operator, k.phase)) - 0.4 + (i + 0.5) * step for k in own],
             linestyle="",
             marker=MARKERS[i % len(MARKERS)],
             color=colours[name],
@@ -226,7 +225,7 @@ def _floor(kernels: Sequence[KernelTime], colours: dict[str, str]) -> Figure:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.set_xlabel("floor / time: 100 % is as fast as the device can")
+    axes.set_xlabel("floor / time; 100 % is the fastest the device allows")
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     return figure
 
@@ -237,7 +236,7 @@ Draw = Callable[[Axes, int, TrainingRun, dict[str, Any]], None]
 def _bars(
     runs: Sequence[tuple[TrainingRun, str]], colours: dict[str, str], unit: str, draw: Draw
 ) -> Figure:
-    """A panel a workload, a bar a contender, fastest first in every plot."""
+    """One panel per workload, one bar per contender, the fastest first in every plot."""
     workloads = list(dict.fromkeys(workload(run) for run, _ in runs))
     heights = [1 + sum(workload(run) == name for run, _ in runs) for name in workloads]
     figure = Figure(figsize=(10, 1.2 + 0.45 * sum(heights)), layout="constrained")

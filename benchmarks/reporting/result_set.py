@@ -1,4 +1,4 @@
-"""A folder of results read whole, and what its records have in common."""
+"""All records of a results folder and the conditions they share."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from benchmarks.results import (
 )
 
 OURS = "fastllama"
-REHEARSAL = "CPU rehearsal: shows that the measuring works; says nothing of speed on a GPU"
+REHEARSAL = "CPU rehearsal: tests the benchmark code, does not measure the speed of a GPU"
 
 
 @dataclass(frozen=True)
 class ResultSet:
-    """All records of a folder, each with its conditions, in the order they were measured."""
+    """All records of a folder with their conditions, in the order of measurement."""
 
     folder: Path
     ceilings: list[tuple[Conditions, Ceiling]]
@@ -35,10 +35,10 @@ class ResultSet:
 
     @classmethod
     def load(cls, folder: Path) -> "ResultSet":
-        """Read `folder`.
+        """Read all records of `folder`.
 
         Raises:
-            ValueError: it holds no results, or a file that is not one of results.
+            ValueError: the folder holds no results, or a file is not a results file.
         """
         results = cls(
             folder,
@@ -57,7 +57,7 @@ class ResultSet:
 
     @cached_property
     def measured_under(self) -> list[Conditions]:
-        """Conditions of every record."""
+        """Conditions of every record, with repetitions."""
         kinds = (
             self.ceilings,
             self.checks,
@@ -70,32 +70,32 @@ class ResultSet:
 
     @cached_property
     def condition_sets(self) -> list[Conditions]:
-        """The distinct conditions, dates aside, oldest first."""
+        """Distinct conditions regardless of date, oldest first."""
         by_date = sorted(self.measured_under, key=lambda conditions: conditions.date)
         return list(dict.fromkeys(undated(conditions) for conditions in by_date))
 
     @property
     def is_rehearsal(self) -> bool:
-        """Whether any record is from a CPU: one is enough to mislead."""
+        """Whether any record is from a CPU; a single one would mislead."""
         return any(conditions.is_rehearsal for conditions in self.condition_sets)
 
     def mark(self, conditions: Conditions) -> str:
-        """` [B]` where records were measured under different conditions; empty where not."""
+        """Letter of the conditions, such as ` [B]`; empty if all records share one set."""
         if len(self.condition_sets) == 1:
             return ""
         return f" [{set_letter(self.condition_sets.index(undated(conditions)))}]"
 
 
 def undated(conditions: Conditions) -> Conditions:
-    """What has to be equal for two numbers to be put into one ratio."""
+    """Conditions without the date. Ratios are only valid between equal ones."""
     return dataclasses.replace(conditions, date="")
 
 
 def set_letter(index: int) -> str:
-    """A to Z, then A1 and on."""
+    """A to Z, then A1, B1 and so on."""
     return chr(ord("A") + index % 26) + (str(index // 26) if index >= 26 else "")
 
 
 def shape_text(shape: dict[str, int]) -> str:
-    """`M 4,096 · N 2,048`, in one order whatever the order they were given in."""
+    """Shape as text sorted by name: `M 4,096 · N 2,048`."""
     return " · ".join(f"{name} {size:,}" for name, size in sorted(shape.items()))

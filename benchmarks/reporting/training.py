@@ -1,4 +1,4 @@
-"""Training runs, ablations and profiles of a report."""
+"""Report sections on training runs, ablations and profiles."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ ABLATION = f"{OURS} without "
 
 
 def _training_cell(conditions: Conditions, run: TrainingRun) -> tuple[object, ...]:
-    """What two runs have in common that may be put into one ratio."""
+    """Key shared by two runs whose times may be compared."""
     return (undated(conditions), run.recipe, run.dtype, run.seq_len, run.tokens_per_update)
 
 
@@ -25,7 +25,7 @@ def _our_runs(results: ResultSet) -> dict[tuple[object, ...], list[Spread]]:
 
 
 def training_section(results: ResultSet) -> str:
-    """A table of contenders for each workload, with reasons and sources below it."""
+    """One table of contenders per workload, followed by notes on its rows."""
     groups = defaultdict(list)
     for conditions, run in results.training:
         if not run.contender.startswith(ABLATION):
@@ -42,7 +42,7 @@ def training_section(results: ResultSet) -> str:
         "MFU causal",
         "MFU PaLM",
         "HFU",
-        "of H",
+        "% of H",
         "peak GB",
         "first update s",
         "loss first → last",
@@ -70,17 +70,17 @@ def training_section(results: ResultSet) -> str:
 
 
 def workload(run: TrainingRun) -> str:
-    """What was trained on how much, on one line."""
+    """Recipe, size, dtype, sequence length and tokens per update on one line."""
     return (
         f"{run.recipe}, {run.n_parameters / 1e6:,.0f}M parameters, {run.dtype}, "
-        f"sequences of {run.seq_len:,}, {run.tokens_per_update:,} tokens an update"
+        f"sequences of {run.seq_len:,}, {run.tokens_per_update:,} tokens per update"
     )
 
 
 def _training_row(run: TrainingRun, mark: str, ours: Sequence[Spread] | None) -> tuple[str, ...]:
     seconds = run.seconds_per_update
     assert seconds is not None
-    # What is not the same training has no share of anything.
+    # A void row did not do the same training, so its shares and ratio mean nothing.
     shares = (run.mfu_causal, run.mfu_palm, run.hfu, run.share_of_bound)
     losses = f"{run.losses[0]:.3f} → {run.losses[-1]:.3f}" if run.losses else ""
     return (
@@ -115,7 +115,7 @@ def _notes(run: TrainingRun, results: ResultSet, conditions: Conditions) -> list
 
 
 def ablations_section(results: ResultSet) -> str:
-    """What each part of ours is worth, judged by the rule of a comparison."""
+    """Table of ablations, judged by the rule of `comparison.verdict`."""
     runs = [entry for entry in results.training if entry[1].contender.startswith(ABLATION)]
     if not runs:
         return ""
@@ -148,16 +148,16 @@ def ablations_section(results: ResultSet) -> str:
 
 
 def profile_section(results: ResultSet) -> str:
-    """Where the time of an update goes, most beyond the bound first."""
-    # A profile is taken whole: shares of two of them must not stand in one table.
+    """Device time per class of kernels, the largest gap to the bound first."""
+    # Shares of two profiles must not be mixed in one table.
     profiles = defaultdict(list)
     for conditions, share in results.profile:
         profiles[share.recipe, conditions].append(share)
     if not profiles:
         return ""
     parts = [
-        "## Profile of an update\n\nThe gap is the time beyond what the bound H allows; what has "
-        "no part in the bound is all gap."
+        "## Profile of an update\n\nThe gap is the time above the bound H. A class without a bound "
+        "is all gap."
     ]
     headings = ("class", "ms", "share", "calls", "bound ms", "gap ms")
     for (recipe, conditions), shares in profiles.items():

@@ -1,4 +1,4 @@
-"""What the search for configurations found."""
+"""Report section on tuned kernel configurations."""
 
 from benchmarks.reporting.result_set import ResultSet, undated
 from benchmarks.reporting.text import number, table
@@ -11,30 +11,30 @@ HEADINGS = (
     "found",
     "verdict",
     "pinned µs",
-    "of floor",
+    "% of floor",
     "found µs",
     "gain",
 )
-LEAST_GAIN = 0.01
-"""A configuration is not changed for less."""
+MIN_GAIN = 0.01
+"""Least relative gain that justifies a new configuration."""
 
 
 def is_faster(new: Spread, old: Spread) -> bool:
-    """By more than `LEAST_GAIN`, and with the middle halves of the samples apart."""
-    return new.median < (1 - LEAST_GAIN) * old.median and new.high < old.low
+    """Faster by more than `MIN_GAIN`, with disjoint interquartile ranges."""
+    return new.median < (1 - MIN_GAIN) * old.median and new.high < old.low
 
 
 def verdict(was: Tuning, found: Tuning) -> str:
-    """What to do with what was found."""
+    """Whether to keep the pinned configuration or to pin the found one."""
     if was.device_s is None or found.device_s is None:
-        return f"the pinned one fails: {was.failure}"
+        return f"the pinned configuration fails: {was.failure}"
     if found.config == was.config:
         return "keep"
     return "pin" if is_faster(found.device_s, was.device_s) else "keep: no gain when measured again"
 
 
 def cells(was: Tuning, found: Tuning) -> tuple[str, ...]:
-    """One row under HEADINGS."""
+    """Cells of one row under HEADINGS."""
     changed = {name: value for name, value in found.config.items() if value != was.config[name]}
     times = [""] * 4
     if was.device_s is not None and found.device_s is not None:
@@ -54,7 +54,7 @@ def _options(config: dict[str, int]) -> str:
 
 
 def tuning_section(results: ResultSet) -> str:
-    """A row for each configuration that was searched for, by its last search."""
+    """One row per kernel and recipe, from the latest search."""
     searched: dict[tuple[Conditions, str, str], tuple[Conditions, Tuning, Tuning]] = {}
     for conditions, row in results.tuning:
         key = (undated(conditions), row.name, row.recipe)
@@ -68,4 +68,4 @@ def tuning_section(results: ResultSet) -> str:
     for conditions, was, found in searched.values():
         name, *others = cells(was, found)
         rows.append((name + results.mark(conditions), *others))
-    return "## Configurations\n\n" + table(HEADINGS, rows, n_text=5)
+    return "## Kernel configurations\n\n" + table(HEADINGS, rows, n_text=5)

@@ -1,4 +1,4 @@
-"""What a reader relies on in a report, and a gate in a comparison."""
+"""Reports, plots, and the regression gate."""
 
 import math
 import sys
@@ -68,7 +68,7 @@ def results(folder: Path, *records: Record, conditions: Conditions = GPU) -> Res
 
 
 def rows(results: ResultSet, *words: str) -> list[list[str]]:
-    """Cells of the table rows of the report that have all of `words`."""
+    """Cells of the report's table rows that contain all of `words`."""
     return [
         [cell.strip() for cell in line.strip("|").split(" | ")]
         for line in report.markdown(results, []).splitlines()
@@ -77,7 +77,7 @@ def rows(results: ResultSet, *words: str) -> list[list[str]]:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: Path | str) -> int:
-    """Exit code of the command."""
+    """Run the command and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
     try:
         report.main()
@@ -94,12 +94,12 @@ def gate(
     return call(monkeypatch, tmp_path / "new", "--baseline", tmp_path / "old")
 
 
-def test_writes_the_report_and_every_plot_beside_the_results(
+def test_writes_report_and_plots_next_to_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    products = replace(KERNEL, operator="swiglu_linear", flops=1e9)
+    with_matmul = replace(KERNEL, operator="swiglu_linear", flops=1e9)
     attention = replace(KERNEL, operator="attention", phase="backward", bytes=0.0, flops=1e9)
-    results(tmp_path, *CEILINGS, KERNEL, products, attention, RUN)
+    results(tmp_path, *CEILINGS, KERNEL, with_matmul, attention, RUN)
     assert call(monkeypatch, tmp_path) == 0
     written = {
         "report.md",
@@ -115,7 +115,7 @@ def test_writes_the_report_and_every_plot_beside_the_results(
         assert f"({name})" in (tmp_path / "report.md").read_text()
 
 
-def test_reports_every_folder_of_results_unless_told_otherwise(
+def test_reports_all_result_folders_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = Check("finite", True, "")
@@ -129,7 +129,7 @@ def test_reports_every_folder_of_results_unless_told_otherwise(
     assert (tmp_path / "elsewhere" / "report.md").exists()
 
 
-def test_no_plot_without_data(tmp_path: Path) -> None:
+def test_no_plots_without_data(tmp_path: Path) -> None:
     failed = replace(RUN, seconds_per_update=None, tok_per_s=None, peak_bytes=None, failure="OOM")
     ablation = replace(RUN, contender="fastllama without rope")
     peer = replace(KERNEL, provider="peer")
@@ -139,9 +139,9 @@ def test_no_plot_without_data(tmp_path: Path) -> None:
     assert set(figures(results(tmp_path / "cpu", no_memory))) == {"training-throughput.png"}
 
 
-@pytest.mark.parametrize("measured_too", [[], [GPU]])
-def test_a_rehearsal_cannot_be_mistaken(tmp_path: Path, measured_too: list[Conditions]) -> None:
-    for conditions in (*measured_too, CPU):
+@pytest.mark.parametrize("other_conditions", [[], [GPU]])
+def test_rehearsal_is_labelled(tmp_path: Path, other_conditions: list[Conditions]) -> None:
+    for conditions in (*other_conditions, CPU):
         folder = results(tmp_path, *CEILINGS, KERNEL, RUN, conditions=conditions)
     assert report.markdown(folder, []).startswith(f"**{REHEARSAL}**\n")
     plots = figures(folder)
@@ -149,14 +149,14 @@ def test_a_rehearsal_cannot_be_mistaken(tmp_path: Path, measured_too: list[Condi
     assert all(figure.get_suptitle().startswith(REHEARSAL) for figure in plots.values())
 
 
-def test_a_measurement_is_not_called_a_rehearsal(tmp_path: Path) -> None:
+def test_measurement_has_no_rehearsal_label(tmp_path: Path) -> None:
     folder = results(tmp_path, *CEILINGS, KERNEL, RUN)
     assert report.markdown(folder, []).startswith("# NVIDIA H200\n")
     for figure in figures(folder).values():
         assert figure.get_suptitle().startswith("NVIDIA H200: ")
 
 
-def test_conditions_are_told_and_different_ones_marked(tmp_path: Path) -> None:
+def test_conditions_are_listed_and_marked(tmp_path: Path) -> None:
     folder = results(tmp_path, KERNEL)
     text = report.markdown(folder, [])
     for fact in ("torch 2.13.0", "triton 3.6.0", "CUDA 12.8", "driver 570.1", "700 W", "1,980 MHz"):
@@ -173,24 +173,24 @@ def test_conditions_are_told_and_different_ones_marked(tmp_path: Path) -> None:
     assert marked == {"fastllama [A]", "fastllama [B]"}
 
 
-def test_failed_checks_come_first_and_bold(tmp_path: Path) -> None:
+def test_failed_checks_come_first(tmp_path: Path) -> None:
     folder = results(tmp_path, Check("a", True, "fine"), Check("b", False, "1 | 2\n3"))
     assert rows(folder, "ed")[:2] == [["**b**", "**failed**", r"1 \| 2 3"], ["a", "passed", "fine"]]
 
 
-def test_a_kernel_row_has_the_units_of_its_headings(tmp_path: Path) -> None:
+def test_units_of_kernel_row(tmp_path: Path) -> None:
     folder = results(tmp_path, KERNEL)
     heading, row = rows(folder, "provider")[0], rows(folder, "| graph |")[0]
     cells = dict(zip(heading, row, strict=True))
     assert cells["device µs"] == "100 ± 1.0%"
     assert cells["host µs"] == "130"
     assert cells["achieved"] == "2,000 GB/s"
-    assert cells["of floor"] == "50%"
+    assert cells["% of floor"] == "50%"
     assert cells["error"] == "1.0e-03"
     assert cells["peak MB"] == "100.0"
 
 
-def test_a_kernel_with_products_is_rated_by_them(tmp_path: Path) -> None:
+def test_kernel_with_matmul_shows_flops(tmp_path: Path) -> None:
     folder = results(tmp_path, replace(KERNEL, flops=5e10))
     assert "500 TFLOP/s" in rows(folder, "| graph |")[0]
 
@@ -205,11 +205,11 @@ def test_a_kernel_with_products_is_rated_by_them(tmp_path: Path) -> None:
         {"operator": "rope"},
     ],
 )
-def test_kernel_ratios_stay_within_a_cell(tmp_path: Path, other: dict[str, str]) -> None:
-    elsewhere = replace(kernel(400e-6, "loner"), **other)
+def test_kernel_ratios_are_per_cell(tmp_path: Path, other: dict[str, str]) -> None:
+    elsewhere = replace(kernel(400e-6, "unpaired"), **other)
     folder = results(tmp_path, kernel(100e-6), kernel(150e-6, "peer"), elsewhere)
     ratios = {row[3]: row[-1] for row in rows(folder, "| graph |")}
-    assert ratios == {"fastllama": "1.00", "peer": "1.50", "loner": ""}
+    assert ratios == {"fastllama": "1.00", "peer": "1.50", "unpaired": ""}
 
 
 def test_no_ratio_across_conditions(tmp_path: Path) -> None:
@@ -220,16 +220,18 @@ def test_no_ratio_across_conditions(tmp_path: Path) -> None:
     assert rows(folder, "trainer [B]")[0][3] == ""
 
 
-def test_failures_are_listed_with_what_was_raised(tmp_path: Path) -> None:
-    failed = replace(kernel(1.0, "peer"), device_s=None, failure="RuntimeError:\nout of luck")
-    lost = replace(RUN, contender="trainer", seconds_per_update=None, failure="no such | module")
-    text = report.markdown(results(tmp_path, failed, lost), [])
-    line = r"- peer failed, llama-1b, M 16,384 · N 2,048, bfloat16: RuntimeError: out of luck"
+def test_failures_are_listed(tmp_path: Path) -> None:
+    failed = replace(kernel(1.0, "peer"), device_s=None, failure="RuntimeError:\nno such shape")
+    failed_run = replace(
+        RUN, contender="trainer", seconds_per_update=None, failure="no such | module"
+    )
+    text = report.markdown(results(tmp_path, failed, failed_run), [])
+    line = r"- peer failed, llama-1b, M 16,384 · N 2,048, bfloat16: RuntimeError: no such shape"
     assert line in text
     assert r"- trainer failed: no such \| module" in text
 
 
-def test_furthest_from_the_floor_are_our_slowest_in_order(tmp_path: Path) -> None:
+def test_furthest_from_floor_is_sorted(tmp_path: Path) -> None:
     kernels = [replace(kernel(s * 1e-6), recipe=f"recipe-{s}") for s in range(100, 260, 8)]
     slow_peer = kernel(1.0, "peer")
     text = report.markdown(results(tmp_path, *kernels, slow_peer), [])
@@ -239,18 +241,18 @@ def test_furthest_from_the_floor_are_our_slowest_in_order(tmp_path: Path) -> Non
     assert "peer" not in section
 
 
-def test_training_rows_tell_speed_and_shares(tmp_path: Path) -> None:
+def test_training_row(tmp_path: Path) -> None:
     folder = results(tmp_path, run("fastllama", 10.0, 0.02), run("trainer", 15.0))
     heading = rows(folder, "contender")[0]
     ours, theirs = (dict(zip(heading, row, strict=True)) for row in rows(folder, "11.000 → 7.500"))
     assert ours["tok/s"] == "100,000 ± 1.0%"
     assert (ours["MFU causal"], ours["MFU PaLM"], ours["HFU"]) == ("41.0%", "45.0%", "48.0%")
-    assert (ours["of H"], ours["peak GB"], ours["ratio"]) == ("50.0%", "60.00", "1.00")
+    assert (ours["% of H"], ours["peak GB"], ours["ratio"]) == ("50.0%", "60.00", "1.00")
     assert (theirs["contender"], theirs["ratio"]) == ("trainer", "1.50")
     assert "rates measured here" in report.markdown(folder, [])
 
 
-def test_void_rows_have_a_reason_and_no_ratio(tmp_path: Path) -> None:
+def test_void_rows(tmp_path: Path) -> None:
     void = run("trainer", 5.0, parity="loss 3 is off")
     void_ablation = run("fastllama without rope", 5.0, parity="loss 4 is off")
     folder = results(tmp_path, RUN, void, void_ablation)
@@ -269,12 +271,12 @@ def test_void_rows_have_a_reason_and_no_ratio(tmp_path: Path) -> None:
     assert (bar.get_hatch(), void_bar.get_hatch()) == (None, "///")
 
 
-def test_a_void_run_of_ours_is_no_base_of_ratios(tmp_path: Path) -> None:
+def test_no_ratio_to_our_void_run(tmp_path: Path) -> None:
     folder = results(tmp_path, run("fastllama", 5.0, parity="off"), run("trainer", 15.0))
     assert rows(folder, "trainer")[0][3] == ""
 
 
-def test_ablations_are_judged_against_the_plain_rows_of_their_recipe(tmp_path: Path) -> None:
+def test_ablation_verdicts(tmp_path: Path) -> None:
     folder = results(
         tmp_path,
         run("fastllama", 10.0, noise=0.03),
@@ -301,7 +303,7 @@ def test_profile_is_sorted_by_gap(tmp_path: Path) -> None:
     assert rows(folder, "attention")[0] == ["attention", "300", "20.0%", "4", "200", "100"]
 
 
-def test_a_provider_has_one_colour_and_no_other_has_ours(tmp_path: Path) -> None:
+def test_colours_are_shared_by_plots(tmp_path: Path) -> None:
     names = ["fastllama", *(f"peer {i}" for i in range(8))]
     folder = results(tmp_path, *(kernel(1e-4, n) for n in names), *(run(n, 10.0) for n in names))
     plots = figures(folder)
@@ -319,9 +321,7 @@ def test_a_provider_has_one_colour_and_no_other_has_ours(tmp_path: Path) -> None
     ("old_noise", "new_noise", "threshold"),
     [(0.0, 0.0, 0.02), (0.01, 0.01, 0.02), (0.03, 0.04, 0.05), (0.0, 0.1, 0.1), (0.1, 0.0, 0.1)],
 )
-def test_a_verdict_asks_for_more_than_the_noise(
-    old_noise: float, new_noise: float, threshold: float
-) -> None:
+def test_verdict_threshold(old_noise: float, new_noise: float, threshold: float) -> None:
     old = spread(1.0, old_noise)
     assert verdict(old, spread(1 + threshold * 1.05, new_noise)) == SLOWER
     assert verdict(old, spread(1 + threshold * 0.95, new_noise)) == EQUAL
@@ -329,7 +329,7 @@ def test_a_verdict_asks_for_more_than_the_noise(
     assert verdict(old, spread(1 - threshold * 1.05, new_noise)) == FASTER
 
 
-def test_repeated_measurements_count_with_the_spread_across_them(tmp_path: Path) -> None:
+def test_repeated_measurements_use_spread_of_medians(tmp_path: Path) -> None:
     old = results(tmp_path / "old", *(kernel(s * 1e-6) for s in (90, 100, 110)))
     new = results(tmp_path / "new", kernel(112e-6), replace(KERNEL, provider="peer"))
     (change,) = compare(old, new).changes
@@ -339,7 +339,7 @@ def test_repeated_measurements_count_with_the_spread_across_them(tmp_path: Path)
     assert verdict(change.old, spread(108e-6, 0.0)) == EQUAL
 
 
-def test_comparison_lists_the_slowest_first_and_sums_up(
+def test_comparison_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = [replace(KERNEL, recipe=recipe) for recipe in ("a", "b", "c", "gone")]
@@ -353,7 +353,7 @@ def test_comparison_lists_the_slowest_first_and_sums_up(
     assert order == sorted(order)
     assert "1 only in the baseline: rms_norm forward, gone, " in out
     assert "1 only in the new folder: rms_norm forward, added, " in out
-    assert out.splitlines()[-1] == "2 slower, 1 faster, 1 no difference beyond noise"
+    assert out.splitlines()[-1] == "2 slower, 1 faster, 1 within noise"
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_comparison_lists_the_slowest_first_and_sums_up(
         ([KERNEL, kernel(1e-4, "peer")], [KERNEL, kernel(9e-4, "peer")], 0),
     ],
 )
-def test_exit_code_of_the_gate(
+def test_gate_exit_code(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     old: list[Record],
@@ -396,7 +396,7 @@ def test_exit_code_of_the_gate(
         (replace(GPU, is_rehearsal=True), "H200 at 700 W (CPU rehearsal) against NVIDIA H200"),
     ],
 )
-def test_different_devices_are_not_compared(
+def test_refuses_different_devices(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -411,14 +411,14 @@ def test_different_devices_are_not_compared(
     assert message in error
 
 
-def test_a_folder_that_mixes_devices_is_not_compared_even_with_itself(tmp_path: Path) -> None:
+def test_refuses_folder_with_mixed_devices(tmp_path: Path) -> None:
     results(tmp_path, KERNEL)
     both = results(tmp_path, KERNEL, conditions=replace(GPU, device="NVIDIA H100"))
     with pytest.raises(ValueError, match="not comparable"):
         compare(both, both)
 
 
-def test_other_versions_are_a_warning(
+def test_warns_of_different_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results(tmp_path / "old", KERNEL)
@@ -432,7 +432,7 @@ def test_other_versions_are_a_warning(
     ]
 
 
-def test_a_compared_rehearsal_says_so(
+def test_compared_rehearsal_is_labelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results(tmp_path, KERNEL, conditions=CPU)
@@ -444,17 +444,17 @@ def test_a_compared_rehearsal_says_so(
     ("arguments", "message"),
     [
         (["missing"], "missing holds no results; give a folder"),
-        (["damaged"], "checks.json is not a file of results"),
-        (["good", "damaged"], "checks.json is not a file of results"),
+        (["damaged"], "checks.json is not a results file"),
+        (["good", "damaged"], "checks.json is not a results file"),
         (["good", "other", "--out", "out"], "2 folders given; name one DIR"),
-        (["good", "other", "--baseline", "good"], "one DIR with it, 2 given"),
-        (["--baseline", "good"], "one DIR with it, 0 given"),
+        (["good", "other", "--baseline", "good"], "exactly one DIR, 2 given"),
+        (["--baseline", "good"], "exactly one DIR, 0 given"),
         (["good", "--baseline", "missing"], "missing holds no results"),
         (["good", "--baseline", "good", "--out", "out"], "leave out --out"),
         (["good", "--baseline", "other"], "no cell and no check in common"),
     ],
 )
-def test_mistakes_get_a_sentence_and_nothing_is_written(
+def test_wrong_arguments_write_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -475,25 +475,25 @@ def test_mistakes_get_a_sentence_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_nothing_measured_yet_is_a_mistake_too(
+def test_no_results_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert call(monkeypatch) == 2
-    assert "holds results; measure first" in capsys.readouterr().err
+    assert "holds results; run a benchmark first" in capsys.readouterr().err
 
 
-def test_the_roofs_are_those_measured(tmp_path: Path) -> None:
+def test_roofline_uses_measured_ceilings(tmp_path: Path) -> None:
     folder = results(tmp_path, *CEILINGS, KERNEL, replace(KERNEL, operator="x_linear", flops=5e10))
-    moving, products = figures(folder)["kernels-roofline.png"].axes
+    moving, with_matmuls = figures(folder)["kernels-roofline.png"].axes
     (copy,) = (line for line in moving.get_lines() if len(line.get_xdata()) > 1)
     assert list(copy.get_ydata()) == [4.0, 4.0]
-    lines = {str(line.get_label()): line for line in products.get_lines()}
+    lines = {str(line.get_label()): line for line in with_matmuls.get_lines()}
     x, roof = lines["roof"].get_data()
     assert max(roof) == pytest.approx(800)
     assert roof[0] == pytest.approx(4 * x[0])
-    (point,) = (line for line in products.get_lines() if len(line.get_xdata()) == 1)
+    (point,) = (line for line in with_matmuls.get_lines() if len(line.get_xdata()) == 1)
     assert (point.get_xdata()[0], point.get_ydata()[0]) == pytest.approx((250, 500))
-    serial = lines["floor: one after the other"].get_ydata()
+    serial = lines["floor (no overlap)"].get_ydata()
     assert all(math.isfinite(y) for y in serial)
     assert (serial < roof).all()

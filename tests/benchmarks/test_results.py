@@ -1,4 +1,4 @@
-"""Results are read back as they were written, or refused in one sentence."""
+"""Results survive a round trip; damaged files raise a clear error."""
 
 import json
 from pathlib import Path
@@ -82,20 +82,20 @@ def all_records() -> list[Any]:
     return [record for records in RECORDS.values() for record in records]
 
 
-def test_every_kind_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     append(tmp_path / "new" / "folder", CONDITIONS, all_records())
     for kind, records in RECORDS.items():
         expected = [(CONDITIONS, record) for record in records]
         assert list(read(tmp_path / "new" / "folder", kind)) == expected
 
 
-def test_only_the_files_of_what_was_measured_exist(tmp_path: Path) -> None:
+def test_no_files_for_absent_kinds(tmp_path: Path) -> None:
     append(tmp_path, CONDITIONS, [TIMED])
     assert [file.name for file in tmp_path.iterdir()] == ["kernels.json"]
     assert list(read(tmp_path, TrainingRun)) == []
 
 
-def test_appending_keeps_what_was_there_one_record_a_line(tmp_path: Path) -> None:
+def test_append_keeps_earlier_records(tmp_path: Path) -> None:
     for _ in range(3):
         append(tmp_path, CONDITIONS, all_records())
     for kind, records in RECORDS.items():
@@ -128,12 +128,10 @@ def entry_with(**changes: Any) -> str:
         (entry_with(passes=True), "passes"),
     ],
 )
-def test_a_file_that_is_not_one_of_results_is_refused_in_a_sentence(
-    tmp_path: Path, text: str, reason: str
-) -> None:
+def test_damaged_file_raises(tmp_path: Path, text: str, reason: str) -> None:
     file = tmp_path / FILES[Check]
     file.write_text(text)
-    with pytest.raises(ValueError, match="is not a file of results") as error:
+    with pytest.raises(ValueError, match="is not a results file") as error:
         list(read(tmp_path, Check))
     message = str(error.value)
     assert str(file) in message
@@ -142,14 +140,14 @@ def test_a_file_that_is_not_one_of_results_is_refused_in_a_sentence(
     assert "\n" not in message
 
 
-def test_what_reads_as_a_check_is_a_check(tmp_path: Path) -> None:
-    """The damaged files above differ from this one by what they are refused for."""
+def test_valid_check_file(tmp_path: Path) -> None:
+    """The damaged files above differ from this one only in their defect."""
     (tmp_path / FILES[Check]).write_text(entry_with())
     assert list(read(tmp_path, Check)) == [(CONDITIONS, Check("finite", True, ""))]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 20, 101])
-def test_a_spread_is_numpys_percentiles(n: int) -> None:
+def test_spread_matches_numpy_percentiles(n: int) -> None:
     samples = np.random.default_rng(n).lognormal(size=n).tolist()
     spread = Spread.of(samples)
     expected = np.percentile(samples, [25, 50, 75])
@@ -158,8 +156,8 @@ def test_a_spread_is_numpys_percentiles(n: int) -> None:
     np.testing.assert_allclose(spread.noise, (expected[2] - expected[0]) / expected[1], atol=1e-12)
 
 
-def test_a_mapped_spread_is_that_of_the_mapped_samples() -> None:
-    """Exactly so for 4k + 1 samples, whose percentiles are samples themselves."""
+def test_spread_map() -> None:
+    """Exact for 4k + 1 samples, where the percentiles are samples."""
     samples = np.random.default_rng(0).lognormal(size=21).tolist()
     spread = Spread.of(samples)
     for function in (lambda seconds: 1e6 / seconds, lambda seconds: 3 * seconds):
@@ -172,7 +170,7 @@ def test_a_mapped_spread_is_that_of_the_mapped_samples() -> None:
         assert mapped.n == 21
 
 
-def test_share_of_floor_and_bound_are_of_medians() -> None:
+def test_shares_use_medians() -> None:
     assert TIMED.share_of_floor == 0.5
     assert FAILED.share_of_floor is None
     assert RUN.share_of_bound == pytest.approx(5 / 6)

@@ -1,4 +1,4 @@
-"""The arithmetic of the timers, with clocks that are made up."""
+"""Arithmetic of the timers, with fake clocks."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.ceilings import copy_ceiling
 from benchmarks.timing import (
-    FEWEST_SAMPLES,
-    MOST_SAMPLES,
+    MAX_SAMPLES,
+    MIN_SAMPLES,
     Call,
     Timer,
     device_seconds,
@@ -21,10 +21,10 @@ from tests.compare import DEVICE
 FLUSH_SECONDS = 0.25
 
 
-class PretendedTimer(Timer):
-    """A flush takes a quarter of a second, and a call what it returns, without waiting for it."""
+class FakeTimer(Timer):
+    """Reports 0.25 s per flush, and the return value of a call as its seconds."""
 
-    kind = "pretended"
+    kind = "fake"
 
     def __init__(self) -> None:
         self.n_runs = 0
@@ -37,33 +37,33 @@ class PretendedTimer(Timer):
         return run
 
 
-def test_flushes_are_subtracted_and_calls_averaged() -> None:
-    spread = device_seconds(PretendedTimer(), [lambda: 2.0, lambda: 4.0])
+def test_device_seconds_subtracts_flushes() -> None:
+    spread = device_seconds(FakeTimer(), [lambda: 2.0, lambda: 4.0])
     assert (spread.low, spread.median, spread.high) == pytest.approx((3.0, 3.0, 3.0))
 
 
-@pytest.mark.parametrize(("seconds", "n"), [(0.0, FEWEST_SAMPLES), (1e9, MOST_SAMPLES)])
-def test_samples_by_the_time_there_is(seconds: float, n: int) -> None:
-    timer = PretendedTimer()
+@pytest.mark.parametrize(("seconds", "n"), [(0.0, MIN_SAMPLES), (1e9, MAX_SAMPLES)])
+def test_number_of_samples(seconds: float, n: int) -> None:
+    timer = FakeTimer()
     assert device_seconds(timer, [lambda: 1.0], seconds).n == n
-    # Calls and flushes in turn, once each to warm up, and once to see how long it takes.
+    # One run each of calls and flushes per sample and for warm-up, one more to estimate the time.
     assert timer.n_runs == 2 * n + 3
 
 
-def test_calls_take_turns() -> None:
+def test_calls_alternate() -> None:
     order: list[int] = []
-    device_seconds(PretendedTimer(), [lambda: order.append(0), lambda: order.append(1)])
+    device_seconds(FakeTimer(), [lambda: order.append(0), lambda: order.append(1)])
     assert order == [0, 1] * (len(order) // 2)
 
 
 @pytest.mark.parametrize("waits_for_host", [False, True])
-def test_a_call_takes_as_long_as_it_takes(waits_for_host: bool) -> None:
+def test_device_seconds_of_known_duration(waits_for_host: bool) -> None:
     device = torch.device(DEVICE)
     timer = make_timer(device, waits_for_host=waits_for_host)
     kinds = {"cpu": "host", "cuda": "events" if waits_for_host else "graph"}
     assert timer.kind == kinds[device.type]
     if device.type == "cpu":
-        # A sleep is never shorter than asked for, and on a busy machine may be much longer.
+        # A sleep is never shorter than requested. On a busy machine it may be much longer.
         measured = device_seconds(timer, [lambda: time.sleep(0.01)])
         assert measured.low >= 0.01
         return
@@ -81,8 +81,8 @@ def test_host_seconds_include_the_call() -> None:
 
 
 @pytest.mark.gpu
-def test_what_a_call_leaves_to_be_written_back_is_charged_to_it() -> None:
-    """Half of a cache of results; written into the cache alone, they would be much faster."""
+def test_write_back_counts_for_the_call() -> None:
+    """The results fit into half of the L2 cache; without write-back they would seem faster."""
     device = torch.device("cuda")
     timer = make_timer(device)
     n_bytes = torch.cuda.get_device_properties(device).L2_cache_size // 2

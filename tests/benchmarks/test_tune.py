@@ -1,4 +1,4 @@
-"""That the search finds what is faster and nothing wrong, and that launches take what it tries."""
+"""The tuning search finds faster correct configurations, and launches use what it tries."""
 
 import time
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from benchmarks.reporting.result_set import ResultSet
 from benchmarks.reporting.tuning import is_faster, tuning_section, verdict
 from benchmarks.results import Spread, Tuning, append, read
 from benchmarks.timing import make_timer
-from benchmarks.tune import LIMITS, Search, climb, neighbours, search_all
+from benchmarks.tune import LIMITS, Search, hill_climb, neighbours, search_all
 from fastllama.config import ModelConfig
 from tests.compare import DEVICE
 
@@ -38,7 +38,7 @@ def distance_to_best(config: LaunchConfig) -> float:
     return 1.0 + sum(abs(value - config[name]) / value for name, value in BEST.items())
 
 
-def test_the_search_ends_at_the_fastest_and_tries_nothing_twice() -> None:
+def test_hill_climb_finds_fastest_without_repeats() -> None:
     tried: list[LaunchConfig] = []
 
     def measure(configs: Sequence[LaunchConfig]) -> list[Spread | None]:
@@ -48,30 +48,30 @@ def test_the_search_ends_at_the_fastest_and_tries_nothing_twice() -> None:
         tried.extend(new)
         return [steady(distance_to_best(config)) for config in configs]
 
-    assert climb(START, measure) == BEST
-    # What follows from the shape is left alone.
+    assert hill_climb(START, measure) == BEST
+    # BLOCK_R follows from the shape and must not change.
     assert {config["BLOCK_R"] for config in tried} == {32}
 
 
-def test_the_search_stays_where_nothing_is_faster_beyond_noise() -> None:
+def test_hill_climb_ignores_gains_within_noise() -> None:
     def measure(configs: Sequence[LaunchConfig]) -> list[Spread | None]:
         return [Spread(1.0, 0.9, 1.1, 5), *(Spread(0.95, 0.85, 1.05, 5) for _ in configs[1:])]
 
-    assert climb(START, measure) == START
+    assert hill_climb(START, measure) == START
 
 
-def test_the_search_passes_over_what_fails_and_ends_with_the_time() -> None:
+def test_hill_climb_skips_failures_and_ends_on_timeout() -> None:
     def half_fail(configs: Sequence[LaunchConfig]) -> list[Spread | None]:
         return [
             None if config["num_warps"] > 4 else steady(distance_to_best(config))
             for config in configs
         ]
 
-    assert climb(START, half_fail)["num_warps"] == 4
-    assert climb(START, lambda _: []) == START
+    assert hill_climb(START, half_fail)["num_warps"] == 4
+    assert hill_climb(START, lambda _: []) == START
 
 
-def test_neighbours_are_a_step_away_within_limits() -> None:
+def test_neighbours_respect_limits() -> None:
     found = list(neighbours({"BLOCK": LIMITS["BLOCK"][1], "num_warps": 8, "NUM_STAGES": 1}))
     blocks = {config["BLOCK"] for config in found}
     assert blocks == {2**15, 2**14}
@@ -85,7 +85,7 @@ def test_neighbours_are_a_step_away_within_limits() -> None:
         )
 
 
-def test_faster_is_by_more_than_a_percent_and_than_the_spread() -> None:
+def test_is_faster() -> None:
     old = steady(1.0)
     assert is_faster(steady(0.98), old)
     assert not is_faster(steady(0.995), old)
@@ -93,10 +93,10 @@ def test_faster_is_by_more_than_a_percent_and_than_the_spread() -> None:
 
 
 @pytest.mark.parametrize("pinned", PINNED, ids=lambda pinned: pinned.name)
-def test_launches_take_the_configuration_in_place_of_the_pinned_one(pinned: Pinned) -> None:
+def test_launches_use_replaced_configuration(pinned: Pinned) -> None:
     inputs = pinned.inputs(MODEL, 8, torch.Generator(DEVICE).manual_seed(0))
     config = pinned.config(MODEL, 8)
-    # Without any option no kernel can be launched.
+    # A kernel cannot launch without its options.
     with pinned.replaced_by({}), pytest.raises((KeyError, TypeError, RuntimeError)):
         pinned.launch(*inputs)
     assert pinned.config(MODEL, 8) == config
@@ -106,29 +106,27 @@ def test_launches_take_the_configuration_in_place_of_the_pinned_one(pinned: Pinn
 
 
 @pytest.mark.parametrize("pinned", PINNED, ids=lambda pinned: pinned.name)
-def test_every_configuration_computes_the_same(
-    pinned: Pinned, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Sizes are those of a toy.
+def test_neighbours_compute_same_result(pinned: Pinned, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The toy shapes need blocks below the usual limits.
     for name, (_, most) in LIMITS.items():
         monkeypatch.setitem(LIMITS, name, (1, most))
     timer = make_timer(torch.device(DEVICE))
     search = Search(pinned, "tiny", MODEL, timer, lambda work: work.bytes, lambda row: None)
-    # Half a block and two: one that the rows do not fit into, or one they do not fill.
+    # Half and twice the block size: rows that exceed a block, and rows that do not fill one.
     half, twice, *_ = neighbours(pinned.config(MODEL, N_TOKENS))
     assert [search._failure(config) for config in (half, twice)] == ["", ""]
 
 
-def pretended(launch: dict[int, float]) -> Pinned:
-    """A kernel whose result depends on its warps, and that cannot be launched with others."""
-    module = ModuleType("pretended")
+def fake_pinned(launch: dict[int, float]) -> Pinned:
+    """Fake kernel: `launch` maps num_warps to its result; other values fail."""
+    module = ModuleType("fake")
     module.config = lambda _: {"num_warps": 4}  # type: ignore[attr-defined]
 
     def run() -> list[Tensor]:
         return [torch.tensor([launch[module.config(0)["num_warps"]]])]
 
     return Pinned(
-        name="pretended",
+        name="fake",
         module=module,
         functions=("config",),
         sizes=lambda *_: (0,),
@@ -138,18 +136,18 @@ def pretended(launch: dict[int, float]) -> Pinned:
     )
 
 
-def test_what_computes_anything_else_or_does_not_run_is_reported() -> None:
+def test_failing_configurations_are_reported() -> None:
     rows: list[Tuning] = []
     timer = make_timer(torch.device("cpu"))
-    # 2 warps round otherwise, 8 are wrong, and 16 are unknown.
-    pinned = pretended({4: 1.0, 2: 1.001, 8: float("nan")})
+    # 2 warps differ by rounding, 8 give NaN, 16 cannot launch.
+    pinned = fake_pinned({4: 1.0, 2: 1.001, 8: float("nan")})
     search = Search(pinned, "tiny", MODEL, timer, lambda work: work.bytes, rows.append)
     search._measure([{"num_warps": n} for n in (4, 2, 8, 16)], "tried")
     assert [row.role for row in rows] == ["pinned", "tried", "tried", "tried"]
     assert [row.failure for row in rows] == [
         "",
         "",
-        "differs from the pinned one by nan of the largest value",
+        "differs from the pinned result by nan of the largest value",
         "KeyError: 16",
     ]
     assert [row.device_s is None for row in rows] == [False, False, True, True]
@@ -166,14 +164,14 @@ def row(seconds: float | None, **config: int) -> Tuning:
         (row(1.0, BLOCK=1), row(1.0, BLOCK=1), "keep"),
         (row(1.0, BLOCK=1), row(0.9, BLOCK=2), "pin"),
         (row(1.0, BLOCK=1), row(1.0, BLOCK=2), "keep: no gain when measured again"),
-        (row(None, BLOCK=1), row(None, BLOCK=1), "the pinned one fails: broken"),
+        (row(None, BLOCK=1), row(None, BLOCK=1), "the pinned configuration fails: broken"),
     ],
 )
 def test_verdict(was: Tuning, found: Tuning, words: str) -> None:
     assert verdict(was, found) == words
 
 
-def test_the_report_has_the_last_search_of_each(tmp_path: Path) -> None:
+def test_report_shows_latest_search(tmp_path: Path) -> None:
     before, after = steady(20e-6), steady(10e-6)
     pinned = replace(row(1.0, BLOCK=1024, num_warps=4), device_s=before, floor_s=9e-6)
     tried = replace(row(1.0, BLOCK=512, num_warps=4), role="tried")
@@ -190,7 +188,7 @@ def test_the_report_has_the_last_search_of_each(tmp_path: Path) -> None:
     assert third == f"| swiglu | small | {options} |  | keep | 20.0 | 100% | 20.0 | +0.0% |"
 
 
-def test_without_time_the_pinned_one_is_measured_all_the_same(
+def test_timeout_still_measures_pinned_configuration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (swiglu,) = (pinned for pinned in PINNED if pinned.name == "swiglu")
@@ -202,11 +200,11 @@ def test_without_time_the_pinned_one_is_measured_all_the_same(
     assert conditions.is_rehearsal == (DEVICE == "cpu")
 
 
-def test_an_unknown_name_is_refused(
+def test_unknown_kernel(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["tune.py", "softmax"])
     with pytest.raises(SystemExit) as stopped:
         tune.main()
     assert stopped.value.code == 2
-    assert "'softmax' is not pinned; choose from 'rms_norm forward'" in capsys.readouterr().err
+    assert "unknown kernel 'softmax'; choose from 'rms_norm forward'" in capsys.readouterr().err
