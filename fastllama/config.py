@@ -1,8 +1,8 @@
-"""What a run is made of: typed groups, TOML recipes with `extends`, and the rules between values.
+"""The options of a run: typed groups, TOML recipes with `extends`, and the rules between values.
 
-Precedence: the defaults below, then the recipe (and what it extends), then the command line.
-Only what a user chooses is a field; what follows from the fields is a property.
-Standard library only, so that the command line answers at once.
+Precedence: the defaults below, then the recipe that a recipe extends, then the recipe, then the
+command line. A field is a user's choice; a property follows from fields. Standard library only, so
+that the command line answers at once.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class ModelConfig:
     """Shape of the LLaMA."""
 
     vocab_size: int = 8192
-    """Rows of the embedding and of the output projection; at least the tokenizer's."""
+    """Rows of the embedding and the output projection; at least the tokenizer's entries."""
     n_embd: int = 768
     """Width of the residual stream."""
     n_layers: int = 12
@@ -46,14 +46,17 @@ class ModelConfig:
     """Tokens in a training sequence."""
     tied_embeddings: bool = False
     """Use the embedding as the output projection."""
+    logit_softcap: float | None = None
+    """Bound the logits to this magnitude c by c * tanh(logits / c), as Gemma 2 does; None does not
+    bound them."""
     rope_scaling_factor: float = 1.0
-    """Llama 3 scaling of the rotary frequencies; 1 leaves them as they are."""
+    """Llama 3 scaling of the rotary frequencies; 1 does not scale."""
     rope_low_freq_factor: float = 1.0
     """Llama 3 scaling: wavelengths above context / this are divided by the factor."""
     rope_high_freq_factor: float = 4.0
-    """Llama 3 scaling: wavelengths below context / this are kept."""
+    """Llama 3 scaling: wavelengths below context / this do not change."""
     rope_original_max_seq_len: int = 8192
-    """Llama 3 scaling: the context the two factors refer to."""
+    """Llama 3 scaling: the context that both factors refer to."""
 
     @property
     def head_dim(self) -> int:
@@ -62,12 +65,12 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads, resolved."""
+        """Key/value heads, with None resolved."""
         return self.n_kv_heads or self.n_heads
 
     @property
     def ffn_hidden(self) -> int:
-        """Width of the SwiGLU hidden layer, by the rule of the LLaMA papers' code."""
+        """Width of the SwiGLU hidden layer, by the rule in Meta's LLaMA code."""
         hidden = int(self.ffn_multiplier * int(8 * self.n_embd / 3))
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
@@ -79,9 +82,9 @@ class DataConfig:
     path: str = ""
     """Folder written by `fastllama prepare`."""
     tokenizer: str = ""
-    """Refuse data that another tokenizer.json made; empty accepts the data's own."""
+    """A tokenizer.json that the data must have been prepared with; empty accepts any."""
     prefetch: int = 4
-    """Micro-batches read ahead of use."""
+    """Micro-batches to read ahead."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class OptimizerConfig:
     warmup_iterations: int = 100
     """Updates over which the learning rate rises linearly from 0."""
     decay_fraction: float = 0.2
-    """Share of the updates over which wsd decays."""
+    """Fraction of the updates over which wsd decays."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95
@@ -107,51 +110,67 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled decay of the matrices; norms and embeddings are not decayed."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; a larger gradient is scaled down to it. 0 never clips."""
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 never clips."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How much is trained, and in what pieces."""
+    """How much is trained, how it is computed, and when it stops."""
 
+    # Batches.
     batch_size: int = 4
     """Sequences in one micro-batch of one device."""
     tokens_per_update: int = 2**19
     """Tokens in one optimizer update over all devices; micro-batches accumulate to it."""
     training_tokens: int = 1_000_000_000
     """Tokens of the whole run."""
+    seed: int = 1337
+    """Seed of the weights, the data order, dropout and the samples."""
+
+    # The loss.
+    z_loss: float = 0.0
+    """Weight of the mean squared log-normalizer in the training loss; PaLM uses 1e-4."""
+    label_smoothing: float = 0.0
+    """Share of the training loss that is spread evenly over the vocabulary."""
+
+    # Validation.
     eval_interval: int = 250
     """Updates between validations; 0 never validates."""
     eval_tokens: int = 2**20
     """Tokens of one validation, at most the whole held-out split."""
-    seed: int = 1337
-    """Seed of the weights, the data order, dropout and the samples."""
+
+    # Computation.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type; parameters, moments and reductions are float32."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes CUDA when there is one."""
+    """auto takes CUDA if there is a GPU."""
     compile: bool = True
     """torch.compile the model."""
     compile_scope: Literal["block", "model"] = "block"
-    """What is compiled: the blocks, one graph for all of them, or the whole model."""
+    """Compile each block, one graph for all of them, or the whole model."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Compute again in the backward: nothing, all but attention and narrow products, or blocks."""
+    """none saves all activations; selective saves attention and matmuls except gate_up; full saves
+    the inputs of the blocks only."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Operators of the model: Triton kernels or plain PyTorch; auto takes Triton on CUDA."""
     attention: Literal[
         "auto", "flash-attn-3", "flash-attn-4", "flash-attn-2", "cudnn", "flash", "reference"
     ] = "auto"
-    """Backend of attention; auto measures those present, once, and takes the fastest."""
+    """Attention backend; auto measures the installed ones once and takes the fastest."""
     deterministic: bool = False
     """Compute the same bits in every run of this configuration; slower on CUDA."""
+
+    # Skipped updates.
     spike_z_score: float = 0.0
-    """Refuse updates whose loss or gradient norm is this many standard deviations above its moving
-    mean; 0 refuses only what is not finite."""
+    """Skip updates whose loss or gradient norm is this many standard deviations above its moving
+    mean; 0 skips only updates that are not finite."""
     max_bad_updates: int = 10
-    """Stop after this many refused updates in a row."""
+    """Stop after this many skipped updates in a row."""
     rewind_after: int = 0
-    """After this many refused updates in a row go back to the checkpoint before them and on with
-    the data after them; 0 never does."""
+    """After this many skipped updates in a row, rewind to the checkpoint before them and resume
+    with the data after them; 0 never rewinds."""
+
+    # Stopping.
     max_wall_time: float = 0.0
     """Minutes after which the run saves and stops with exit code 85; 0 sets no limit."""
 
@@ -161,40 +180,40 @@ class ParallelConfig:
     """FSDP2 over the processes torchrun starts."""
 
     replicate: int = 1
-    """Groups of processes that each hold the whole model (HSDP); 1 shards it over all of them."""
+    """Replicas of the model (HSDP), each sharded over a group of processes; 1 shards over all."""
     reshard_after_forward: Literal["auto", True, False] = "auto"
-    """Free gathered parameters between forward and backward: less memory, one more gather; auto
-    frees them where the memory plan says the device is too small to keep them."""
+    """Free gathered parameters between forward and backward, for less memory and one more gather.
+    auto frees them if the memory plan says that the device is too small to keep them."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type gradients are summed in over micro-batches and devices."""
+    """Type in which gradients are summed over micro-batches and devices."""
     timeout_minutes: float = 10.0
-    """A collective that waits longer ends the run."""
+    """Minutes that a collective may wait before the run ends."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What a run can go back to."""
+    """What a run can resume from."""
 
     interval_tokens: int = 250_000_000
     """Tokens between checkpoints; 0 saves only at the end."""
     keep_last: int = 3
-    """Complete checkpoints kept; older ones go once a newer one is complete."""
+    """Number of newest checkpoints to keep; older ones are removed."""
     keep_every_tokens: int = 0
-    """Also keep for good the first checkpoint at or after each multiple of this; 0 keeps none."""
+    """Also keep, for good, the first checkpoint at or after each multiple of this; 0 keeps none."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What a run tells."""
+    """What a run logs."""
 
     log_interval: int = 10
     """Updates between log rows."""
     sample_interval: int = 32
     """Updates before the second sample; 0 never samples."""
     sample_growth: float = 1.5
-    """Each wait for a sample is this many times the one before."""
+    """Factor by which the interval between samples grows each time."""
     sample_prompt: str = "The "
-    """Text the samples continue."""
+    """Text that the samples continue."""
     sample_tokens: int = 64
     """Tokens in a sample."""
     tensorboard: bool = True
@@ -247,7 +266,7 @@ def load_recipe(path: Path) -> Config:
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
-        raise ValueError(f"{path} extends itself; remove one `extends` of the circle.")
+        raise ValueError(f"{path} extends itself; remove one `extends` of the cycle.")
     try:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -301,7 +320,7 @@ def _group_from_dict(
 
 def _has_type(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
-        # 1 equals True, and is no way to write it.
+        # 1 == True, but 1 is not a boolean.
         return any(value == known and type(value) is type(known) for known in typing.get_args(hint))
     if isinstance(hint, types.UnionType):
         return any(_has_type(value, option) for option in typing.get_args(hint))
@@ -334,7 +353,7 @@ def known_keys() -> list[str]:
 
 
 def takes_booleans(name: str) -> bool:
-    """Whether `true` and `false` are values of the option `group.field`; False if it is none."""
+    """Whether the option `group.field` takes `true` and `false`; False if there is none."""
     group, _, key = name.partition(".")
     kind = typing.get_type_hints(Config).get(group)
     return kind is not None and _has_type(True, typing.get_type_hints(kind).get(key))
@@ -346,11 +365,11 @@ def _unknown_key(key: str, group: str | None = None) -> str:
 
 
 def nearest_key(name: str) -> str:
-    """`; did you mean …?` for a misspelt or misplaced option, or a full stop when none is near."""
+    """`; did you mean …?` for a misspelt or misplaced option; a full stop if none is near."""
     group, _, field_name = name.rpartition(".")
     if not group and (near := difflib.get_close_matches(name, typing.get_type_hints(Config), n=1)):
         return f"; did you mean {near[0]}?"
-    # Those of the group that was named come first, so that they win among equals.
+    # Options of the named group come first, so that they win among equals.
     keys = sorted(known_keys(), key=lambda key: not key.startswith(f"{group}."))
     fields = [key.rpartition(".")[2] for key in keys]
     near = difflib.get_close_matches(field_name, fields, n=1)
@@ -358,7 +377,7 @@ def nearest_key(name: str) -> str:
 
 
 def validate(config: Config, world_size: int = 1) -> None:
-    """Refuse values that cannot work, before anything is loaded.
+    """Reject values that cannot work, before anything is loaded.
 
     Raises:
         ValueError: one sentence with the values and the remedy.
@@ -367,7 +386,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _validate_model(config.model)
     _validate_optimizer(config)
     _validate_replicas(config, world_size)
-    _validate_refusals(config.training)
+    _validate_skipped_steps(config.training)
     _validate_batches(config, world_size)
 
 
@@ -407,6 +426,7 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "optimizer.warmup_iterations",
     "optimizer.grad_clip",
+    "training.z_loss",
     "training.eval_interval",
     "training.seed",
     "training.spike_z_score",
@@ -416,7 +436,13 @@ _NOT_NEGATIVE = (
     "checkpoint.keep_every_tokens",
     "logging.sample_interval",
 )
-_FRACTIONS = ("model.dropout", "optimizer.beta1", "optimizer.beta2", "optimizer.decay_fraction")
+_FRACTIONS = (
+    "model.dropout",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.decay_fraction",
+    "training.label_smoothing",
+)
 
 
 def _validate_ranges(config: Config) -> None:
@@ -442,8 +468,8 @@ def _validate_model(model: ModelConfig) -> None:
         )
     if model.head_dim % 2:
         raise ValueError(
-            f"model.n_embd / model.n_heads = {model.head_dim} is odd, and rotary embeddings turn "
-            "pairs; choose a head width that is even."
+            f"model.n_embd / model.n_heads = {model.head_dim} is odd, and rotary embeddings rotate "
+            "pairs; choose an even head width."
         )
     if model.n_kv_heads is not None and model.n_kv_heads < 1:
         raise ValueError(f"model.n_kv_heads must be at least 1, not {model.n_kv_heads}.")
@@ -451,6 +477,11 @@ def _validate_model(model: ModelConfig) -> None:
         raise ValueError(
             f"model.n_kv_heads = {model.kv_heads} does not divide model.n_heads = "
             f"{model.n_heads}; each key/value head serves the same number of query heads."
+        )
+    if model.logit_softcap is not None and not 0 < model.logit_softcap < math.inf:
+        raise ValueError(
+            f"model.logit_softcap must be greater than 0, not {model.logit_softcap}; leave it out "
+            "for unbounded logits."
         )
     if model.rope_scaling_factor > 1 and model.rope_low_freq_factor >= model.rope_high_freq_factor:
         raise ValueError(
@@ -482,12 +513,12 @@ def _validate_replicas(config: Config, world_size: int) -> None:
         )
 
 
-def _validate_refusals(training: TrainingConfig) -> None:
+def _validate_skipped_steps(training: TrainingConfig) -> None:
     if training.rewind_after > training.max_bad_updates:
         raise ValueError(
             f"training.rewind_after = {training.rewind_after} is never reached: the run stops "
-            f"after training.max_bad_updates = {training.max_bad_updates}; lower the one or raise "
-            "the other."
+            f"after training.max_bad_updates = {training.max_bad_updates}; lower it, or raise "
+            "training.max_bad_updates."
         )
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run, and what it says about how it was made."""
+"""The folder of a run: its files, its lock, and the record of how it was made."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from fastllama.data.dataset import Dataset
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps its files."""
+    """The files of one run."""
 
     path: Path
 
@@ -60,14 +60,14 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a run was started here."""
+        """Whether a run was started in this folder."""
         return self.config.is_file()
 
     def load_config(self) -> Config:
         """The resolved configuration of the run.
 
         Raises:
-            ValueError: no run was started here, or its configuration cannot be read.
+            ValueError: the folder holds no run, or its configuration cannot be read.
         """
         try:
             values = tomllib.loads(self.config.read_text())
@@ -81,19 +81,21 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out of the run; a folder made for one that is refused goes again.
+        """Hold the lock of the run, and create its folder.
+
+        A folder that was created here is removed on exit if it is still empty.
 
         Raises:
-            ValueError: another process holds it.
+            ValueError: another process holds the lock.
         """
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
             try:
                 yield
             finally:
-                if made:
-                    self._remove_if_empty(made)
+                if created:
+                    self._remove_if_empty(created)
 
     def _remove_if_empty(self, folders: list[Path]) -> None:
         with suppress(OSError):
@@ -103,7 +105,7 @@ class RunFolder:
                     folder.rmdir()
 
     def refuse_other_options(self, config: Config) -> None:
-        """Raise ValueError if a run was started here with other options than `config`."""
+        """Raise ValueError if the folder holds a run with options other than `config`."""
         if not self.exists:
             return
         before, now = self.load_config().to_dict(), config.to_dict()
@@ -112,12 +114,12 @@ class RunFolder:
                 old, new = before[group].get(name), options.get(name)
                 if old != new:
                     raise ValueError(
-                        f"{self.path} holds a run with {group}.{name} = {old}, not {new}; give a "
-                        f"new one another --run-dir, or go on with --resume {self.path}."
+                        f"{self.path} holds a run with {group}.{name} = {old}, not {new}; choose "
+                        f"another --run-dir for a new run, or resume with --resume {self.path}."
                     )
 
     def create(self, config: Config, tokenizer: Path) -> None:
-        """Make the folder, or refresh the configuration of a run that goes on."""
+        """Write options, tokenizer and environment of a new or resumed run."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomic(self.tokenizer, tokenizer.read_bytes())
         self._record_session()
@@ -130,7 +132,10 @@ class RunFolder:
 
 
 def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What may not change in a run: its model, its data, and the order of its data."""
+    """What may not change in a run: its model, its data, and the order of its data.
+
+    Dropout may change: it has no weights.
+    """
     model = {f"model.{name}": value for name, value in dataclasses.asdict(config.model).items()}
     del model["model.dropout"]
     return {
@@ -143,12 +148,12 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
 
 
 def resolved_toml(config: Config) -> str:
-    """A configuration with every value in it, as a recipe that needs no other."""
+    """A recipe with every option of the configuration."""
     return tomli_w.dumps(config.to_dict())
 
 
 def environment() -> dict[str, Any]:
-    """When, where, with what and how this process was started."""
+    """When, where, how and with which packages this process was started."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
@@ -168,7 +173,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Commit of the source this runs from, with -dirty for uncommitted changes, or None."""
+    """Commit of the source, with -dirty for uncommitted changes; None without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         described = subprocess.run(

@@ -15,7 +15,7 @@ from fastllama.config import (
     validate,
 )
 
-RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 # An update of the quickstart is two micro-batches: it is for two processes at most.
 WORLD_SIZES = {"quickstart": (1, 2)}
 
@@ -24,14 +24,15 @@ WORLD_SIZES = {"quickstart": (1, 2)}
 OPTIONS = """
     model.vocab_size model.n_embd model.n_layers model.n_heads model.n_kv_heads model.multiple_of
     model.ffn_multiplier model.eps model.theta model.dropout model.max_seq_len
-    model.tied_embeddings model.rope_scaling_factor model.rope_low_freq_factor
-    model.rope_high_freq_factor model.rope_original_max_seq_len
+    model.tied_embeddings model.logit_softcap model.rope_scaling_factor
+    model.rope_low_freq_factor model.rope_high_freq_factor model.rope_original_max_seq_len
     data.path data.tokenizer data.prefetch
     optimizer.max_lr optimizer.min_lr optimizer.schedule optimizer.warmup_iterations
     optimizer.decay_fraction optimizer.beta1 optimizer.beta2 optimizer.adam_eps
     optimizer.weight_decay optimizer.grad_clip
-    training.batch_size training.tokens_per_update training.training_tokens training.eval_interval
-    training.eval_tokens training.seed training.dtype training.device training.compile
+    training.batch_size training.tokens_per_update training.training_tokens training.seed
+    training.z_loss training.label_smoothing training.eval_interval training.eval_tokens
+    training.dtype training.device training.compile
     training.compile_scope training.activation_checkpointing training.kernels training.attention
     training.deterministic training.spike_z_score training.max_bad_updates training.rewind_after
     training.max_wall_time
@@ -157,11 +158,12 @@ RANGES = {
     "0 or more": """
         optimizer__min_lr optimizer__weight_decay optimizer__warmup_iterations
         optimizer__grad_clip training__eval_interval training__seed training__max_wall_time
-        training__spike_z_score
+        training__spike_z_score training__z_loss
         checkpoint__interval_tokens checkpoint__keep_every_tokens logging__sample_interval
     """,
     "at least 0 and less than 1": """
         model__dropout optimizer__beta1 optimizer__beta2 optimizer__decay_fraction
+        training__label_smoothing
     """,
 }
 NEAREST_OUTSIDE: dict[str, list[float]] = {
@@ -225,6 +227,8 @@ def test_refuses_a_number_that_is_not_finite(option: str, value: float) -> None:
     [
         ({"model__n_heads": 7}, r"n_heads = 7 does not divide model\.n_embd = 768"),
         ({"model__n_heads": 256}, r"model\.n_embd / model\.n_heads = 3 is odd"),
+        ({"model__logit_softcap": 0.0}, r"logit_softcap must be greater than 0, not 0\.0"),
+        ({"model__logit_softcap": float("inf")}, r"logit_softcap must be .*, not inf"),
         ({"model__n_kv_heads": 5}, r"n_kv_heads = 5 does not divide model\.n_heads = 12"),
         (
             {"model__rope_scaling_factor": 8.0, "model__rope_low_freq_factor": 4.0},

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import fastllama.train as trainer
+import fastllama.training.setup as setup
 from fastllama.atomic import locked
 from fastllama.cli import main
 from fastllama.config import load_recipe
@@ -152,7 +153,7 @@ def test_bad_updates_in_a_row_end_the_run(workspace: Workspace, tmp_path: Path) 
     options = ["--training.max-bad-updates", 3]
     done = train_with(poison, 0, workspace.recipe, "--run-dir", run, *options)
     assert done.returncode == 1
-    assert "The last 3 updates were all refused" in done.stderr
+    assert "The last 3 updates were all skipped" in done.stderr
     assert "positions 56 to 63 of the data order" in done.stderr
     assert "the weights are those of update 5" in done.stderr
     assert "Traceback" not in done.stderr
@@ -270,7 +271,7 @@ def test_no_other_process_goes_on_with_a_run_that_is_starting_up(
     run = tmp_path / "run"
     train(workspace.recipe, "--run-dir", run)
     longer = ["--training.training-tokens", 20 * 256]
-    newest, others = trainer.newest_checkpoint, []
+    newest, others = setup.newest_checkpoint, []
 
     def newest_until_another_tries(*arguments: Any) -> Any:
         found = newest(*arguments)
@@ -278,7 +279,7 @@ def test_no_other_process_goes_on_with_a_run_that_is_starting_up(
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "newest_checkpoint", newest_until_another_tries)
+        patch.setattr(setup, "newest_checkpoint", newest_until_another_tries)
         train("--resume", run, "--training.training-tokens", 15 * 256)
     (other,) = others
     assert other.returncode == 2, other.stdout
@@ -295,7 +296,7 @@ def test_nothing_is_left_of_a_new_run_that_is_refused(
     def refuse(*arguments: Any) -> Any:
         raise ValueError("there are no such operators")
 
-    monkeypatch.setattr(trainer, "choose_operators", refuse)
+    monkeypatch.setattr(setup, "choose_operators", refuse)
     (tmp_path / "old").mkdir()
     for run in (tmp_path / "runs" / "new", tmp_path / "old"):
         with pytest.raises(SystemExit) as stop:
@@ -315,10 +316,11 @@ def test_what_is_held_out_is_told(
     assert "epochs wanted; nothing held out: no validation (prepare --validation-fraction)" in told
     dataset = open_dataset(load_recipe(workspace.recipe))
     n_tokens = dataset.manifest.splits["validation"].tokens
-    assert trainer.held_out(dataset) == f"{n_tokens:,} held out"
-    # As it is opened where the held-out text is short.
+    assert setup.describe_validation(dataset) == f"{n_tokens:,} held out"
+    # As opened when the held-out text is short.
     short = dataclasses.replace(dataset, validation=None)
-    assert trainer.held_out(short).startswith("less than a sequence held out: no validation")
+    what = setup.describe_validation(short)
+    assert what.startswith("less than a sequence held out: no validation")
 
 
 def test_the_session_counts_on_after_a_rewind(

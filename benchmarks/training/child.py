@@ -1,4 +1,4 @@
-"""A contender in a process of its own, and the micro-batch that suits it."""
+"""Runs a contender in a child process and searches for its best micro-batch size."""
 
 import json
 import os
@@ -16,21 +16,21 @@ from benchmarks.training.workload import workload
 from fastllama.config import Config
 
 ROOT = Path(__file__).parents[2]
-WARM_UPS, LEAST_UPDATES = 2, 3
-TRY_WARM_UPS, TRY_UPDATES = 1, 2
-TRY_FRACTION = 8
-"""An update of a try is this part of a real one."""
-GAIN = 1.01
-"""A larger micro-batch has to be this much faster to be worth its memory."""
-CHILD_SECONDS = 1200.0
-"""Beyond what it measures, a child may take this long to import, compile and end."""
-END_SECONDS = 8.0
-"""Of a deadline, what a child needs to write what it measured and to end."""
+WARM_UPS, MIN_UPDATES = 2, 3
+TRIAL_WARM_UPS, TRIAL_UPDATES = 1, 2
+TRIAL_FRACTION = 8
+"""A trial update has 1 / TRIAL_FRACTION of the tokens of a real update."""
+MIN_GAIN = 1.01
+"""Least speedup for which the search accepts a larger micro-batch."""
+CHILD_OVERHEAD_SECONDS = 1200.0
+"""Time limit for imports, compilation and shutdown, on top of the measured seconds."""
+SHUTDOWN_SECONDS = 8.0
+"""Reserved before a deadline, for the child to write its outcome and exit."""
 
 
 @dataclass(frozen=True)
 class Child:
-    """Starts the processes of one contender."""
+    """Starts the child processes of one contender."""
 
     contender: str
     folder: Path
@@ -39,7 +39,11 @@ class Child:
     plain_operators: tuple[str, ...] = ()
 
     def train(self, config: Config, *, search: bool) -> tuple[int, Outcome]:
-        """Train at the batch size found, or at that of `config`, halved until it fits."""
+        """Train, and return the batch size and the outcome.
+
+        The batch size is the best one found with `search`, otherwise that of `config`. It is halved
+        for as long as it runs out of memory.
+        """
         size = config.training.batch_size
         if search:
             size = best_batch_size(
@@ -52,39 +56,39 @@ class Child:
             size = smaller(size, config.sequences_per_update)
 
     def train_once(self, config: Config) -> Outcome:
-        """Train at the batch size of `config`, whether that fits or not."""
-        return self._run(config, self.seconds, WARM_UPS, LEAST_UPDATES)
+        """Train once at the batch size of `config`, without retrying when out of memory."""
+        return self._run(config, self.seconds, WARM_UPS, MIN_UPDATES)
 
     def rate(self, config: Config, batch_size: int) -> float | None:
-        """Tokens/s in a short try; 0 where it failed, None where memory did not suffice."""
-        sequences = batch_size * max(1, config.sequences_per_update // TRY_FRACTION // batch_size)
+        """Tokens/s of a short trial; 0 if it failed, None if out of memory."""
+        sequences = batch_size * max(1, config.sequences_per_update // TRIAL_FRACTION // batch_size)
         tokens = sequences * config.model.max_seq_len
         config = workload(with_batch_size(config, batch_size), tokens)
-        outcome = self._run(config, 0.0, TRY_WARM_UPS, TRY_UPDATES)
+        outcome = self._run(config, 0.0, TRIAL_WARM_UPS, TRIAL_UPDATES)
         if outcome.is_out_of_memory:
             return None
         return 0.0 if outcome.failure else tokens / min(outcome.update_seconds)
 
-    def _run(self, config: Config, seconds: float, warm_ups: int, least_updates: int) -> Outcome:
-        """One process, and what came of it, however it ends."""
+    def _run(self, config: Config, seconds: float, warm_ups: int, min_updates: int) -> Outcome:
+        """Run one child process and return its outcome, even if it dies."""
         spec = Spec(
             contender=self.contender,
             config=config.to_dict(),
             warm_ups=warm_ups,
-            least_updates=least_updates,
+            min_updates=min_updates,
             seconds=seconds,
             spawned_at=time.time(),
             plain_operators=list(self.plain_operators),
-            deadline=None if self.deadline is None else self.deadline - END_SECONDS,
+            deadline=None if self.deadline is None else self.deadline - SHUTDOWN_SECONDS,
         )
-        timeout = CHILD_SECONDS + seconds
+        timeout = CHILD_OVERHEAD_SECONDS + seconds
         if self.deadline is not None:
             timeout = min(timeout, max(0.0, self.deadline - time.time()))
         return run_child(spec, self.folder, timeout)
 
 
 def run_child(spec: Spec, folder: Path, timeout: float) -> Outcome:
-    """Run `spec` in a process of its own, killed with all it started after `timeout` seconds."""
+    """Run `spec` in a child process. After `timeout` seconds kill it and all its descendants."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         specification, written = Path(name, "spec.json"), Path(name, "outcome.json")
         specification.write_text(json.dumps(asdict(spec)))
@@ -108,9 +112,9 @@ def run_child(spec: Spec, folder: Path, timeout: float) -> Outcome:
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
-                return Outcome(failure=f"stopped after {timeout:.0f} s, before it was done")
+                return Outcome(failure=f"timed out after {timeout:.0f} s")
             finally:
-                # The compiler's workers are of the same session.
+                # The compiler's worker processes belong to the same session.
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
@@ -121,7 +125,7 @@ def run_child(spec: Spec, folder: Path, timeout: float) -> Outcome:
         ended = (
             f"killed by {signal.Signals(-process.returncode).name}"
             if process.returncode < 0
-            else f"ended with {process.returncode}"
+            else f"exit code {process.returncode}"
         )
         return Outcome(failure=lines[-1] if lines else ended)
 
@@ -129,22 +133,26 @@ def run_child(spec: Spec, folder: Path, timeout: float) -> Outcome:
 def best_batch_size(
     start: int, sequences_per_update: int, rate: Callable[[int], float | None]
 ) -> int:
-    """The micro-batch to train with, by short tries: `rate` is tokens/s, None out of memory."""
+    """Search for the best micro-batch size.
+
+    From `start` the size is halved until it fits, or doubled for as long as the rate improves.
+    `rate` gives the tokens/s of a trial, or None if out of memory.
+    """
     size, fastest = start, rate(start)
     while fastest is None and size > 1:
         size = smaller(size, sequences_per_update)
         fastest = rate(size)
-    # What did not fit once is not tried again.
+    # If `start` did not fit, larger sizes are not tried.
     while fastest and size >= start and sequences_per_update % (2 * size) == 0:
         faster = rate(2 * size)
-        if faster is None or faster <= GAIN * fastest:
+        if faster is None or faster <= MIN_GAIN * fastest:
             break
         size, fastest = 2 * size, faster
     return size
 
 
 def smaller(size: int, sequences_per_update: int) -> int:
-    """The largest micro-batch of at most half the size that divides an update."""
+    """Largest micro-batch size of at most `size // 2` that divides an update."""
     return next(n for n in range(size // 2, 0, -1) if sequences_per_update % n == 0)
 
 

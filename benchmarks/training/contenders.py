@@ -1,13 +1,13 @@
-"""Who trains, and how: one function a contender, all over the same workload.
+"""The contenders: one training function each, all on the same workload.
 
     python -m benchmarks.training.contenders SPEC.json OUTCOME.json
 
-trains one contender in this process, which is how the benchmarks call it, so that nothing compiled,
-allocated or imported by one contender is there for the next.
+trains one contender in this process. The benchmarks start a new process per contender, so that no
+contender inherits compiled code, memory or imports from another.
 
-Every contender keeps weights and moments in float32 and computes in `training.dtype`: the plain
-ones under autocast, which is how a PyTorch or Hugging Face script does it, fastllama and torchtitan
-by FSDP2's mixed precision. All but the tutorial are fed by fastllama's loader, to their advantage.
+Every contender keeps weights and moments in float32 and computes in `training.dtype`. fastllama and
+torchtitan use FSDP2's mixed precision. The others use autocast, as PyTorch and Hugging Face scripts
+do. All except the tutorial read from fastllama's loader, which helps them.
 """
 
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.conditions import default_device
-from benchmarks.training.job import Job, Outcome, Pace, Spec, Trained
+from benchmarks.training.job import Budget, Job, Outcome, Spec, Trained
 from benchmarks.training.peers import train_huggingface, train_torchtitan
 from benchmarks.training.plain import train_reference, train_tutorial
 from benchmarks.training.trainer import train_fastllama
@@ -30,14 +30,14 @@ from fastllama.config import config_from_dict
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to train, and what it takes."""
+    """A training function and its requirements."""
 
     train: Callable[[Job], Trained]
     packages: dict[str, str] = field(default_factory=dict)
-    """What pip calls each module that has to be there."""
+    """PyPI name of each required module."""
     needs_gpu: bool = False
     compiles: bool = False
-    """Whatever `training.compile` says."""
+    """Always compiles the whole model, whatever `training.compile` says."""
 
 
 _TRANSFORMERS = {"transformers": "transformers"}
@@ -57,36 +57,36 @@ CONTENDERS = {
     "torchtitan": Contender(train_torchtitan, {"torchtitan": "torchtitan"}),
     "tutorial": Contender(train_tutorial, compiles=True),
 }
-"""In the order they run: first those whose losses the others are held to."""
+"""In the order they run. The plain models come first: they are the baseline for the losses."""
 
 
 def run(spec: Spec) -> Outcome:
-    """Train in this process; what the contender raises is told in the outcome."""
+    """Train in this process. An exception of the contender becomes the outcome's `failure`."""
     config = config_from_dict(spec.config, source="the specification")
-    with ExitStack() as held:
-        pace = Pace(spec, held)
-        job = Job(config, default_device(), pace, spec.plain_operators)
+    with ExitStack() as stack:
+        budget = Budget(spec, stack)
+        job = Job(config, default_device(), budget, spec.plain_operators)
         try:
             trained = CONTENDERS[spec.contender].train(job)
-        except Exception as error:  # Libraries of others; a row of results says what they raise.
+        except Exception as error:  # Raised by a third-party library; reported in the row.
             lines = f"{type(error).__name__}: {error}".strip().splitlines()
             return Outcome(failure=lines[0], is_out_of_memory=is_out_of_memory(error))
     on_cuda = job.device.type == "cuda"
     return Outcome(
         losses=trained.losses,
         update_seconds=trained.seconds[spec.warm_ups :],
-        seconds_to_first_update=pace.seconds_to_first_update,
+        seconds_to_first_update=budget.seconds_to_first_update,
         peak_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
-        sm_clock_mhz=pace.monitor.sm_clock_mhz,
-        power_watts=pace.monitor.power_watts,
+        sm_clock_mhz=budget.monitor.sm_clock_mhz,
+        power_watts=budget.monitor.power_watts,
         details=trained.details,
     )
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a smaller batch may help; libraries on CUDA do not all raise PyTorch's own error."""
-    told = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
+    """Whether a smaller batch may help. Not every CUDA library raises `torch.OutOfMemoryError`."""
+    markers = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in markers)
 
 
 def main() -> None:

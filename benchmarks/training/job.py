@@ -1,4 +1,4 @@
-"""What a contender is given, and what it hands back."""
+"""Inputs and outputs of a contender."""
 
 import time
 from contextlib import ExitStack
@@ -16,89 +16,89 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Spec:
-    """What a child process is to do."""
+    """Task of a child process."""
 
     contender: str
     config: dict[str, dict[str, Any]]
-    """A `Config` as dictionaries, its data written."""
+    """`Config.to_dict()`. Its data folder exists already."""
     warm_ups: int
-    """Updates before the timed ones; the first one compiles."""
-    least_updates: int
-    """Timed at least."""
+    """Untimed updates at the start. The first one compiles."""
+    min_updates: int
+    """Least number of timed updates."""
     seconds: float
-    """Timed at least."""
+    """Least duration of the timed updates together."""
     spawned_at: float
-    """When the parent started the process, `time.time()`."""
+    """`time.time()` when the parent started the process."""
     plain_operators: list[str] = field(default_factory=list)
-    """Fields of `Operators` that fastllama is to take from REFERENCE."""
+    """Fields of `Operators` that fastllama takes from REFERENCE."""
     deadline: float | None = None
-    """A moment of `time.time()`, towards which one timed update is enough."""
+    """`time.time()` by which to finish. Close to it one timed update is enough."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it."""
+    """Result of a child process."""
 
     losses: list[float] = field(default_factory=list)
-    """Of every update, the warm-ups too."""
+    """Loss of every update, warm-up included."""
     update_seconds: list[float] = field(default_factory=list)
-    """Of the timed updates."""
+    """Duration of each timed update."""
     seconds_to_first_update: float | None = None
     peak_bytes: int | None = None
     sm_clock_mhz: float | None = None
     power_watts: float | None = None
     details: str = ""
     failure: str = ""
-    """The last line of the error, where there was one."""
+    """The exception, the last line of stderr, or how the process ended; empty on success."""
     is_out_of_memory: bool = False
 
 
 class Trained(NamedTuple):
-    """What a contender hands back: the loss and the seconds of every update."""
+    """Result of a training function: loss and seconds of every update, warm-up included."""
 
     losses: list[float]
     seconds: list[float]
     details: str
 
 
-class Pace:
-    """Decides after each update whether there are enough; clock and power are those of the timed.
+class Budget:
+    """Decides after each update whether to stop. Monitors clock and power of the timed updates.
 
-    Watching the device begins with the timed updates, because it idles while the host compiles.
+    The monitor starts after the warm-up, because the device idles while the host compiles.
     """
 
-    def __init__(self, spec: Spec, held: ExitStack) -> None:
+    def __init__(self, spec: Spec, stack: ExitStack) -> None:
         self.seconds_to_first_update: float | None = None
         self.monitor = GpuMonitor()
-        self._spec, self._held = spec, held
+        self._spec, self._stack = spec, stack
         self._n_updates, self._begin, self._last = 0, 0.0, 0.0
 
-    def enough(self) -> bool:
-        """Count an update that is done, or that the device was handed."""
+    def is_spent(self) -> bool:
+        """Count one finished or launched update; True if the contender should stop."""
         self._n_updates += 1
         if self._n_updates == 1:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.seconds_to_first_update = time.time() - self._spec.spawned_at
         if self._n_updates == self._spec.warm_ups:
-            self._held.enter_context(self.monitor)
+            self._stack.enter_context(self.monitor)
             self._begin = time.perf_counter()
         last, self._last = self._last, time.perf_counter()
         n_timed = self._n_updates - self._spec.warm_ups
-        # fastllama hears of the stop an update or two later.
+        # fastllama reacts to the stop one or two updates later.
         end = time.time() + 2 * (self._last - last)
         if n_timed >= 1 and self._spec.deadline is not None and end > self._spec.deadline:
             return True
         return (
-            n_timed >= self._spec.least_updates
+            n_timed >= self._spec.min_updates
             and time.perf_counter() - self._begin >= self._spec.seconds
         )
 
 
 class Job(NamedTuple):
-    """What a contender is given."""
+    """Arguments of a training function."""
 
     config: Config
     device: torch.device
-    pace: Pace
+    budget: Budget
     plain_operators: list[str]

@@ -1,4 +1,4 @@
-"""Models of other libraries, with our shape and weights, in the plain loop."""
+"""Models of other libraries with our shape and weights, trained by the plain loop."""
 
 from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
@@ -16,19 +16,19 @@ from fastllama.model.llama import Llama
 
 
 def train_huggingface(job: Job, *, compiled: bool = False, liger: bool = False) -> Trained:
-    """`LlamaForCausalLM` over SDPA, as its users train it."""
+    """Train Hugging Face's `LlamaForCausalLM` with SDPA."""
     details = f"transformers {version('transformers')}, SDPA, autocast"
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-        # It replaces classes that the model below is built of.
+        # Patches the classes that the model below is built from.
         apply_liger_kernel_to_llama()
         details += f", liger-kernel {version('liger-kernel')}"
     model = huggingface_model(initial_model(job.config, job.device)).train()
     forward = torch.compile(model) if compiled else model
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
-        # Targets are shifted already; `labels` only says that a loss is wanted.
+        # Targets are already shifted. `labels` only makes the model return a loss.
         output = forward(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False)
         return cast(Tensor, output.loss)
 
@@ -90,16 +90,16 @@ def huggingface_model(llama: Llama) -> Any:
 
 
 def train_torchtitan(job: Job) -> Trained:
-    """torchtitan's Llama 3, compiled and sharded as its trainer does, in the plain loop.
+    """Train torchtitan's Llama 3 in the plain loop, compiled and sharded as by its trainer.
 
-    Its trainer masks documents by FlexAttention; these sequences have none, so attention is its
-    SDPA. The loss is its unchunked one, compiled.
+    torchtitan's trainer masks documents with FlexAttention. No contender masks documents, so
+    attention is torchtitan's SDPA. The loss is its unchunked one, compiled.
     """
     from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 
     config = job.config
-    with ExitStack() as held:
-        world = held.enter_context(distributed(config))
+    with ExitStack() as stack:
+        world = stack.enter_context(distributed(config))
         model = torchtitan_model(initial_model(config, job.device))
         if config.training.compile:
             for block in model.layers.values():
@@ -121,8 +121,8 @@ def train_torchtitan(job: Job) -> Trained:
             lambda tokens, targets: loss(model(tokens), targets),
             model.parameters,
             model.tok_embeddings.weight,
-            held.enter_context(loader_batches(job)),
-            # FSDP casts the parameters.
+            stack.enter_context(loader_batches(job)),
+            # FSDP casts the parameters, so autocast is not needed.
             autocast=nullcontext(),
             details=f"torchtitan {version('torchtitan')}, SDPA, FSDP2, blocks and loss "
             + ("compiled" if config.training.compile else "eager"),
@@ -192,7 +192,7 @@ def torchtitan_model(llama: Llama) -> Any:
     )
     for name, weight in state.items():
         if name.endswith(("wq.weight", "wk.weight")):
-            # It turns neighbours, (x_2i, x_{2i+1}), where we turn (x_i, x_{i + K/2}).
+            # torchtitan rotates pairs (x_2i, x_{2i+1}); we rotate pairs (x_i, x_{i + K/2}).
             halves = weight.view(-1, 2, head_dim // 2, width)
             state[name] = halves.transpose(1, 2).reshape(weight.shape)
     peer.load_state_dict(state)
@@ -202,26 +202,26 @@ def torchtitan_model(llama: Llama) -> Any:
 def unpacked(
     llama: Llama, *, embedding: str, norm: str, output: str, block: str, **parts: list[str]
 ) -> dict[str, Tensor]:
-    """The weights of `llama` under a peer's names, the packed projections apart."""
+    """Weights of `llama` under the names of a peer, with packed projections split."""
     model, state = llama.config, llama.state_dict()
     heads = [model.n_heads, model.kv_heads, model.kv_heads]
     rows = {
-        "attention_norm.weight": [model.n_embd],
+        "attention.norm.weight": [model.n_embd],
         "attention.qkv.weight": [count * model.head_dim for count in heads],
         "attention.output.weight": [model.n_embd],
-        "mlp_norm.weight": [model.n_embd],
+        "mlp.norm.weight": [model.n_embd],
         "mlp.gate_up.weight": [model.ffn_hidden] * 2,
         "mlp.down.weight": [model.n_embd],
     }
-    names = {"attention_norm": "attention_norm", "attention_output": "attention.output"}
-    names |= {"qkv": "attention.qkv", "mlp_norm": "mlp_norm"}
+    names = {"attention_norm": "attention.norm", "attention_output": "attention.output"}
+    names |= {"qkv": "attention.qkv", "mlp_norm": "mlp.norm"}
     names |= {"gate_up": "mlp.gate_up", "down": "mlp.down"}
     peer = {f"{embedding}.weight": state["embedding.weight"]}
     peer |= {f"{norm}.weight": state["norm.weight"], f"{output}.weight": state["output.weight"]}
     for layer in range(model.n_layers):
-        for part, apart in parts.items():
+        for part, peer_names in parts.items():
             packed = f"{names[part]}.weight"
             values = state[f"blocks.{layer}.{packed}"].split(rows[packed])
-            for name, value in zip(apart, values, strict=True):
+            for name, value in zip(peer_names, values, strict=True):
                 peer[f"{block}.{layer}.{name}.weight"] = value
     return peer

@@ -1,4 +1,4 @@
-"""The loop of a plain PyTorch script, and who trains the same model in it."""
+"""A plain PyTorch training loop, and the contenders that train our model in it."""
 
 import math
 import time
@@ -17,10 +17,10 @@ from fastllama.optim.schedule import learning_rate
 
 
 def train_reference(job: Job, *, compiled: bool) -> Trained:
-    """The same model on PyTorch's own operators and SDPA, without FSDP.
+    """Train our model on plain PyTorch operators and SDPA, without FSDP.
 
-    `fastllama.model.reference` would flatter us: it materialises every score. The model is compiled
-    as a whole, where Inductor sees the most to fuse.
+    `fastllama.model.reference` would be an unfairly slow baseline: it materialises every attention
+    score. `compiled` compiles the whole model at once, which gives Inductor the most to fuse.
     """
     model = initial_model(job.config, job.device)
     how = "compiled as a whole" if compiled else "eager"
@@ -36,7 +36,7 @@ def train_reference(job: Job, *, compiled: bool) -> Trained:
 
 
 def train_tutorial(job: Job) -> Trained:
-    """The loop of the tutorials: batches read and copied when wanted, every loss read back."""
+    """Train as tutorials do: batches are read and copied on demand, every loss is read back."""
     model = initial_model(job.config, job.device)
     batches = read_batches(job.config)
 
@@ -58,7 +58,7 @@ def train_tutorial(job: Job) -> Trained:
 
 @contextmanager
 def loader_batches(job: Job) -> Iterator[Callable[[], Batch]]:
-    """Micro-batches on the device, read and copied ahead of use."""
+    """Yield a function that returns the next micro-batch, prefetched to the device."""
     config = job.config
     with BatchLoader(
         open_dataset(config).train,
@@ -82,16 +82,17 @@ def train_plainly(
     reads_every_loss: bool = False,
     autocast: AbstractContextManager[None] | None = None,
 ) -> Trained:
-    """The loop of a plain PyTorch script; it waits for the device once an update.
+    """Plain PyTorch training loop. It waits for the device once per update.
 
     Args:
+        job: the workload and its stopping rule.
         loss_of: mean loss of inputs and targets, (B, T) int64 each.
-        parameters: all of the model's.
-        embedding: the one matrix that is not decayed.
-        next_batch: inputs and targets on the device.
-        details: what the contender says of itself.
+        parameters: all parameters of the model.
+        embedding: the only matrix without weight decay.
+        next_batch: returns inputs and targets on the device.
+        details: description of the contender, for its row.
         reads_every_loss: wait for the loss of every micro-batch.
-        autocast: None means that of `training.dtype`.
+        autocast: None means autocast to `training.dtype`.
     """
     config, dtype = job.config, job.config.training.dtype
     if autocast is None:
@@ -107,7 +108,7 @@ def train_plainly(
     while True:
         start = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(len(losses) + 1, config)
+            group["lr"] = learning_rate(len(losses) + 1, config.n_updates, config.optimizer)
         loss: Tensor | float = 0.0
         for _ in range(n_micro_batches):
             tokens, targets = next_batch()
@@ -122,12 +123,12 @@ def train_plainly(
             torch.cuda.synchronize()
         losses.append(float(loss))
         seconds.append(time.perf_counter() - start)
-        if job.pace.enough():
+        if job.budget.is_spent():
             return Trained(losses, seconds, details)
 
 
 def adamw(parameters: list[nn.Parameter], embedding: Tensor, config: Config) -> torch.optim.AdamW:
-    """Fused AdamW that decays what fastllama's does: matrices, but not the embedding."""
+    """Fused AdamW with fastllama's weight decay: all matrices except the embedding."""
     options = config.optimizer
     is_decayed = [parameter.ndim >= 2 and parameter is not embedding for parameter in parameters]
     pairs = list(zip(parameters, is_decayed, strict=True))

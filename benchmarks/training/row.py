@@ -1,4 +1,4 @@
-"""The row of a contender, and whether it counts."""
+"""Builds a contender's row of results and checks the parity of its losses."""
 
 import math
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ from fastllama.planning.flops import (
 )
 
 PARITY_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
-"""Relative, between losses of two contenders.
+"""Relative tolerance between the losses of two contenders.
 
-A value in bfloat16 is off by up to 2^-9, but a loss is the mean over all tokens of an update, where
-such errors mostly cancel: four contenders of the rehearsal's shape, in bfloat16 on a CPU, stay
-within 1.3e-4 for 13 updates. Room is left for larger models, and float32 is where a test is sharp.
+A bfloat16 value is off by up to 2^-9. A loss averages over all tokens of an update, where such
+errors mostly cancel: four contenders at the rehearsal's shape, in bfloat16 on a CPU, stay within
+1.3e-4 for 13 updates. The tolerance leaves room for larger models; float32 gives the sharp test.
 """
 COMPARED_UPDATES = 20
-"""Beyond these, rounding alone can take two runs apart."""
+"""Updates whose losses are compared. Later, rounding alone can make two runs diverge."""
 
 
 def training_run(
     contender: str, recipe: str, config: Config, outcome: Outcome, rates: Rates | None
 ) -> TrainingRun:
-    """The row of an outcome; parity is left to be judged."""
+    """Row for an outcome. `parity` stays empty; the caller sets it."""
     model, training = config.model, config.training
     spread = None if outcome.failure else Spread.of(outcome.update_seconds)
     tok_per_s = None if spread is None else training.tokens_per_update / spread.median
@@ -40,7 +40,7 @@ def training_run(
     def utilisation(flops: float) -> float | None:
         return None if peak is None or tok_per_s is None else flops * tok_per_s / peak
 
-    # The rates are those of bfloat16.
+    # The rates are measured in bfloat16.
     bounded = rates if training.dtype == "bfloat16" else None
     return TrainingRun(
         contender=contender,
@@ -70,18 +70,18 @@ def training_run(
 
 
 def baseline(runs: Sequence[TrainingRun]) -> TrainingRun | None:
-    """The run whose losses the others are held to: the first that trained and is not void."""
+    """The run whose losses the others must match: the first one that is neither failed nor void."""
     return next((run for run in runs if not run.failure and not run.parity), None)
 
 
 def parity(run: TrainingRun, other: TrainingRun | None) -> str:
-    """Why the losses of `run` make it void; empty where it learns, and as `other` does."""
+    """Reason why `run` is void; empty if its loss falls and matches the losses of `other`."""
     if run.failure:
         return ""
     first, last = run.losses[0], run.losses[-1]
-    # NaN compares false.
+    # Written so that a NaN fails the check.
     if not last < first:
-        return f"Its loss did not fall: {first:.4f} at first, {last:.4f} at the end."
+        return f"The loss did not fall: first {first:.4f}, last {last:.4f}."
     if other is None:
         return ""
     tolerance = PARITY_TOLERANCE[run.dtype]
@@ -91,21 +91,21 @@ def parity(run: TrainingRun, other: TrainingRun | None) -> str:
             break
         if not math.isclose(own, wanted, rel_tol=tolerance):
             return (
-                f"Its loss in update {step} is {own:.4f}, that of {other.contender} {wanted:.4f}, "
-                f"which is not within {tolerance:g}."
+                f"The loss of update {step} is {own:.4f}, but {wanted:.4f} for "
+                f"{other.contender}; the relative tolerance is {tolerance:g}."
             )
     return ""
 
 
 def verdict(run: TrainingRun) -> str:
-    """Whether the row counts."""
+    """failed, void or valid."""
     if run.failure:
         return "failed"
     return "void" if run.parity else "valid"
 
 
 def assumed_rates() -> Rates | None:
-    """Those of this GPU by its name, where they are known."""
+    """Assumed rates of this GPU, looked up by its name; None on a CPU or an unknown GPU."""
     if not has_gpu():
         return None
     name = torch.cuda.get_device_name()

@@ -1,4 +1,4 @@
-"""fastllama's own loop, and one update of it, called from outside."""
+"""Runs fastllama's training loop, or single updates of it, for the benchmarks."""
 
 import os
 import tempfile
@@ -12,75 +12,84 @@ from typing import cast
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.training.job import Job, Pace, Trained
-from fastllama.checkpoints.state import TrainProgress
+from benchmarks.training.job import Budget, Job, Trained
+from fastllama.checkpoints.state import TrainState
 from fastllama.config import Config
-from fastllama.data.dataset import open_dataset
 from fastllama.distributed.compilation import CompileWatch
-from fastllama.distributed.fsdp import resolve_resharding
-from fastllama.distributed.world import World, distributed
-from fastllama.logs.recorder import Recorder
-from fastllama.logs.sinks import read_rows
-from fastllama.model.operator_choice import choose_operators
+from fastllama.distributed.world import World
+from fastllama.logs.rows import read_rows
 from fastllama.run_folder import RunFolder
-from fastllama.train import build_state, open_loader, run_updates, train_step
+from fastllama.train import run_updates, train_step
+from fastllama.training.monitor import UpdateMonitor
+from fastllama.training.session import Session
+from fastllama.training.setup import (
+    build_state,
+    choose_operators,
+    find_start,
+    open_loader,
+    open_session,
+)
 from fastllama.training.side_jobs import SideJobs
 from fastllama.training.stopping import StopSignal
 from fastllama_kernels import REFERENCE
 
 
-class _LookAtThePace:
-    """In the place of the side jobs: validation, due after every update, is to ask for a stop."""
+class _BudgetSideJobs:
+    """Stand-in for SideJobs. Its validation runs after every update and requests the stop."""
 
-    def __init__(self, pace: Pace, stop: StopSignal) -> None:
-        self._pace, self._stop = pace, stop
+    def __init__(
+        self, session: Session, state: TrainState, budget: Budget, stop: StopSignal
+    ) -> None:
+        self.session = session
+        self.monitor = UpdateMonitor(session, state.progress)
+        self.compile_watch = CompileWatch(
+            session.config, session.world, session.console, time.perf_counter()
+        )
+        self._budget, self._stop = budget, stop
 
     def validate(self) -> None:
-        self._stop.signalled = self._pace.enough()
+        self._stop.signalled = self._budget.is_spent()
 
     def save(self) -> None:
-        """Nothing: no checkpoint is part of a measurement."""
+        """No-op: a measurement writes no checkpoint."""
 
     sample = finish = save
 
 
 def train_fastllama(job: Job) -> Trained:
-    """`fastllama train` with all it does but the side jobs; times are those of its own log.
+    """Run the loop of `fastllama train` without side jobs. Times come from its own log.
 
-    It learns of the stop an update or two late, as when a user sends a signal.
+    The loop reacts to a stop request one or two updates later, as it does to a signal.
     """
     config = replace(job.config, training=replace(job.config.training, eval_interval=1))
-    dataset = open_dataset(config)
-    with ExitStack() as held:
-        run = RunFolder(Path(held.enter_context(tempfile.TemporaryDirectory())))
-        console = Console(file=held.enter_context(open(os.devnull, "w")))
-        world = held.enter_context(distributed(config))
-        operators, chosen = choose_operators(config, world)
-        config, memory = resolve_resharding(config, world)
+    stop = StopSignal()
+    with ExitStack() as stack:
+        run = RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        console = Console(file=stack.enter_context(open(os.devnull, "w")))
+        session = stack.enter_context(open_session(config, run, console, resume=False))
+        operators, chosen = choose_operators(session)
         plain = {name: getattr(REFERENCE, name) for name in job.plain_operators}
-        progress, stop = TrainProgress(), StopSignal()
-        state = build_state(config, world, replace(operators, **plain), progress, None)
-        recorder = Recorder(config, run, dataset, progress, world, console)
-        watch = CompileWatch(config, world, console, time.perf_counter())
-        side_jobs = cast(SideJobs, _LookAtThePace(job.pace, stop))
-        loader = held.enter_context(open_loader(state, config, dataset, world))
-        run_updates(state, loader, stop, config, world, watch, recorder, side_jobs)
+        state = build_state(session, find_start(session), replace(operators, **plain))
+        jobs = cast(SideJobs, _BudgetSideJobs(session, state, job.budget, stop))
+        loader = stack.enter_context(open_loader(session, state))
+        run_updates(state, loader, stop, jobs)
         rows = read_rows(run.metrics_csv)
     compiled = "blocks compiled" if config.training.compile else "not compiled"
     return Trained(
         losses=[row["loss"] for row in rows],
         seconds=[config.training.tokens_per_update / row["tok_per_s"] for row in rows],
-        details="; ".join([chosen, memory, compiled, *(f"plain {name}" for name in plain)]),
+        details="; ".join([chosen, session.memory, compiled, *(f"plain {name}" for name in plain)]),
     )
 
 
 @contextmanager
 def trainer_step(config: Config) -> Iterator[tuple[Callable[[], Tensor], World]]:
-    """The next update of a fresh run of `config` each time it is called, and its processes."""
-    dataset = open_dataset(config)
-    with distributed(config) as world:
-        operators, _ = choose_operators(config, world)
-        config, _ = resolve_resharding(config, world)
-        state = build_state(config, world, operators, TrainProgress(), None)
-        with open_loader(state, config, dataset, world) as loader:
-            yield lambda: train_step(state, loader, StopSignal(), config, world), world
+    """Yield a function that runs the next update of a fresh run of `config`, and its world."""
+    with ExitStack() as stack:
+        run = RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        console = Console(quiet=True)
+        session = stack.enter_context(open_session(config, run, console, resume=False))
+        operators, _ = choose_operators(session)
+        state = build_state(session, find_start(session), operators)
+        loader = stack.enter_context(open_loader(session, state))
+        yield lambda: train_step(session, state, loader, StopSignal()), session.world

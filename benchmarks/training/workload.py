@@ -1,4 +1,4 @@
-"""What every contender trains: the same tokens in the same order, weights and updates."""
+"""The workload shared by all contenders: tokens, their order, initial weights, updates."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,19 +18,19 @@ from fastllama.data.tokenizer import fingerprint, save_tokenizer, train_tokenize
 from fastllama.model.llama import Llama
 from fastllama_kernels import REFERENCE
 
-UPDATES_OF_DATA = 16
-"""Updates until the sequences come again, in another order."""
+UPDATES_PER_EPOCH = 16
+"""Updates per pass over the synthetic data. Every pass has a different order."""
 UNLIMITED_UPDATES = 1_000_000
-FOLLOWED = 0.9
-"""Probability that a token is followed by its image under the permutation."""
+FOLLOW_PROBABILITY = 0.9
+"""Probability that the next token is the image of the current one under the permutation."""
 
 
 def workload(config: Config, tokens_per_update: int) -> Config:
-    """A recipe as it is measured: no side jobs, no end, and a constant rate after five updates.
+    """A recipe as measured: no side jobs, no end, constant learning rate after five updates.
 
-    A warm-up of hundreds of updates would leave the loss where it begins, and then contenders that
-    learn nothing would agree. With none, the first updates of a large model are by the full rate in
-    every weight, whatever its gradient, and magnify how contenders round.
+    With a warm-up of hundreds of updates the loss would hardly move, and contenders that learn
+    nothing would pass the parity check. Without a warm-up, AdamW's first updates change every
+    weight by the full learning rate whatever its gradient, which amplifies rounding differences.
     """
     return replace(
         config,
@@ -49,7 +49,7 @@ def workload(config: Config, tokens_per_update: int) -> Config:
 
 
 def rehearsal(config: Config) -> Config:
-    """A recipe made so small that a CPU does an update in a blink."""
+    """A recipe shrunk so far that an update on a CPU takes a fraction of a second."""
     return replace(
         config,
         model=replace(
@@ -73,15 +73,15 @@ def rehearsal(config: Config) -> Config:
 
 
 def with_synthetic_data(config: Config, folder: Path) -> Config:
-    """Write a data folder that can be learnt within a few updates, and point `config` at it."""
+    """Write synthetic data that a model learns in a few updates; return `config` with its path."""
     vocab_size = config.model.vocab_size
     dtype = np.dtype("uint16" if vocab_size <= 2**16 else "uint32")
-    n_tokens = UPDATES_OF_DATA * config.training.tokens_per_update + 1
+    n_tokens = UPDATES_PER_EPOCH * config.training.tokens_per_update + 1
     folder.mkdir(parents=True)
     progress = SplitProgress()
     writer = SplitWriter(folder, "train", n_tokens, progress, dtype)
     writer.append(synthetic_tokens(n_tokens, vocab_size, config.training.seed).astype(dtype))
-    # The trainer wants a tokenizer; that it made no tokens changes nothing of training on them.
+    # The trainer requires a tokenizer file. Training never uses it.
     tokenizer = train_tokenizer([], vocab_size=260)
     save_tokenizer(tokenizer, folder / TOKENIZER_FILE)
     Manifest(
@@ -96,21 +96,21 @@ def with_synthetic_data(config: Config, folder: Path) -> Config:
 
 
 def synthetic_tokens(n_tokens: int, vocab_size: int, seed: int) -> NDArray[np.int64]:
-    """(n_tokens,) ids: each the image of the one before under a permutation, or drawn anew."""
-    draw = np.random.default_rng(seed)
-    image = draw.permutation(vocab_size)
-    # Chains side by side, because one is as long to compute as it has tokens.
+    """(n_tokens,) token ids, each random or the image of the previous id under a permutation."""
+    rng = np.random.default_rng(seed)
+    image = rng.permutation(vocab_size)
+    # Many chains in parallel: a chain is computed one token at a time.
     n_steps = min(n_tokens, 4096)
     n_chains = -(-n_tokens // n_steps)
-    tokens = draw.integers(0, vocab_size, (n_steps, n_chains))
-    follows = draw.random((n_steps, n_chains)) < FOLLOWED
+    tokens = rng.integers(0, vocab_size, (n_steps, n_chains))
+    follows = rng.random((n_steps, n_chains)) < FOLLOW_PROBABILITY
     for step in range(1, n_steps):
         tokens[step, follows[step]] = image[tokens[step - 1, follows[step]]]
     return tokens.T.reshape(-1)[:n_tokens]
 
 
 def read_batches(config: Config) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets of each micro-batch, (B, T) int64 on the host, read when asked for."""
+    """Yield inputs and targets of each micro-batch, (B, T) int64 on the host, read on demand."""
     stream = open_dataset(config).train
     batch_size, seq_len = config.training.batch_size, config.model.max_seq_len
     first = 0
@@ -124,9 +124,9 @@ def read_batches(config: Config) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def initial_model(config: Config, device: torch.device) -> Llama:
-    """The model of plain PyTorch operators with the weights that all contenders start from.
+    """Our model on plain PyTorch operators, with the initial weights of all contenders.
 
-    Drawn on `device`, as the trainer draws them: a seed means other numbers on a CPU.
+    The weights are drawn on `device`, as in the trainer: CPU and GPU generators differ per seed.
     """
     with torch.device(device):
         model = Llama(config.model, REFERENCE)

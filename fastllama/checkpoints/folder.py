@@ -1,4 +1,14 @@
-"""The folder of checkpoints: names, checksums, the link `latest`, which are kept."""
+"""The folder of checkpoints: their names, their checksums, and which of them are kept.
+
+    checkpoints/step-00000512/
+        shard-00001-model-….safetensors   of rank 0, one or more; any number of ranks reads them
+        progress.json                     step, position in the data, counters, identity
+        manifest.json                     size and SHA-256 of each file; written last
+    checkpoints/latest -> step-00000512
+
+A checkpoint is written under a hidden name, made durable, and renamed, so a folder named step-… is
+complete. Nothing in it is a pickle: loading a checkpoint executes no code from it.
+"""
 
 import contextlib
 import hashlib
@@ -15,7 +25,7 @@ from fastllama.config import Config
 
 
 def describe(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
-    """Size and checksum of the files that match, as a manifest holds them."""
+    """Size and SHA-256 of the files that match `pattern`, as the manifest lists them."""
     entries = {}
     for path in sorted(folder.glob(pattern)):
         with open(path, "rb") as file:
@@ -25,7 +35,7 @@ def describe(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were finished, newest first."""
+    """Complete checkpoints, newest first."""
     return sorted(
         (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)),
         reverse=True,
@@ -38,9 +48,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint that was passed over, so that it neither counts nor is overwritten.
+    """Rename a checkpoint that is not used, so that it neither counts nor is overwritten.
 
-    Nothing of it is removed: its weights may be worth a rescue, or be those of another run.
+    It stays on disk: its weights may be worth a rescue, or belong to another run.
     """
     number = 1
     while (aside := path.with_name(f"passed-over-{path.name}-{number}")).exists():
@@ -51,7 +61,7 @@ def set_aside(path: Path) -> Path:
 
 
 def point_latest(checkpoint: Path) -> None:
-    """Point the link `latest` beside `checkpoint` at it."""
+    """Point the link `latest` at `checkpoint`, which lies beside it."""
     aside = checkpoint.with_name(".latest.partial")
     aside.unlink(missing_ok=True)
     aside.symlink_to(checkpoint.name)
@@ -61,13 +71,16 @@ def point_latest(checkpoint: Path) -> None:
 def mend_latest(newest: Path) -> None:
     """Point `latest` at the newest whole checkpoint, if a kill came between it and its link."""
     if dist.get_rank() == 0 and newest.with_name("latest").resolve() != newest.resolve():
-        # A run that is done may lie on a disk that is read-only by now.
+        # A finished run may lie on a read-only disk by now.
         with contextlib.suppress(OSError):
             point_latest(newest)
 
 
 def remove_old(newest: Path, config: Config) -> None:
-    """Remove, oldest first, all but `newest`, those before it to keep, and the permanent ones."""
+    """Remove, oldest first, the checkpoints before `newest` that `config.checkpoint` does not keep.
+
+    Later ones than `newest` stay.
+    """
     paths = [path for path in reversed(complete_checkpoints(newest.parent)) if path <= newest]
     kept = {*paths[-config.checkpoint.keep_last :], *permanent(paths, config)}
     for path in paths:
@@ -79,7 +92,7 @@ def remove_old(newest: Path, config: Config) -> None:
 
 
 def permanent(paths: list[Path], config: Config) -> list[Path]:
-    """Of `paths`, oldest first, the first at or after each multiple of `keep_every_tokens`."""
+    """The first of `paths`, oldest first, at or after each multiple of `keep_every_tokens`."""
     interval, per_update = config.checkpoint.keep_every_tokens, config.training.tokens_per_update
     found: list[Path] = []
     multiple = 0

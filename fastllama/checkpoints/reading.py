@@ -1,15 +1,4 @@
-"""Checkpoints: what is in one, whether it is whole, and how it is loaded.
-
-    checkpoints/step-00000512/
-        shard-00001-model-….safetensors   of rank 0, one or more; any number of ranks reads them
-        progress.json                     step, position in the data, counters, identity
-        manifest.json                     size and SHA-256 of each file; written last
-    checkpoints/latest -> step-00000512
-
-A checkpoint is written under a hidden name, made durable, and renamed: a folder called step-… is
-complete (`writing.py`). Nothing in it is a pickle, so loading one runs no code of
-whoever wrote it.
-"""
+"""Reading checkpoints: which one is whole, which one belongs to the run, and its tensors."""
 
 import json
 import warnings
@@ -27,16 +16,50 @@ from fastllama.checkpoints.folder import complete_checkpoints, describe
 from fastllama.checkpoints.state import TrainProgress
 
 
-def find_damage(path: Path, wanted: str = "") -> str | None:
-    """Read a checkpoint against its manifest; say what is wrong, or None.
+def newest_checkpoint(
+    folder: Path, identity: dict[str, Any], wanted: str = ""
+) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint with this identity, and why each newer one is not used.
 
-    Files without a tensor whose name begins with `wanted` need only be of the right size. The
-    ranks of a run, which all call this, read a share each and hear the same.
+    All ranks of a run call this together. `wanted` is the argument of `find_damage`.
+
+    Raises:
+        ValueError: every whole checkpoint has another identity.
+    """
+    paths = [complete_checkpoints(folder)]
+    if dist.is_initialized():
+        # On a shared file system a node may still list a folder that another one has removed.
+        dist.broadcast_object_list(paths)
+    unusable: dict[Path, str] = {}
+    foreign = None
+    for path in paths[0]:
+        reason = find_damage(path, wanted)
+        if reason is None:
+            reason = find_difference(path, identity)
+            foreign = foreign or reason
+        if reason is None:
+            return path, unusable
+        unusable[path] = reason
+    if foreign is not None:
+        raise ValueError(
+            f"{foreign}; keep that value to resume, or start a new run with --run-dir."
+        )
+    return None, unusable
+
+
+def find_damage(path: Path, wanted: str = "") -> str | None:
+    """Check a checkpoint against its manifest; return what is wrong, or None.
+
+    The contents of a file count only if it may hold a tensor whose name begins with `wanted`; of
+    other files only the size counts. All ranks of a run call this together: each reads a share of
+    the files, and all return the same.
     """
     if not dist.is_initialized():
         return _find_damage_in_share(path, 0, 1, wanted)
     rank, size = dist.get_rank(), dist.get_world_size()
-    return _agreed(_find_damage_in_share(path, rank, size, wanted))
+    damages: list[str | None] = [None] * size
+    dist.all_gather_object(damages, _find_damage_in_share(path, rank, size, wanted))
+    return next((damage for damage in damages if damage is not None), None)
 
 
 def _find_damage_in_share(path: Path, rank: int, size: int, wanted: str) -> str | None:
@@ -45,15 +68,15 @@ def _find_damage_in_share(path: Path, rank: int, size: int, wanted: str) -> str 
         entries = dict(json.loads(manifest.read_text())["files"])
         names = sorted(entries, key=lambda name: entries[name]["bytes"])
         whole = "progress.json" in names and all(name == Path(name).name for name in names)
-        # A shard that is not listed would be read all the same.
-        strange = {shard.name for shard in path.glob("*.safetensors")} - entries.keys()
+        # The reader would load a shard that is not listed.
+        unlisted = {shard.name for shard in path.glob("*.safetensors")} - entries.keys()
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
         return f"{manifest} is missing or unreadable"
-    if strange:
-        return f"{path / min(strange)} is not in {manifest.name}"
-    # Dealt out in the order of their sizes, so that the shares are alike.
+    if unlisted:
+        return f"{path / min(unlisted)} is not in {manifest.name}"
+    # Dealt out in the order of their sizes, so that the shares are equal.
     for name in names[rank::size]:
         try:
             whole = (path / name).stat().st_size == entries[name]["bytes"]
@@ -69,7 +92,7 @@ def _find_damage_in_share(path: Path, rank: int, size: int, wanted: str) -> str 
 
 
 def _may_hold(file: Path, wanted: str) -> bool:
-    """Whether a file has a tensor whose name begins with `wanted`, or no header that denies it."""
+    """Whether a file may hold a tensor whose name begins with `wanted`."""
     if not wanted:
         return True
     try:
@@ -80,46 +103,8 @@ def _may_hold(file: Path, wanted: str) -> bool:
         return True
 
 
-def _agreed(wrong: str | None) -> str | None:
-    """The first complaint of any rank, on all of them."""
-    complaints: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(complaints, wrong)
-    return next((complaint for complaint in complaints if complaint is not None), None)
-
-
-def newest_checkpoint(
-    folder: Path, identity: dict[str, Any], wanted: str = ""
-) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that is whole and of this identity, and why newer ones are not used.
-
-    The ranks of a run call this together; `wanted` is that of `find_damage`.
-
-    Raises:
-        ValueError: all that are whole belong to a run of another identity.
-    """
-    paths = [complete_checkpoints(folder)]
-    if dist.is_initialized():
-        # A file system shared by the nodes may show another what is removed already.
-        dist.broadcast_object_list(paths)
-    passed_over: dict[Path, str] = {}
-    foreign = None
-    for path in paths[0]:
-        wrong = find_damage(path, wanted)
-        if wrong is None:
-            wrong = find_difference(path, identity)
-            foreign = foreign or wrong
-        if wrong is None:
-            return path, passed_over
-        passed_over[path] = wrong
-    if foreign is not None:
-        raise ValueError(
-            f"{foreign}; keep that value to resume, or start a new run with --run-dir."
-        )
-    return None, passed_over
-
-
 def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
-    """What keeps an undamaged checkpoint from being one of a run with `identity`, or None."""
+    """Why an undamaged checkpoint does not belong to a run with `identity`, or None."""
     try:
         saved, _ = _read(path)
     except (OSError, ValueError, KeyError, TypeError):
@@ -136,7 +121,7 @@ def read_progress(path: Path) -> TrainProgress:
 
 
 def read_identity(path: Path) -> dict[str, Any]:
-    """What kind of run an undamaged checkpoint is of."""
+    """Identity of the run that saved an undamaged checkpoint."""
     return _read(path)[0]
 
 
@@ -146,13 +131,13 @@ def _read(path: Path) -> tuple[dict[str, Any], TrainProgress]:
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors`, whole or sharded in any way, with the values saved under their names.
+    """Fill `tensors` in place, however they are sharded, with the values saved by their names.
 
     Raises:
-        ValueError: the checkpoint lacks one of them, or it cannot be read.
+        ValueError: the checkpoint lacks a tensor, or it cannot be read.
     """
     with warnings.catch_warnings():
-        # One process without a group is the normal case of generation.
+        # Generation loads in one process without a process group.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             dcp.load(
@@ -165,5 +150,5 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def first_failure(error: CheckpointException) -> BaseException:
-    """What went wrong on the first process where something did."""
+    """The exception of the first rank that failed."""
     return next(iter(error.failures.values()))[0]

@@ -1,58 +1,69 @@
-"""What an update changes, and what a checkpoint therefore holds."""
+"""What an update changes, and therefore what a checkpoint holds."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastllama.model.llama import Llama
 from fastllama.optim.spikes import SpikeDetector
 
 MODEL = "model."
-"""What the names of the weights begin with in a checkpoint."""
+"""Prefix of the weights' names in a checkpoint."""
 
 
 @dataclass
 class TrainProgress:
-    """How far a run has come; with the weights and moments, all a resumed run needs."""
+    """How far a run has come. With weights and moments it is all that a resumed run needs."""
 
     step: int = 0
-    """Optimizer updates done, refused ones included."""
+    """Optimizer updates done, skipped ones included."""
     position: int = 0
     """Sequences consumed since the run began."""
     skipped_steps: int = 0
-    """Updates refused because loss or gradient norm was not finite or a spike."""
+    """Updates skipped because the loss or gradient norm was not finite or was a spike."""
     skipped_in_a_row: int = 0
-    """Refused updates since the last good one."""
+    """Skipped updates since the last applied one."""
     spikes: list[float] = field(default_factory=list)
-    """`fastllama.optim.spikes.SpikeDetector.state`, as of a checkpoint; empty before any."""
+    """`SpikeDetector.state` at the last checkpoint; empty before the first."""
 
 
 @dataclass
 class TrainState:
-    """Weights, moments, and how far the run has come."""
+    """Weights, moments, and progress."""
 
     model: Llama
     optimizer: torch.optim.AdamW
     progress: TrainProgress
     spikes: SpikeDetector | None
-    """What updates are judged by, where spikes are refused."""
+    """Statistics of past updates, where `training.spike_z_score` asks for them."""
 
     def tensors(self) -> dict[str, Any]:
         """Weights and moments by checkpoint name; the values are the live tensors."""
         return training_tensors(self.model, self.optimizer)
 
 
-def model_tensors(model: nn.Module) -> dict[str, Any]:
-    """The weights by the names they have in a checkpoint; the values are the live tensors."""
-    return {f"{MODEL}{name}": parameter.detach() for name, parameter in model.named_parameters()}
+def checkpoint_name(parameter: str) -> str:
+    """The name of a parameter of `Llama` in a checkpoint.
+
+    Names on disk stay when a module moves: each norm was once a module of the block.
+    """
+    return parameter.replace("attention.norm.", "attention_norm.").replace("mlp.norm.", "mlp_norm.")
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Weights by checkpoint name; the values are the live tensors."""
+    return {
+        f"{MODEL}{checkpoint_name(name)}": parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Weights and AdamW's state by checkpoint name; the values are the live tensors."""
-    tensors = model_tensors(model)
+    tensors: dict[str, Any] = model_tensors(model)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value
+            tensors[f"optimizer.{key}.{checkpoint_name(name)}"] = value
     return tensors

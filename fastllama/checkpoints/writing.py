@@ -1,8 +1,10 @@
-"""Saving checkpoints while training goes on: copied between updates, written by a thread a rank.
+"""Saving checkpoints while training continues.
 
-Why not `dcp.async_save`: it is experimental in every PyTorch supported here and returns a future of
-another type from one to the next; and a checkpoint is complete only with its checksums, its
-manifest and its rename, which need the same thread and the same process group once more.
+Between two updates each rank copies its tensors to host memory. A thread of each rank writes them.
+
+`dcp.async_save` is not used. It is experimental in every supported PyTorch, and its return type
+differs between them. A checkpoint is also complete only with its checksums, its manifest and its
+rename, which need the same thread and the same process group once more.
 """
 
 import contextlib
@@ -36,15 +38,15 @@ from fastllama.config import Config
 Result = TypeVar("Result")
 
 FILE_BYTES = 128 * 2**20
-"""What a rank puts into one file, unless a single tensor is larger.
+"""Size of one file of a rank, unless a single tensor is larger.
 
-PyTorch's writer serialises a file as a whole, with Python's lock held and two copies in memory:
-training launches nothing meanwhile.
+PyTorch's writer serialises a whole file with Python's lock held and two copies in memory. Training
+launches no kernel in that time.
 """
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run, one at a time; every rank has one and calls it alike."""
+    """Writes the checkpoints of one run, one at a time. Every rank has one and calls it alike."""
 
     def __init__(
         self,
@@ -54,31 +56,31 @@ class CheckpointWriter:
         device: torch.device,
         report: Callable[[str], None],
     ) -> None:
-        """Save into `folder`; `report` gets a sentence for each checkpoint, written or not.
+        """Save into `folder`; call `report` with one sentence for each checkpoint, saved or failed.
 
-        `identity` is what must not change for the progress to mean the same.
+        `identity` holds the options that a resumed run may not change.
         """
         self.saved_step: int | None = None
-        """The update of the last checkpoint that is complete."""
+        """The update of the last complete checkpoint."""
         self.failure = ""
-        """Why the last one that is not could not be written."""
+        """Why the last failed checkpoint could not be written."""
         self._folder, self._config, self._identity = folder, config, identity
         self._device, self._report = device, report
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        # Of its own, so that what the threads send never mixes with training's collectives. It
-        # keeps PyTorch's timeout for it: ranks may finish their files minutes apart.
+        # A separate group, so that the threads' collectives never mix with those of training. It
+        # keeps PyTorch's own timeout, because ranks may finish their files minutes apart.
         self._group = dist.new_group(backend="gloo")
         self._is_main = dist.get_rank() == 0
 
     def save(self, tensors: dict[str, Tensor], progress: TrainProgress) -> None:
-        """Copy what is to be saved and begin to write it, once the save before is over.
+        """Wait for the save before, copy the tensors to host memory, and start to write them.
 
-        When this returns `tensors` and `progress` may change.
+        When this returns, `tensors` and `progress` may change.
         """
         start = time.perf_counter()
         self.wait()
-        # From CUDA, a copy that does not block is to pinned memory.
+        # A non-blocking copy from CUDA goes to pinned memory.
         staged = {
             name: tensor.to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()
         }
@@ -93,10 +95,10 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until no save is under way; `saved_step` and `failure` tell how the last one went.
+        """Wait until no save is in progress. `saved_step` and `failure` then hold its outcome.
 
         Raises:
-            RuntimeError: another rank is gone, or does not answer.
+            RuntimeError: another rank is gone or does not answer.
         """
         if self._thread is not None:
             self._thread.join()
@@ -108,7 +110,7 @@ class CheckpointWriter:
     def _run(self, staged: dict[str, Tensor], progress: TrainProgress, seconds: float) -> None:
         start = time.perf_counter()
         if self._device.type == "cuda":
-            # A new thread starts on GPU 0, and PyTorch's writer would make a context there.
+            # A new thread starts on GPU 0, where PyTorch's writer would create a context.
             torch.cuda.set_device(self._device)
         final = self._folder / f"step-{progress.step:08d}"
         aside = final.with_name(f".{final.name}.partial")
@@ -117,13 +119,13 @@ class CheckpointWriter:
             self.saved_step = progress.step
             written = time.perf_counter() - start
             self._report(f"saved {final} ({seconds:.2f} s staged, {written:.2f} s written)")
-            # Together as well: torchrun ends all ranks when the first one leaves.
+            # All ranks wait: torchrun ends all of them when the first one exits.
             self._on_main(lambda: self._tidy(final))
         except OSError as error:
             if self._is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             self.failure = f"The checkpoint {final} could not be written: {error}"
-            self._report(f"{self.failure}; the next one is tried when it is due.")
+            self._report(f"{self.failure}; training continues, and the next one is due as planned.")
         except Exception as error:  # handed to the training thread, which raises it
             self._error = error
 
@@ -135,8 +137,8 @@ class CheckpointWriter:
             str(aside), fqn_to_index_mapping=file_numbers(staged), save_distributed=True
         )
         try:
-            # Of equal replicas one writes, by the planner's choice; the files are durable then.
-            with stream_of_its_own(self._device):
+            # Of equal replicas the planner lets one write. The files are durable when this returns.
+            with own_stream(self._device):
                 dcp.save(staged, storage_writer=writer, process_group=self._group)
         except CheckpointException as error:
             raise OSError(str(first_failure(error))) from None
@@ -146,7 +148,7 @@ class CheckpointWriter:
         self._on_main(lambda: self._complete(aside, final, progress, files))
 
     def _make_room(self, aside: Path) -> None:
-        # Without its parents: a run folder that is gone is not one to make anew.
+        # Without its parents: a run folder that was deleted is not made anew.
         self._folder.mkdir(exist_ok=True)
         for pattern in (".step-*.partial", ".step-*.removed"):
             for leftover in self._folder.glob(pattern):
@@ -164,7 +166,7 @@ class CheckpointWriter:
 
     def _tidy(self, newest: Path) -> None:
         try:
-            # Before anything older goes.
+            # Before anything older is removed.
             fsync_folder(self._folder)
             point_latest(newest)
             remove_old(newest, self._config)
@@ -175,7 +177,7 @@ class CheckpointWriter:
         self._on_each(compute if self._is_main else lambda: None)
 
     def _on_each(self, compute: Callable[[], Result]) -> list[Result]:
-        """What `compute` gives on every rank, on every rank; an OSError of one is one of all."""
+        """Call `compute` on every rank; return all results, or raise the first OSError of any."""
         outcomes: list[Any] = [None] * dist.get_world_size(self._group)
         try:
             outcome: Any = compute()
@@ -196,17 +198,17 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Whatever ended the run, what was staged before it is good.
+        # What was staged is good, whatever ended the run.
         if self._thread is not None:
             self._thread.join()
 
 
 def file_numbers(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The number, from 1, of the file of each tensor among those of a rank; alike on every rank."""
+    """The file number, from 1, of each tensor; the same on every rank."""
     numbers = {}
     number, filled = 1, 0
     for name, tensor in sorted(tensors.items()):
-        # Not the local size, which differs between ranks where a split is uneven.
+        # Not the local size, which differs between ranks when a split is uneven.
         size = tensor.nbytes // _n_shards(tensor)
         if filled and filled + size > FILE_BYTES:
             number, filled = number + 1, 0
@@ -222,10 +224,10 @@ def _n_shards(tensor: Tensor) -> int:
     return math.prod(size for size, placement in sizes if placement.is_shard())
 
 
-def stream_of_its_own(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What a thread does inside waits for nothing that another one launched on `device`."""
+def own_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Keep the thread's waits inside from including the kernels of training on `device`."""
     if device.type != "cuda":
         return contextlib.nullcontext()
-    # PyTorch's writer waits for the current stream every 10 MB, even where all is in host memory,
-    # and that of a new thread is the one training launches on.
+    # PyTorch's writer waits for the current stream every 10 MB, even for tensors in host memory.
+    # The current stream of a new thread is the one that training launches on.
     return torch.cuda.stream(torch.cuda.Stream(device))

@@ -1,4 +1,4 @@
-"""torch.compile: what is one graph, how long the first update may take, and what may follow it."""
+"""torch.compile: the compiled modules, the time the first update may take, and later graphs."""
 
 import os
 import shutil
@@ -15,47 +15,46 @@ from fastllama.distributed.world import World
 from fastllama.model.llama import Llama
 
 FIRST_UPDATE_MINUTES = 60.0
-"""How long a collective may wait while graphs are compiled.
+"""Timeout of a collective while graphs are compiled.
 
-Each process compiles on its own, in the forward between two gathers, and the one with the emptiest
-cache and the busiest host keeps all others waiting there. Having one process compile first and
-the others load its graphs would not be shorter: under FSDP2 no process can run a forward alone, so
-it would have to compile a copy of the model that differs in all that FSDP2 adds, in the hope of the
-same graphs. Those that compile at the same time are done when the slowest is.
+Each process compiles by itself, in the forward between two gathers, so all processes wait for the
+slowest. Compiling in one process first would not be faster: under FSDP2 no process can run a
+forward alone. It would have to compile a copy of the model without FSDP2's hooks, and the graphs
+might differ.
 """
 
 
 def refuse_missing_compiler() -> None:
-    """Raise ValueError if torch.compile would not find the compiler it builds with on a CPU."""
+    """Raise ValueError if the C++ compiler that torch.compile needs on a CPU is missing."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ValueError(
-            f"torch.compile needs a C++ compiler, and there is no {compiler}; install one, name it "
-            "in the environment variable CXX, or train with --training.compile false."
+            f"torch.compile needs a C++ compiler, and {compiler} is missing; install it, name "
+            "another in the environment variable CXX, or train with --training.compile false."
         )
 
 
 def compile_model(model: Llama, config: Config) -> None:
-    """Have what `training.compile_scope` names compiled at its first call.
+    """Compile the blocks or the whole model, as `training.compile_scope` says, at the first call.
 
-    FSDP2 gathers between graphs in either case; the scope "model" adds those of embedding, final
-    norm and loss to the two of the blocks, that of the first and that of all others.
+    FSDP2 gathers between graphs in either case. The blocks make two graphs: one of the first block
+    and one of all others. The scope "model" adds graphs of embedding, final norm and loss.
     """
     for module in [model] if config.training.compile_scope == "model" else model.blocks:
         module.compile(dynamic=False)
 
 
 class CompileWatch:
-    """Gives the first update the time that compiling takes, and tells of graphs compiled later."""
+    """Gives the first update time to compile, and reports graphs that are compiled later."""
 
     def __init__(self, config: Config, world: World, console: Console, began: float) -> None:
-        """`began` is when the run did, by time.perf_counter."""
+        """`began` is the start of the run, by time.perf_counter."""
         self._config, self._world, self._console, self._began = config, world, console, began
         self._warm = False
 
     @contextmanager
     def update(self, step: int) -> Iterator[None]:
-        """Around each update; every process calls it."""
+        """Wrap one update; every process calls it."""
         before = n_compiled_graphs()
         if not self._warm and self._config.training.compile:
             asked = self._config.parallel.timeout_minutes
@@ -67,8 +66,8 @@ class CompileWatch:
             self._tell_first_update(compiled)
         elif compiled:
             self._tell(
-                f"step {step}: torch.compile made {compiled} more graphs, which is a mistake after "
-                "the first update and slows training down; TORCH_LOGS=recompiles tells why."
+                f"step {step}: torch.compile made {compiled} more graphs. This slows training, and "
+                "should not happen after the first update; TORCH_LOGS=recompiles shows the reason."
             )
 
     def _tell_first_update(self, compiled: int) -> None:
@@ -85,5 +84,5 @@ class CompileWatch:
 
 
 def n_compiled_graphs() -> int:
-    """Graphs this process has compiled so far."""
+    """Number of graphs that this process has compiled."""
     return int(counters["stats"]["unique_graphs"])

@@ -1,8 +1,8 @@
-"""Bit-equal runs: PyTorch's deterministic mode for as long as a run trains.
+"""Deterministic runs: PyTorch's deterministic mode for the duration of a training.
 
-Two runs of one configuration, on the same devices and the same number of them, then have the same
-bits. The parts that are ours need no mode: kernels without atomics, an order of data and random
-numbers that are computed, reductions over processes in the order of the library's ring.
+Two runs of one configuration, on the same devices and as many of them, then produce the same bits.
+Our own parts need no mode: kernels use no atomics, data order and random numbers are computed, and
+collectives reduce in the fixed order of the library's ring.
 """
 
 import os
@@ -16,28 +16,28 @@ from torch._inductor import config as inductor
 from fastllama.errors import TrainingFailedError
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-# The two that NVIDIA promises the same bits for, whatever else the device is busy with:
+# The two settings for which NVIDIA promises the same bits, whatever else the device runs:
 # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 _WORKSPACES = (":4096:8", ":16:8")
 
 
 def fix_cublas_workspace() -> None:
-    """Give cuBLAS a workspace of its own for each stream, before CUDA starts.
+    """Give cuBLAS one workspace a stream, before CUDA starts.
 
     Raises:
-        ValueError: the environment asks for a workspace that does not give the same bits.
+        ValueError: the environment sets a workspace that is not deterministic.
     """
     workspace = os.environ.setdefault(_WORKSPACE, _WORKSPACES[0])
     if workspace not in _WORKSPACES:
         raise ValueError(
-            f"{_WORKSPACE} = {workspace} in the environment does not go with "
-            f"training.deterministic; unset it, or use {' or '.join(_WORKSPACES)}."
+            f"{_WORKSPACE} = {workspace} in the environment is not deterministic, and "
+            f"training.deterministic is set; unset the variable, or use {' or '.join(_WORKSPACES)}."
         )
 
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """If `wanted`, have PyTorch, cuDNN and Inductor compute the same bits each time, or refuse.
+    """If `wanted`, make PyTorch, cuDNN and Inductor deterministic inside.
 
     Raises:
         TrainingFailedError: an operator inside has no deterministic implementation.
@@ -51,16 +51,16 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     try:
-        # Inductor would time kernels that sum in different orders and take the fastest.
+        # Otherwise Inductor times kernels that sum in different orders and takes the fastest.
         with inductor.patch(deterministic=True):
             yield
     except RuntimeError as error:
-        refused = re.search(r"(\S+) does not have a deterministic implementation", str(error))
-        if refused is None:
+        missing = re.search(r"(\S+) does not have a deterministic implementation", str(error))
+        if missing is None:
             raise
         raise TrainingFailedError(
-            f"The operator {refused[1]} has no deterministic implementation on this device, and "
-            "training.deterministic asks for one; replace the operator, or train with "
+            f"The operator {missing[1]} has no deterministic implementation on this device, and "
+            "training.deterministic is set; replace the operator, or train with "
             "--training.deterministic false."
         ) from error
     finally:

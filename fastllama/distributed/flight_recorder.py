@@ -1,21 +1,21 @@
-"""NCCL's flight recorder: the last collectives of each process, written when one times out."""
+"""NCCL's flight recorder: each process writes its last collectives when one times out."""
 
 import os
 from pathlib import Path
 
 DUMP_VARIABLE = "TORCH_FR_DUMP_TEMP_FILE"
 
-# A variable, the names it had before, and its value; torch reads the old names as well.
+# A variable with its older names, which torch still reads, and its value.
 _COLLECTIVES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"
 _DUMP = ("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"
 _DUMP_NAMES = (DUMP_VARIABLE, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 
 
 def record_collectives(folder: Path) -> str:
-    """Have the process group to come record; what the user has set in the environment stays.
+    """Make the next process group record. Variables that the user has set stay.
 
     Returns:
-        The path of the dumps, to which torch appends the rank.
+        The path of the dumps; torch appends the rank.
     """
     settings = _COLLECTIVES, _DUMP, (_DUMP_NAMES, str(folder.resolve() / "flight-recorder-"))
     for names, value in settings:
@@ -25,5 +25,5 @@ def record_collectives(folder: Path) -> str:
 
 
 def dump_path() -> str | None:
-    """The path of the dumps without the rank, or None where nothing is recorded."""
+    """The path of the dumps without the rank, or None if nothing is recorded."""
     return next((os.environ[name] for name in _DUMP_NAMES if name in os.environ), None)

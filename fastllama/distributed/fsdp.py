@@ -15,7 +15,7 @@ from fastllama.planning.memory import choose_resharding
 
 
 def resolve_resharding(config: Config, world: World) -> tuple[Config, str]:
-    """`config` with "auto" of `parallel.reshard_after_forward` decided, and what was and why."""
+    """Decide `parallel.reshard_after_forward = "auto"`; return the new config and the reason."""
     available = None
     if world.device.type == "cuda":
         available = torch.cuda.get_device_properties(world.device).total_memory
@@ -25,12 +25,11 @@ def resolve_resharding(config: Config, world: World) -> tuple[Config, str]:
 
 
 def shard_model(model: Llama, config: Config, world: World) -> None:
-    """Shard a meta-device model block by block and allocate this process's part.
+    """Shard a meta-device model block by block, and allocate this process's shards.
 
-    Parameters are float32 shards; they are gathered and computed with in `training.dtype`, and
-    gradients are reduced in `parallel.reduce_dtype`. `cast_forward_inputs` is off because the
-    rotary tables go through the blocks' inputs and must stay float32. Whether to reshard has to be
-    decided by now (`resolve_resharding`).
+    Shards are float32. Parameters are gathered in `training.dtype`, gradients are reduced in
+    `parallel.reduce_dtype`. `cast_forward_inputs` is off because the rotary tables are inputs of
+    the blocks and must stay float32. Call `resolve_resharding` first.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.training.dtype),
@@ -41,20 +40,20 @@ def shard_model(model: Llama, config: Config, world: World) -> None:
     reshard = config.parallel.reshard_after_forward
     assert reshard != "auto"
     for block in model.blocks:
-        # The backward begins with the last block: what it would free it would gather again at once.
+        # The backward begins with the last block, so freeing it would only gather it again at once.
         shard(block, reshard_after_forward=reshard and block is not model.blocks[-1])
-    # The same holds for the root's own weights, embedding and output.
+    # The same holds for the embedding, the final norm and the output projection.
     shard(model, reshard_after_forward=False)
     _prefetch_one_ahead(model)
     model.to_empty(device=world.device)
 
 
 def _prefetch_one_ahead(model: Llama) -> None:
-    """Gather each block while the one before it computes, in both directions.
+    """Gather each block while the block before it computes, in forward and backward.
 
-    It is the order PyTorch would find by itself, but asked for from the host before the block
-    under way is launched and not after, so that a slow host delays no gather. Blocks that are
-    gathered already are passed over.
+    The order is that of FSDP2's implicit prefetch, but each gather is issued before the current
+    block's kernels are launched, so a slow host delays no gather. FSDP2 skips blocks that are
+    already gathered.
     """
     order = [cast(FSDPModule, module) for module in (model, *model.blocks)]
     for module, following in pairwise(order):
@@ -64,9 +63,9 @@ def _prefetch_one_ahead(model: Llama) -> None:
 
 
 def reshard(model: Llama) -> None:
-    """Give up gathered parameters after forwards that no backward follows.
+    """Free gathered parameters after a forward without a backward.
 
-    Until then the model's parameters are not the shards the optimizer and checkpoints work on.
+    Until then the model's parameters are not the shards that the optimizer and checkpoints use.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -76,9 +75,9 @@ def reshard(model: Llama) -> None:
 def set_last_micro_batch(model: FSDPModule, is_last: bool, reshard: bool) -> None:
     """Reduce gradients after the last micro-batch of an update only.
 
-    Until then they accumulate on this device, in `parallel.reduce_dtype`, and unless `reshard`
-    saves memory the gathered parameters stay too, so an update communicates once however many
-    micro-batches it has: within a replica and, where there are several, between them.
+    Until then each device accumulates its own gradients in `parallel.reduce_dtype`. Unless
+    `reshard` frees them to save memory, gathered parameters stay as well. An update then
+    communicates once, however many micro-batches it has.
     """
     model.set_requires_gradient_sync(is_last)
     model.set_is_last_backward(is_last)

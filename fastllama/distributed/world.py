@@ -1,4 +1,4 @@
-"""Processes, devices, and the model sharded over them; one process is the same case."""
+"""Processes and their devices; one process is the same case."""
 
 import ctypes
 import os
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all."""
+    """This process among all processes of the run."""
 
     rank: int
     size: int
@@ -35,7 +35,7 @@ class World:
         return self.rank == 0
 
     def from_main(self, compute: Callable[[], Result]) -> Result:
-        """What the main process computes, on every process; a ValueError it raises as well."""
+        """Call `compute` on the main process; all return its result or raise its ValueError."""
         outcome: list[Any] = [None]
         if self.is_main:
             try:
@@ -44,54 +44,52 @@ class World:
                 outcome = [error]
         dist.broadcast_object_list(outcome)
         if isinstance(outcome[0], ValueError):
-            # Taken out: kept here, the error would hold this frame and the frame the error, and
-            # with them the process group, whose threads abort an interpreter that is ending.
+            # Removed from the list: frame and error would hold each other in a cycle, and with them
+            # the process group, whose threads abort the interpreter at shutdown.
             raise outcome.pop()
         return cast(Result, outcome[0])
 
     def agree(self, value: Tensor) -> Tensor:
-        """The main process's value of a tensor, on every process."""
+        """Overwrite a tensor with the main process's value."""
         if self.size > 1:
             dist.broadcast(value, src=0)
         return value
 
     def mean(self, value: Tensor) -> Tensor:
-        """Average a small tensor over the processes, in place, without a host wait."""
+        """Average a small tensor over the processes in place, without a host synchronisation."""
         if self.size > 1:
             dist.all_reduce(value)
             value /= self.size
         return value
 
     def set_timeout(self, minutes: float) -> None:
-        """Let collectives issued from now on wait this long; every process calls it."""
-        # So that none is judged by the new time while another still works under the old one.
+        """Set the timeout of later collectives; every process calls it."""
+        # Otherwise one could wait under the new timeout while another works under the old one.
         dist.barrier()
         for group in (dist.group.WORLD, *self.mesh.get_all_groups()):
             _set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def world_size() -> int:
-    """Processes torchrun started; 1 without it."""
+    """Number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def choose_device(kind: str) -> torch.device:
     """The device of this process for "auto", "cuda" or "cpu".
 
-    On a node whose GPUs all processes see it is the one of the local rank; where the launcher shows
-    each process a GPU of its own, it is that one.
+    Where every process sees all GPUs of its node, the local rank is the index. Where the launcher
+    shows each process a single GPU, the process takes that GPU.
 
     Raises:
-        ValueError: CUDA is asked for and missing, or has fewer devices than local processes.
+        ValueError: CUDA is missing, or the node has fewer GPUs than processes.
     """
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError(
-            "The device cuda was asked for, but PyTorch sees none here; use auto or cpu."
-        )
+        raise ValueError("training.device = cuda, but PyTorch sees no GPU here; use auto or cpu.")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     visible = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
     if gpus == 1 and len(visible) == 1:
@@ -106,11 +104,11 @@ def choose_device(kind: str) -> torch.device:
 
 @contextmanager
 def distributed(config: Config) -> Iterator[World]:
-    """Join the process group torchrun describes, or a group of one, and leave it at the end.
+    """Join the process group that torchrun describes, or a group of one, and leave it at the end.
 
     Raises:
-        RankFailedError: what ended this process of several, before any other.
-        PeerFailedError: it ended after another had failed, most likely for the want of it.
+        RankFailedError: this rank failed before any other; the cause is the error.
+        PeerFailedError: this rank failed only because a peer had already failed.
     """
     device = choose_device(config.training.device)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
@@ -124,7 +122,7 @@ def distributed(config: Config) -> Iterator[World]:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     else:
-        # A store inside the process: no port is opened for a run of one.
+        # A store inside the process: a run of one process opens no port.
         dist.init_process_group(
             backend,
             timeout=timeout,
@@ -136,13 +134,13 @@ def distributed(config: Config) -> Iterator[World]:
     try:
         mesh = build_mesh(device.type, config.parallel.replicate)
         world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, mesh=mesh)
-        # A group that is part of the world comes with a timeout of PyTorch's own.
+        # Subgroups of the mesh start with PyTorch's default timeout.
         world.set_timeout(config.parallel.timeout_minutes)
         yield world
     except Exception as error:
         if dist.get_world_size() == 1:
             raise
-        # Before the group is gone, which is what makes the others fail.
+        # Asked before the group is destroyed, because its end makes the peers fail.
         if _is_first_failure():
             raise RankFailedError(dist.get_rank()) from error
         raise PeerFailedError from error
@@ -153,8 +151,7 @@ def distributed(config: Config) -> Iterator[World]:
 def build_mesh(device_type: str, replicate: int) -> DeviceMesh:
     """All processes as one dimension, ("shard",), or as two, ("replicate", "shard").
 
-    Neighbours shard and what is far apart replicates, so that with a replica for each node the
-    gathers stay inside it.
+    Neighbouring ranks form a shard group. With one replica a node, gathers stay inside the node.
     """
     size = dist.get_world_size()
     if replicate == 1:
@@ -164,19 +161,19 @@ def build_mesh(device_type: str, replicate: int) -> DeviceMesh:
 
 
 def _is_first_failure() -> bool:
-    """Whether no other process has come here before; the store decides."""
+    """Whether this process is the first to fail; the store decides."""
     try:
         return bool(_get_default_store().add("fastllama/failures", 1) == 1)
     except RuntimeError:
-        # Gone with the process that held it.
+        # The process that held the store is gone.
         return False
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed buffers instead of handing them back to the kernel.
+    """Make glibc keep freed buffers instead of returning them to the kernel.
 
-    Every update frees and allocates the same large buffers; mapped anew each time, their pages
-    are faulted in and zeroed again. Other C libraries have no such switch and are left alone.
+    Every update frees and allocates the same large buffers. If glibc returned them, the kernel
+    would map and zero their pages again each time. Other C libraries lack the switch.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""Loss on held-out text."""
+"""The loss on held-out text."""
 
 import math
 
@@ -14,9 +14,10 @@ from fastllama.distributed.world import World
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, stream: TokenStream, config: Config, world: World) -> float:
-    """Mean loss in nats over the first `eval_tokens` of the stream, in its own order.
+    """Mean negative log-likelihood in nats over the first `eval_tokens` of the stream.
 
-    Every process sees batches of one shape; rows past the end are ignored targets.
+    Sequences come in the order of the stream. Every rank computes batches of one shape; the targets
+    of rows past the end are ignored.
     """
     seq_len, batch_size = config.model.max_seq_len, config.training.batch_size
     wanted = max(1, config.training.eval_tokens // seq_len)
@@ -39,5 +40,5 @@ def validation_loss(model: nn.Module, stream: TokenStream, config: Config, world
 
 
 def bits_per_byte(loss: float, dataset: Dataset) -> float:
-    """A loss in nats per token as bits per UTF-8 byte of the text."""
+    """Convert a loss in nats a token to bits a UTF-8 byte of text."""
     return loss / math.log(2) / dataset.validation_bytes_per_token

@@ -1,4 +1,4 @@
-"""Text from a model: one token at a time over a key/value cache."""
+"""Generates text with a trained model, one token at a time, over a key/value cache."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,14 +18,15 @@ from fastllama.checkpoints.reading import (
 from fastllama.checkpoints.state import MODEL, model_tensors
 from fastllama.data.tokenizer import load_tokenizer
 from fastllama.inference.sampling import Sampling
-from fastllama.model.llama import KVCache, Llama
+from fastllama.model.kv_cache import KVCache
+from fastllama.model.llama import Llama
 from fastllama.run_folder import RunFolder
 from fastllama_kernels import REFERENCE
-from fastllama_kernels.attention_backends import attention_without_cudnn
+from fastllama_kernels.attention import attention_without_cudnn
 
 
 def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw a token id, a 0-d int64 tensor on the device of `logits` (V,)."""
+    """Draw a token id from `logits` (V,): a 0-d int64 tensor on their device."""
     if sampling.temperature == 0:
         return logits_V.argmax()
     sorted_logits, ids = logits_V.float().sort(descending=True, stable=True)
@@ -33,7 +34,7 @@ def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
     # Relative to the largest, so that no temperature overflows.
     probabilities = ((sorted_logits - sorted_logits[0]) / sampling.temperature).softmax(dim=-1)
     if sampling.top_p < 1:
-        # A token stays if those before it do not reach top_p yet, so the first always does.
+        # A token stays while the tokens before it sum to less than top_p, so the first stays.
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
     return ids[torch.multinomial(probabilities, 1, generator=generator)[0]]
@@ -47,9 +48,9 @@ def generate_tokens(
     end_token: int,
     agree: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> Iterator[int]:
-    """Continue `prompt`, at least one token id, until the end token, the limit or the context.
+    """Continue `prompt`, at least one token id, up to the end token, the limit or the context.
 
-    `agree` makes the token drawn by one process that of all which run a sharded model together.
+    `agree` gives every rank the token of the main process, where ranks run a sharded model.
 
     Raises:
         ValueError: the prompt fills the whole context.
@@ -81,9 +82,9 @@ def generate_text(
     end_token: int,
     agree: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> Iterator[str]:
-    """Pieces of text that follow `prompt`, as soon as they are whole characters.
+    """Yield the text that follows `prompt`, in pieces of whole characters.
 
-    A model starts a document after an end token, so an empty prompt begins with one.
+    A document starts after an end token, so an empty prompt becomes one.
     """
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     new: list[int] = []
@@ -91,7 +92,7 @@ def generate_text(
     for token in generate_tokens(model, ids or [end_token], sampling, end_token, agree):
         new.append(token)
         text = tokenizer.decode(new, skip_special_tokens=False)
-        # A token may end inside a character; the decoder then gives U+FFFD until the rest comes.
+        # A token may end inside a character. The decoder then returns U+FFFD until the rest comes.
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
@@ -101,7 +102,7 @@ def generate_text(
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model and its tokenizer."""
+    """A trained model in evaluation mode, and its tokenizer."""
 
     model: Llama
     tokenizer: Tokenizer
@@ -111,10 +112,10 @@ class LoadedRun:
 def load_run(path: Path, device: torch.device) -> LoadedRun:
     """Load the newest whole checkpoint of a run folder, or one checkpoint inside it.
 
-    Whole as far as the model goes: AdamW's moments, two thirds of a checkpoint, are not read.
+    Only the weights are read and checked, not AdamW's moments, two thirds of a checkpoint.
 
     Raises:
-        ValueError: no run or checkpoint is there, or the checkpoint is damaged.
+        ValueError: there is no run or checkpoint, or the checkpoint is damaged.
     """
     run = RunFolder(path)
     around = RunFolder(path.resolve().parent.parent)
@@ -135,7 +136,7 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
     if checkpoint is None:
         raise ValueError(f"{path} has no complete checkpoint yet; train on, or wait for the first.")
     with torch.device("meta"):
-        # cuDNN would build a plan for every token, as each has another number of keys.
+        # cuDNN would build a new plan for every token, because the number of keys changes.
         model = Llama(config.model, replace(REFERENCE, attention=attention_without_cudnn))
     if device.type == "cuda":
         # Parameters only: the rotary tables stay float32.
@@ -143,7 +144,7 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
             parameter.data = parameter.data.to(getattr(torch, config.training.dtype))
     model.to_empty(device=device)
     model.tie_weights()
-    model.init_rope()
+    model.init_rotary()
     load_tensors(checkpoint, model_tensors(model))
     end_token = read_identity(checkpoint)["data.end_token_id"]
     return LoadedRun(model.eval(), load_tokenizer(run.tokenizer), end_token)

@@ -1,45 +1,49 @@
-"""The clock of training, and scalars that arrive a step late."""
+"""Clocks that separate training from side jobs."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 
 class Clock:
-    """Seconds since training began, in all and without validation, samples and checkpoints."""
+    """Seconds since training began: all of them, and those outside of side jobs."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._aside = 0.0
+        self._side_jobs = 0.0
 
     def wall(self) -> float:
+        """Seconds since training began."""
         return time.perf_counter() - self._start
 
     def launched(self) -> None:
-        """Note that the whole of an update was handed to the device."""
+        """Mark that the host has launched a whole update."""
 
     def training(self) -> float:
-        """Those of the updates; to be asked where the last one launched is known to be done."""
-        return self.wall() - self._aside
+        """Training seconds so far.
+
+        Call only after the last launched update has finished on the device.
+        """
+        return self.wall() - self._side_jobs
 
     @contextmanager
     def side_job(self) -> Iterator[None]:
-        """Leave the time inside out of `training`."""
+        """Exclude the time inside from `training`."""
         before = self.wall()
         try:
             yield
         finally:
-            self._aside += self.wall() - before
+            self._side_jobs += self.wall() - before
 
 
 class DeviceClock(Clock):
-    """A `Clock` whose training time is that between events on the current CUDA stream.
+    """A `Clock` whose training seconds are measured between events on the current CUDA stream.
 
-    The host notices the end of an update when it has launched the next one, but before a side job
-    at once: by its own clock the update before one is too short, and the one after it too long.
+    The host learns of an update's end only after it has launched the next one, but at once before a
+    side job. By the host's clock the update before a side job is therefore too short, and the one
+    after it too long.
     """
 
     def __init__(self) -> None:
@@ -67,32 +71,3 @@ class DeviceClock(Clock):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-class LateScalars:
-    """Carries a small vector off the device without making the host wait for the step it is from.
-
-    `send` starts the copy to pinned memory; `receive`, called after the next step was launched,
-    waits only for a copy that is long done.
-    """
-
-    def __init__(self) -> None:
-        self._host: Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
-
-    def send(self, values: Tensor) -> None:
-        """Start copying a 1-D float tensor."""
-        if values.device.type == "cpu":
-            self._host = values
-            return
-        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        self._host.copy_(values, non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record()
-
-    def receive(self) -> list[float]:
-        """The values last sent."""
-        assert self._host is not None
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._host.tolist()

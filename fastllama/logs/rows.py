@@ -1,20 +1,23 @@
-"""What an update tells: a row of numbers, the clock, and scalars that arrive a step late."""
+"""The row of an update: the columns of metrics.csv and the line on the console."""
 
+import csv
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 
 @dataclass
 class Row:
-    """One logged update; the fields are the columns of metrics.csv, in their order."""
+    """One logged update. The fields are the columns of metrics.csv, in this order."""
 
     step: int
     """Optimizer updates since the run began, from 1."""
     tokens: int
-    """Tokens trained on by this process group, since it started; after a rewind again."""
+    """Tokens trained on since this session started; a rewind counts its tokens again."""
     tokens_total: int
     """Tokens trained on since the run began."""
     loss: float
-    """Mean negative log-likelihood of this update's tokens, in nats."""
+    """Training loss of this update's tokens, in nats: the mean negative log-likelihood, with
+    `training.z_loss` and `training.label_smoothing` where they are set."""
     perplexity: float
     """exp(loss)."""
     lr: float
@@ -22,27 +25,27 @@ class Row:
     grad_norm: float
     """Global gradient norm before clipping."""
     tok_per_s: float
-    """Tokens a second since the row before, over all devices, side jobs not counted."""
+    """Tokens a second over all devices since the last row; side jobs are excluded."""
     time_s: float
-    """Wall seconds since this process group started training."""
+    """Wall seconds since this session started training."""
     data_wait_s: float
-    """Seconds since the row before that training stood still for want of data."""
+    """Seconds since the last row that training waited for data."""
     skipped_steps: int
-    """Updates refused since the run began because loss or gradient norm was bad."""
+    """Updates skipped since the run began, because loss or gradient norm was bad."""
     progress: float
-    """Share of the run's updates done."""
+    """Fraction of the run's updates done."""
     eta_s: float
-    """Wall seconds to the end at the pace so far."""
+    """Wall seconds left, at the average pace of this session."""
     mfu_causal: float | None = None
-    """Model FLOPs over the devices' peak, attention counted below the diagonal."""
+    """Model FLOPs over the devices' peak; attention counts below the diagonal only."""
     mfu_palm: float | None = None
-    """Model FLOPs over the devices' peak, attention counted in full."""
+    """Model FLOPs over the devices' peak; attention counts in full, as in the PaLM paper."""
     val_loss: float | None = None
-    """Loss on the held-out split after this update."""
+    """Mean negative log-likelihood on the held-out split after this update, in nats."""
     val_bits_per_byte: float | None = None
-    """val_loss in bits over the bytes of text a token stands for: the same for any tokenizer."""
+    """val_loss in bits a byte of text; comparable between tokenizers."""
     peak_gib: float | None = None
-    """Most memory PyTorch has had allocated on the main process's GPU so far, in GiB."""
+    """Peak memory that PyTorch has allocated on the main process's GPU, in GiB."""
 
     def line(self) -> str:
         """The row for the console."""
@@ -71,6 +74,15 @@ class Row:
 
 
 COLUMNS = [field.name for field in fields(Row)]
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv as numbers, without empty cells."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
 
 
 def human(count: int) -> str:

@@ -1,10 +1,11 @@
-"""Activation checkpointing: what a block computes again in its backward instead of keeping it."""
+"""Activation checkpointing: which activations a block saves, and which its backward recomputes."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -12,53 +13,76 @@ from torch.utils.checkpoint import (
 )
 
 from fastllama.config import Config
+from fastllama.model.kv_cache import KVCache
 from fastllama.model.llama import Block, Llama
 
 
 def checkpoint_activations(model: Llama, config: Config) -> None:
     """Make the blocks recompute as `training.activation_checkpointing` says.
 
-    To be called before the blocks are compiled and sharded: the compiler then sees what is
-    recomputed, and a block is gathered once for recomputation and gradients.
+    Call it before the blocks are compiled and sharded. The compiler then sees what is recomputed,
+    and FSDP2 gathers a block once for recomputation and gradients.
     """
     mode = config.training.activation_checkpointing
     if mode == "none":
         return
     options: dict[str, Any] = {
         "use_reentrant": False,
-        # Nothing is random without dropout, and reading the generators' states takes time.
+        # Nothing is random without dropout, and saving the generators' states takes time.
         "preserve_rng_state": config.model.dropout > 0,
     }
     policy: Callable[..., CheckpointPolicy] | None = None
     if mode == "selective":
-        policy = partial(keep_what_is_dear, 2 * config.model.ffn_hidden)
+        policy = partial(save_expensive_ops, 2 * config.model.ffn_hidden)
     elif config.training.compile:
-        policy = keep_nothing
+        policy = save_nothing
     if policy is not None:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    run = partial(checkpoint, **options)
     for block in model.blocks:
-        cast(Block, block).checkpoint = run
+        block.__class__ = CheckpointedBlock
+        cast(CheckpointedBlock, block).checkpoint_options = options
 
 
-def keep_nothing(*operation: Any, **options: Any) -> CheckpointPolicy:
-    """Compute everything again.
+class CheckpointedBlock(Block):
+    """A block that recomputes activations in its backward.
 
-    For the compiler of PyTorch 2.11, which without a policy keeps what autograd Functions hold for
-    their backwards: of a block of fused operators nearly all.
+    Module hooks, FSDP2's among them, run outside of `forward` and so outside of the recomputation.
+    """
+
+    checkpoint_options: dict[str, Any]
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        stream_BTD: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run both branches, as `Block.forward` does."""
+        outputs: tuple[Tensor, Tensor] = checkpoint(
+            super().forward, x_BTD, stream_BTD, rotary, cache, **self.checkpoint_options
+        )
+        return outputs
+
+
+def save_nothing(*operation: Any, **options: Any) -> CheckpointPolicy:
+    """Recompute everything.
+
+    The compiler of PyTorch 2.11 needs to be told. Without a policy it saves what autograd Functions
+    save for backward, which is nearly all of a block of fused operators.
     """
     return CheckpointPolicy.MUST_RECOMPUTE
 
 
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
-def keep_what_is_dear(
+def save_expensive_ops(
     gate_up_width: int, context: Any, operator: Any, *arguments: Any, **options: Any
 ) -> CheckpointPolicy:
-    """Keep attention and the products but that of gate and up; compute the rest again.
+    """Save attention and every matmul except gate_up; recompute the rest.
 
-    What an operator's result costs to compute again, in FLOPs for each byte of bfloat16 kept:
+    The cost of recomputing a result, in FLOPs for each byte of bfloat16 that saving it takes:
 
     | result                         | FLOPs a byte | at the 1B shape |
     |--------------------------------|--------------|-----------------|
@@ -67,15 +91,15 @@ def keep_what_is_dear(
     | qkv, attention.output, gate_up | D            | 2,048           |
     | norms, rope, swiglu            | about 10     |                 |
 
-    So the elementwise operators, `torch.ops.fastllama.*` among them, are always recomputed. But
-    the fused operators keep no elementwise result anyway, and a block that kept every product
-    would hold more than without checkpointing: one residual stream less, the outputs of two
-    projections more. One product has to go, and gate_up, no dearer than others, is half of all
-    bytes: 28,800 a token stay of 47,240, for 15 % more FLOPs in the blocks' products. The result
-    of mlp.down costs nothing to keep: it is the input of the next block.
+    Elementwise operators, `torch.ops.fastllama.*` among them, are therefore recomputed. The fused
+    operators save no elementwise result anyway. A block that saved every matmul would hold more
+    than one without checkpointing: one residual stream less, but the outputs of two projections
+    more. So one matmul is recomputed. gate_up costs no more than others, and its output is half of
+    all bytes: 28,800 of 47,240 bytes a token remain, for 15 % more matmul FLOPs in the blocks.
+    Saving the output of mlp.down is free: it is the input of the next block.
     """
     name = operator.name()
-    if operator in PRODUCTS:
+    if operator in MATMULS:
         is_gate_up = arguments[-1].shape[-1] == gate_up_width
         return CheckpointPolicy.PREFER_RECOMPUTE if is_gate_up else CheckpointPolicy.MUST_SAVE
     is_attention = "attention" in name or "attn" in name

@@ -1,4 +1,4 @@
-"""The LLaMA that is trained: pre-norm decoder blocks over the operators it is given.
+"""The LLaMA that is trained: pre-norm decoder blocks over a set of operators.
 
 Shapes, here and in the whole repository:
     B  sequences of a batch            H  query heads
@@ -8,11 +8,13 @@ Shapes, here and in the whole repository:
     D  width of the residual stream    P  positions in the rotary tables
     V  entries of the vocabulary       E  width of packed q, k and v, (H + 2G) * K
     F  width of the feed-forward       I  width of packed gate and up, 2F
+
+Modules hold the weights; `Operators` do the arithmetic. An operator that fuses a norm with the
+matmul after it takes both weights, so that the normalised rows between them are never saved.
 """
 
 import math
 import zlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,135 +22,88 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from fastllama.config import ModelConfig
+from fastllama.model.kv_cache import KVCache
+from fastllama.model.rotary import rotary_tables
 from fastllama_kernels import Operators
 
 
-class KVCache:
-    """Keys and values of the positions decoded so far, for every layer."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        """Start empty; the first `extend` of a layer makes room for `max_seq_len` positions."""
-        self.length = 0
-        self._max_seq_len = config.max_seq_len
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new positions of one layer; return all of its keys and values (B, S, G, K)."""
-        if layer not in self._layers:
-            batch_size, _, *head = k_BTGK.shape
-            shape = (batch_size, self._max_seq_len, *head)
-            self._layers[layer] = (k_BTGK.new_empty(shape), v_BTGK.new_empty(shape))
-        end = self.length + k_BTGK.shape[1]
-        for buffer, new in zip(self._layers[layer], (k_BTGK, v_BTGK), strict=True):
-            buffer[:, self.length : end] = new
-        k_BSGK, v_BSGK = self._layers[layer]
-        return k_BSGK[:, :end], v_BSGK[:, :end]
-
-
-class RMSNorm(nn.Module):
-    """Adds the branch to the residual stream and normalises the sum."""
-
-    def __init__(self, config: ModelConfig, operators: Operators) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.n_embd))
-        self.eps = config.eps
-        self.operators = operators
-
-    def forward(
-        self, x_BTD: Tensor, residual_BTD: Tensor | None, projection: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return (normalised sum, sum); the first projected where a `projection` is given.
-
-        None for the residual starts the stream with `x`. Norm and projection are one operator,
-        so that what is between them need not be saved.
-        """
-        if projection is None:
-            return self.operators.add_rms_norm(x_BTD, residual_BTD, self.weight, self.eps)
-        return self.operators.add_rms_norm_linear(
-            x_BTD, residual_BTD, self.weight, self.eps, projection
-        )
-
-
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions, on one packed projection."""
+    """Norm, packed q, k and v, rotary positions, causal grouped-query attention, projection."""
 
     def __init__(self, config: ModelConfig, operators: Operators, layer: int) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
-        width = (config.n_heads + 2 * config.kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.n_embd, width, bias=False)
+        packed_width = (config.n_heads + 2 * config.kv_heads) * config.head_dim
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.eps)
+        self.qkv = nn.Linear(config.n_embd, packed_width, bias=False)
         self.output = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.operators = operators
         self.layer = layer
 
     def forward(
-        self, qkv_BTE: Tensor, cos_TR: Tensor, sin_TR: Tensor, cache: KVCache | None
-    ) -> Tensor:
+        self,
+        x_BTD: Tensor,
+        stream_BTD: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Add `x` to the residual stream and attend; return (this branch's output, the stream)."""
+        qkv_BTE, stream_BTD = self.operators.add_rms_norm_linear(
+            x_BTD, stream_BTD, self.norm.weight, self.norm.eps, self.qkv.weight
+        )
         q_BTHK, k_BSGK, v_BSGK = self.operators.rope(
-            qkv_BTE, cos_TR, sin_TR, self.n_heads, self.n_kv_heads
+            qkv_BTE, *rotary, self.n_heads, self.n_kv_heads
         )
         if cache is not None:
             k_BSGK, v_BSGK = cache.extend(self.layer, k_BSGK, v_BSGK)
         out_BTHK = self.operators.attention(q_BTHK, k_BSGK, v_BSGK)
-        return self.dropout(self.output(out_BTHK.flatten(2)))
+        return self.dropout(self.output(out_BTHK.flatten(2))), stream_BTD
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward on one packed projection, gate first."""
+    """Norm, then SwiGLU on one packed projection, gate first."""
 
     def __init__(self, config: ModelConfig, operators: Operators) -> None:
         super().__init__()
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.eps)
         self.gate_up = nn.Linear(config.n_embd, 2 * config.ffn_hidden, bias=False)
         self.down = nn.Linear(config.ffn_hidden, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.operators = operators
 
-    def forward(self, gate_up_BTI: Tensor) -> Tensor:
-        return self.dropout(self.operators.swiglu_linear(gate_up_BTI, self.down.weight))
+    def forward(self, x_BTD: Tensor, stream_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Add `x` to the residual stream and feed forward; return (branch output, stream)."""
+        gate_up_BTI, stream_BTD = self.operators.add_rms_norm_linear(
+            x_BTD, stream_BTD, self.norm.weight, self.norm.eps, self.gate_up.weight
+        )
+        out_BTD = self.operators.swiglu_linear(gate_up_BTI, self.down.weight)
+        return self.dropout(out_BTD), stream_BTD
 
 
 class Block(nn.Module):
-    """One decoder layer: norm, project, attend; norm, project, gate.
+    """One decoder layer: two residual branches.
 
-    `checkpoint`, where it is set, runs the layer so that the backward can compute it again.
+    A branch adds the output of the branch before it to the stream, in the same pass over memory as
+    its norm. So a block receives an output that is still to be added, and returns one.
     """
-
-    checkpoint: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def __init__(self, config: ModelConfig, operators: Operators, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config, operators)
         self.attention = Attention(config, operators, layer)
-        self.mlp_norm = RMSNorm(config, operators)
         self.mlp = MLP(config, operators)
 
     def forward(
         self,
         x_BTD: Tensor,
-        residual_BTD: Tensor | None,
-        cos_TR: Tensor,
-        sin_TR: Tensor,
+        stream_BTD: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Take the branch still to be added and the stream; return the same, a layer on."""
-        inputs = x_BTD, residual_BTD, cos_TR, sin_TR, cache
-        if self.checkpoint is None:
-            return self._layer(*inputs)
-        return self.checkpoint(self._layer, *inputs)
-
-    def _layer(
-        self,
-        x_BTD: Tensor,
-        residual_BTD: Tensor | None,
-        cos_TR: Tensor,
-        sin_TR: Tensor,
-        cache: KVCache | None,
-    ) -> tuple[Tensor, Tensor]:
-        qkv_BTE, residual_BTD = self.attention_norm(x_BTD, residual_BTD, self.attention.qkv.weight)
-        x_BTD = self.attention(qkv_BTE, cos_TR, sin_TR, cache)
-        gate_up_BTI, residual_BTD = self.mlp_norm(x_BTD, residual_BTD, self.mlp.gate_up.weight)
-        return self.mlp(gate_up_BTI), residual_BTD
+        """Run both branches; `rotary` is (cos, sin), (T, R) each. No stream starts one with `x`."""
+        x_BTD, stream_BTD = self.attention(x_BTD, stream_BTD, rotary, cache)
+        x_BTD, stream_BTD = self.mlp(x_BTD, stream_BTD)
+        return x_BTD, stream_BTD
 
 
 class Llama(nn.Module):
@@ -157,62 +112,86 @@ class Llama(nn.Module):
     cos_PR: Tensor
     sin_PR: Tensor
 
-    def __init__(self, config: ModelConfig, operators: Operators) -> None:
-        """Allocate on the current default device; `init_weights` or a checkpoint fills it."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        operators: Operators,
+        *,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        """Allocate on the current default device; `init_weights` or a checkpoint fills it.
+
+        `z_loss` and `label_smoothing` are part of the loss in training mode only.
+        """
         super().__init__()
         self.config = config
         self.operators = operators
+        self.loss_options = {"z_loss": z_loss, "label_smoothing": label_smoothing}
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(
             Block(config, operators, layer) for layer in range(config.n_layers)
         )
-        self.norm = RMSNorm(config, operators)
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.eps)
         self.output = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        table = torch.empty(config.max_seq_len, config.head_dim // 2, dtype=torch.float32)
-        self.register_buffer("cos_PR", table, persistent=False)
-        self.register_buffer("sin_PR", torch.empty_like(table), persistent=False)
-        self.init_rope()
+        table_PR = torch.empty(config.max_seq_len, config.head_dim // 2, dtype=torch.float32)
+        self.register_buffer("cos_PR", table_PR, persistent=False)
+        self.register_buffer("sin_PR", torch.empty_like(table_PR), persistent=False)
+        self.init_rotary()
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Return the mean loss, float32, or without `targets` the logits (B, T, V).
+        """Return the mean loss, a float32 scalar, or the logits (B, T, V) without `targets`.
 
         Args:
             tokens_BT: token ids (B, T), T at most max_seq_len.
-            targets_BT: the next token of each, (B, T).
+            targets_BT: the next token of each position, (B, T).
             cache: earlier positions to attend to as well; it grows by T.
         """
         start = 0 if cache is None else cache.length
         positions = slice(start, start + tokens_BT.shape[1])
-        cos_TR, sin_TR = self.cos_PR[positions], self.sin_PR[positions]
-        x_BTD, residual_BTD = self.embedding(tokens_BT), None
+        rotary = self.cos_PR[positions], self.sin_PR[positions]
+        x_BTD, stream_BTD = self.embedding(tokens_BT), None
         for block in self.blocks:
-            x_BTD, residual_BTD = block(x_BTD, residual_BTD, cos_TR, sin_TR, cache)
-        x_BTD, _ = self.norm(x_BTD, residual_BTD)
+            x_BTD, stream_BTD = block(x_BTD, stream_BTD, rotary, cache)
+        x_BTD, _ = self.operators.add_rms_norm(x_BTD, stream_BTD, self.norm.weight, self.norm.eps)
         if cache is not None:
             cache.length = positions.stop
         if targets_BT is None:
-            return F.linear(x_BTD, self.output.weight)
-        return self.operators.linear_cross_entropy(x_BTD, self.output.weight, targets_BT)
+            return self._logits(x_BTD)
+        return self.operators.linear_cross_entropy(
+            x_BTD,
+            self.output.weight,
+            targets_BT,
+            softcap=self.config.logit_softcap,
+            **(self.loss_options if self.training else {}),
+        )
+
+    def _logits(self, x_BTD: Tensor) -> Tensor:
+        logits_BTV = F.linear(x_BTD, self.output.weight)
+        softcap = self.config.logit_softcap
+        if softcap is None:
+            return logits_BTV
+        wide_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+        return (softcap * torch.tanh(wide_BTV / softcap)).to(logits_BTV.dtype)
 
     def tie_weights(self) -> None:
         """Make the output projection the embedding, where the configuration says so.
 
-        Needed again after `to_empty`, which gives each of the two names memory of its own.
+        Call it again after `to_empty`, which allocates the two apart.
         """
         if self.config.tied_embeddings:
             self.output.weight = self.embedding.weight
 
-    def init_rope(self) -> None:
-        """Fill the rotary tables (max_seq_len, K/2), computed in float64, kept in float32."""
-        if self.cos_PR.is_meta:
-            return
-        positions = torch.arange(self.config.max_seq_len, dtype=torch.float64)
-        angles = torch.outer(positions, rope_frequencies(self.config))
-        self.cos_PR.copy_(angles.cos())
-        self.sin_PR.copy_(angles.sin())
+    def init_rotary(self) -> None:
+        """Fill the rotary tables, unless the model is on the meta device."""
+        if not self.cos_PR.is_meta:
+            for table, values in zip(
+                (self.cos_PR, self.sin_PR), rotary_tables(self.config), strict=True
+            ):
+                table.copy_(values)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -226,12 +205,12 @@ class Llama(nn.Module):
         | output                         | n_embd^-1/2 / 4                  |
         | norms                          | all ones                         |
 
-        The residual branches are scaled down so that their sum over the layers keeps unit
-        variance (Radford et al. 2019); the output projection so that the logits start with
-        standard deviation 1/4, which costs 1/32 over ln V. Each weight has its own generator,
-        seeded by its name, so the values do not depend on how the model is sharded.
+        The residual branches are scaled down so that their sum over the layers keeps unit variance
+        (Radford et al. 2019). The output projection is scaled so that the logits start with
+        standard deviation 1/4, which adds 1/32 to ln V. Each weight has its own generator, seeded
+        by its name, so the values do not depend on how the model is sharded.
         """
-        self.init_rope()
+        self.init_rotary()
         for name, parameter in self.named_parameters():
             std = self._initial_std(name, parameter.shape)
             if std is None:
@@ -242,14 +221,14 @@ class Llama(nn.Module):
             full = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             full.normal_(std=std, generator=generator)
             if isinstance(parameter, DTensor):
-                # None: every rank drew the same values, nothing has to be sent.
+                # None: every rank drew the same values, so nothing has to be sent.
                 full = distribute_tensor(
                     full, parameter.device_mesh, parameter.placements, src_data_rank=None
                 )
             parameter.copy_(full)
 
     def _initial_std(self, name: str, shape: torch.Size) -> float | None:
-        if "norm" in name:
+        if name.endswith("norm.weight"):
             return None
         if name == "output.weight" or (name == "embedding.weight" and self.config.tied_embeddings):
             return self.config.n_embd**-0.5 / 4
@@ -257,20 +236,3 @@ class Llama(nn.Module):
             return 0.02
         residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
         return shape[1] ** -0.5 / (math.sqrt(2 * self.config.n_layers) if residual else 1)
-
-
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Angle a position turns each pair by, (K/2,) float64: theta^(-2i/K), with Llama 3 scaling.
-
-    Scaling (Llama 3.1, https://arxiv.org/abs/2407.21783): wavelengths longer than
-    context / low_freq_factor are divided by the factor, shorter than context / high_freq_factor
-    kept, and those between interpolated.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    frequencies = config.theta**-exponents
-    if config.rope_scaling_factor == 1.0:
-        return frequencies
-    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    turns = config.rope_original_max_seq_len * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / config.rope_scaling_factor)

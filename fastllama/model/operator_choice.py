@@ -1,4 +1,4 @@
-"""Which operators a run trains with: kernels by the device, attention by what is fastest there."""
+"""Which operators a run trains with: kernels by device, attention by measured speed."""
 
 import dataclasses
 
@@ -6,25 +6,22 @@ import torch
 from triton import knobs
 
 from fastllama.config import Config
-from fastllama.distributed.world import World
 from fastllama_kernels import REFERENCE, TRITON, Operators
 from fastllama_kernels.attention_choice import (
+    AttentionChoice,
     AttentionShape,
     attention_operator,
     choose_attention,
 )
 
 
-def choose_operators(config: Config, world: World) -> tuple[Operators, str]:
-    """The operators of the model, and which they are and why, for the log.
-
-    The main process chooses for all: two that differ by a rounding would train as one model.
+def choose_attention_backend(config: Config, device: torch.device) -> AttentionChoice:
+    """The attention backend of the run and the reason for it.
 
     Raises:
-        ValueError: what `training.kernels` or `training.attention` ask for cannot run here.
+        ValueError: `training.attention` names a backend that cannot run here.
     """
     model, training = config.model, config.training
-    operators = TRITON if uses_triton(training.kernels, world.device) else REFERENCE
     shape = AttentionShape(
         batch_size=training.batch_size,
         seq_len=model.max_seq_len,
@@ -32,22 +29,30 @@ def choose_operators(config: Config, world: World) -> tuple[Operators, str]:
         n_kv_heads=model.kv_heads,
         head_dim=model.head_dim,
         dtype=getattr(torch, training.dtype),
-        device=world.device,
+        device=device,
     )
-    choice = world.from_main(lambda: choose_attention(shape, training.attention))
-    operators = dataclasses.replace(operators, attention=attention_operator(choice.name))
-    return operators, f"{operators.name}; attention {choice.name}: {choice.reason}"
+    return choose_attention(shape, training.attention)
+
+
+def build_operators(config: Config, device: torch.device, attention: str) -> Operators:
+    """The operators of the model, with the attention backend of this name.
+
+    Raises:
+        ValueError: `training.kernels` or the backend cannot run here.
+    """
+    operators = TRITON if uses_triton(config.training.kernels, device) else REFERENCE
+    return dataclasses.replace(operators, attention=attention_operator(attention))
 
 
 def uses_triton(kernels: str, device: torch.device) -> bool:
     """Whether `training.kernels` means the Triton kernels on `device`.
 
     Raises:
-        ValueError: they are asked for where they cannot run.
+        ValueError: `kernels` is "triton" and they cannot run on `device`.
     """
     if kernels == "auto":
         return device.type == "cuda"
-    # The interpreter runs them anywhere, far too slowly for more than a test.
+    # The interpreter runs them anywhere, but far too slowly for more than a test.
     if kernels == "triton" and device.type != "cuda" and not knobs.runtime.interpret:
         raise ValueError(
             f"training.kernels = triton needs a CUDA device, and training is on {device.type}; "

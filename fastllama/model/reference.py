@@ -1,7 +1,8 @@
-"""The LLaMA of the papers, written for reading: what `fastllama.model.llama` is checked against.
+"""The LLaMA of the papers, written for reading. Tests compare `fastllama.model.llama` with it.
 
-It shares no code with the model or its operators: projections are apart, heads are repeated,
-rotations are complex products, the softmax is spelt out. Slow and memory-hungry on purpose.
+It shares no code with the trained model or its operators. Projections are separate, heads are
+repeated, rotations are complex multiplications, the softmax is written out. It is slow and uses
+much memory on purpose.
 Sources: Touvron et al. 2023 (https://arxiv.org/abs/2302.13971) and the code published with it.
 """
 
@@ -37,11 +38,11 @@ class ReferenceAttention(nn.Module):
         self.wv = nn.Linear(width, kv_width, bias=False)
         self.wo = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
         batch, time, _ = x.shape
         heads, groups, width = self.config.n_heads, self.config.kv_heads, self.config.head_dim
-        q = rotate(self.wq(x).view(batch, time, heads, width), turns)
-        k = rotate(self.wk(x).view(batch, time, groups, width), turns)
+        q = rotate(self.wq(x).view(batch, time, heads, width), rotations)
+        k = rotate(self.wk(x).view(batch, time, groups, width), rotations)
         v = self.wv(x).view(batch, time, groups, width)
         k = torch.stack([k[:, :, head * groups // heads] for head in range(heads)], dim=2)
         v = torch.stack([v[:, :, head * groups // heads] for head in range(heads)], dim=2)
@@ -53,7 +54,7 @@ class ReferenceAttention(nn.Module):
 
 
 class ReferenceBlock(nn.Module):
-    """Attention, then the gated feed-forward, each around a residual connection."""
+    """Attention and the gated feed-forward, each with a residual connection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -64,15 +65,15 @@ class ReferenceBlock(nn.Module):
         self.w2 = nn.Linear(config.ffn_hidden, config.n_embd, bias=False)
         self.w3 = nn.Linear(config.n_embd, config.ffn_hidden, bias=False)
 
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x), turns)
+    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x), rotations)
         h = self.norm2(x)
         gate = self.w1(h)
         return x + self.w2(gate * torch.sigmoid(gate) * self.w3(h))
 
 
 class ReferenceLlama(nn.Module):
-    """`ReferenceLlama(config)(tokens)` are the logits (batch, time, vocabulary)."""
+    """`ReferenceLlama(config)(tokens)` returns the logits (batch, time, vocabulary)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -86,11 +87,13 @@ class ReferenceLlama(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of `tokens` (batch, time)."""
-        turns = position_turns(self.config, tokens.shape[1]).to(tokens.device)
+        rotations = position_rotations(self.config, tokens.shape[1]).to(tokens.device)
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, turns)
-        return self.output(self.norm(x))
+            x = block(x, rotations)
+        logits = self.output(self.norm(x))
+        softcap = self.config.logit_softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean negative log-likelihood of `targets` (batch, time)."""
@@ -99,42 +102,42 @@ class ReferenceLlama(nn.Module):
         return -log_likelihood.gather(-1, targets.unsqueeze(-1)).mean()
 
     def packed_names(self) -> dict[str, list[str]]:
-        """Which parameters of this model, stacked on dim 0, make each one of the packed model."""
+        """The parameters of this model that, stacked on dim 0, make each one of `Llama`."""
         names = {"embedding.weight": ["embedding.weight"], "norm.weight": ["norm.weight"]}
         if not self.config.tied_embeddings:
             names["output.weight"] = ["output.weight"]
         for block in (f"blocks.{layer}." for layer in range(self.config.n_layers)):
             parts = {
-                "attention_norm": ["norm1"],
+                "attention.norm": ["norm1"],
                 "attention.qkv": ["attention.wq", "attention.wk", "attention.wv"],
                 "attention.output": ["attention.wo"],
-                "mlp_norm": ["norm2"],
+                "mlp.norm": ["norm2"],
                 "mlp.gate_up": ["w1", "w3"],
                 "mlp.down": ["w2"],
             }
-            for packed, apart in parts.items():
-                names[f"{block}{packed}.weight"] = [f"{block}{part}.weight" for part in apart]
+            for packed, separate in parts.items():
+                names[f"{block}{packed}.weight"] = [f"{block}{part}.weight" for part in separate]
         return names
 
     @torch.no_grad()
     def load_packed(self, parameters: dict[str, Tensor]) -> None:
-        """Take the weights of a packed model by its parameter names."""
+        """Load the weights of a `Llama`, given by its parameter names."""
         own = dict(self.named_parameters())
-        for packed, apart in self.packed_names().items():
-            rows = [own[name].shape[0] for name in apart]
-            for name, values in zip(apart, parameters[packed].split(rows), strict=True):
+        for packed, separate in self.packed_names().items():
+            rows = [own[name].shape[0] for name in separate]
+            for name, values in zip(separate, parameters[packed].split(rows), strict=True):
                 own[name].copy_(values)
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Multiply pairs (x_i, x_{i + half}) of (batch, time, heads, width), as complex numbers."""
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Multiply the pairs (x_i, x_{i + width / 2}) of (batch, time, heads, width) by `rotations`."""
     real, imaginary = x.chunk(2, dim=-1)
-    turned = torch.complex(real, imaginary) * turns[None, :, None, :]
-    return torch.cat((turned.real, turned.imag), dim=-1)
+    rotated = torch.complex(real, imaginary) * rotations[None, :, None, :]
+    return torch.cat((rotated.real, rotated.imag), dim=-1)
 
 
-def position_turns(config: ModelConfig, time: int) -> Tensor:
-    """exp(i * position * frequency) as (time, head_dim / 2) complex128."""
+def position_rotations(config: ModelConfig, time: int) -> Tensor:
+    """exp(i * position * frequency), (time, head_dim / 2) complex128."""
     frequencies = []
     for pair in range(config.head_dim // 2):
         frequency = 1.0 / config.theta ** (2 * pair / config.head_dim)

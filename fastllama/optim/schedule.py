@@ -1,26 +1,26 @@
-"""The learning rate of an update, a pure function of its number: a resumed run cannot drift."""
+"""The learning rate of an update: a pure function of its number, so a resumed run cannot drift."""
 
 import math
 
-from fastllama.config import Config
+from fastllama.config import OptimizerConfig
 
 
-def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of update `step`, counted from 1 to `config.n_updates`.
+def learning_rate(step: int, n_updates: int, config: OptimizerConfig) -> float:
+    """Learning rate of update `step`, counted from 1 to `n_updates`.
 
-    It rises linearly to max_lr at update `warmup_iterations`, then falls to min_lr at the last one:
-    along half a cosine (Loshchilov and Hutter 2017), a line, or, for wsd, a line over the last
-    `decay_fraction` of the updates only (Hu et al. 2024); constant stays at max_lr.
+    It rises linearly to max_lr at update `warmup_iterations`, then falls to min_lr at the last
+    update: along half a cosine (Loshchilov and Hutter 2017), along a line, or, for wsd, along a
+    line over the last `decay_fraction` of the updates only (Hu et al. 2024). constant stays at
+    max_lr.
     """
-    optimizer, last = config.optimizer, config.n_updates
-    if step < optimizer.warmup_iterations:
-        return optimizer.max_lr * step / optimizer.warmup_iterations
-    if optimizer.schedule == "constant":
-        return optimizer.max_lr
-    begin = max(1, optimizer.warmup_iterations)
-    if optimizer.schedule == "wsd":
-        begin = max(begin, last - round(optimizer.decay_fraction * last))
-    progress = min(1.0, max(0.0, (step - begin) / max(1, last - begin)))
-    if optimizer.schedule == "cosine":
+    if step < config.warmup_iterations:
+        return config.max_lr * step / config.warmup_iterations
+    if config.schedule == "constant":
+        return config.max_lr
+    begin = max(1, config.warmup_iterations)
+    if config.schedule == "wsd":
+        begin = max(begin, n_updates - round(config.decay_fraction * n_updates))
+    progress = min(1.0, max(0.0, (step - begin) / max(1, n_updates - begin)))
+    if config.schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
-    return optimizer.max_lr + progress * (optimizer.min_lr - optimizer.max_lr)
+    return config.max_lr + progress * (config.min_lr - config.max_lr)

@@ -1,38 +1,40 @@
-"""What happens between updates: validation, samples, checkpoints. All processes take part."""
+"""Side jobs between updates: validation, samples, checkpoints. All processes take part."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 
 from fastllama.checkpoints.state import TrainState
 from fastllama.checkpoints.writing import CheckpointWriter
 from fastllama.config import Config
-from fastllama.data.dataset import Dataset
+from fastllama.distributed.compilation import CompileWatch
 from fastllama.distributed.fsdp import reshard
-from fastllama.distributed.world import World
 from fastllama.inference.evaluate import bits_per_byte, validation_loss
 from fastllama.inference.generate import generate_text
 from fastllama.inference.sampling import Sampling
-from fastllama.logs.recorder import Recorder
-from fastllama.logs.sinks import append, outlived, plot_loss
-from fastllama.run_folder import RunFolder
+from fastllama.logs.plot import plot_loss
+from fastllama.logs.sinks import append, report_write_errors
+from fastllama.training.monitor import UpdateMonitor
+from fastllama.training.session import Session
+from fastllama.training.skipped_steps import Rewinder
 
 
 def validation_due(step: int, config: Config) -> bool:
-    """Every `eval_interval` updates and after the last."""
+    """Every `eval_interval` updates, and after the last."""
     interval = config.training.eval_interval
     return interval > 0 and (step % interval == 0 or step == config.n_updates)
 
 
 def sample_due(step: int, config: Config) -> bool:
-    """After `sample_interval` updates, then after waits that grow, and after the last."""
-    wait = float(config.logging.sample_interval)
-    due = wait
+    """After `sample_interval` updates, then after growing intervals, and after the last."""
+    interval = float(config.logging.sample_interval)
+    due = interval
     while 0 < due < step:
-        wait *= config.logging.sample_growth
-        due += round(wait)
+        interval *= config.logging.sample_growth
+        due += round(interval)
     return due > 0 and step in (due, config.n_updates)
 
 
@@ -44,76 +46,79 @@ def checkpoint_due(step: int, config: Config) -> bool:
 
 @dataclass
 class SideJobs:
-    """The jobs of one run."""
+    """The side jobs of one training. Their time is excluded from the pace of training."""
 
+    session: Session
     state: TrainState
-    config: Config
-    run: RunFolder
-    dataset: Dataset
-    world: World
-    console: Console
-    recorder: Recorder
+    monitor: UpdateMonitor
+    compile_watch: CompileWatch
     writer: CheckpointWriter
+    rewinder: Rewinder
 
     def validate(self) -> None:
-        """Measure the held-out loss, if there is held-out text."""
-        if self.dataset.validation is None:
+        """Measure the loss on the held-out split, if there is one."""
+        session, model = self.session, self.state.model
+        if session.dataset.validation is None:
             return
-        with self.recorder.side_job():
-            loss = validation_loss(
-                self.state.model, self.dataset.validation, self.config, self.world
-            )
-            reshard(self.state.model)
-            self.recorder.add_validation(loss, bits_per_byte(loss, self.dataset))
+        with self.monitor.side_job():
+            loss = validation_loss(model, session.dataset.validation, session.config, session.world)
+            reshard(model)
+            self.monitor.recorder.add_validation(loss, bits_per_byte(loss, session.dataset))
 
     def sample(self) -> None:
-        """Continue the sample prompt, show it and keep it."""
-        logging, step = self.config.logging, self.state.progress.step
+        """Continue the sample prompt, show the text and log it."""
+        session, step = self.session, self.state.progress.step
+        logging = session.config.logging
         if not logging.sample_interval:
             return
-        sampling = Sampling(max_new_tokens=logging.sample_tokens, seed=self.config.training.seed)
-        model = self.state.model
-        self.recorder.flush()
-        with self.recorder.side_job(), torch.compiler.set_stance("force_eager"):
-            model.eval()
-            text = "".join(
-                generate_text(
-                    model,
-                    self.dataset.tokenizer,
-                    logging.sample_prompt,
-                    sampling,
-                    self.dataset.manifest.end_token_id,
-                    self.world.agree,
-                )
-            )
-            model.train()
-            reshard(model)
-        if self.world.is_main:
+        self.monitor.flush()
+        with self.monitor.side_job(), torch.compiler.set_stance("force_eager"):
+            text = self._continue_prompt()
+        if session.world.is_main:
             record = {"step": step, "prompt": logging.sample_prompt, "text": text}
-            with outlived(self.console, f"The sample after {step} updates"):
-                append(self.run.samples, json.dumps(record) + "\n")
-        title = f"sample after {step} updates"
-        self.console.rule(title, style="dim")
-        self.console.print(logging.sample_prompt + text)
-        self.console.rule(style="dim")
+            with report_write_errors(session.console, f"The sample after {step} updates"):
+                append(session.run.samples, json.dumps(record) + "\n")
+        session.console.rule(f"sample after {step} updates", style="dim")
+        session.console.print(logging.sample_prompt + text)
+        session.console.rule(style="dim")
+
+    def _continue_prompt(self) -> str:
+        session, model = self.session, self.state.model
+        logging, dataset = session.config.logging, session.dataset
+        sampling = Sampling(max_new_tokens=logging.sample_tokens, seed=session.config.training.seed)
+        model.eval()
+        pieces = generate_text(
+            model,
+            dataset.tokenizer,
+            logging.sample_prompt,
+            sampling,
+            dataset.manifest.end_token_id,
+            session.world.agree,
+        )
+        text = "".join(pieces)
+        model.train()
+        reshard(model)
+        return text
 
     def save(self) -> None:
-        """Begin to write a checkpoint of this update, and draw the plot."""
-        self.recorder.sync()
-        with self.recorder.side_job():
+        """Start to write a checkpoint of this update, and draw the plot."""
+        session, progress = self.session, self.state.progress
+        self.monitor.flush()
+        self.monitor.recorder.sync()
+        with self.monitor.side_job():
             spikes = self.state.spikes
-            # A save waits for the device anyway.
-            self.state.progress.spikes = [] if spikes is None else spikes.state.tolist()
-            self.writer.save(self.state.tensors(), self.state.progress)
-            if self.world.is_main:
-                with outlived(self.console, f"The plot {self.run.loss_plot}"):
-                    plot_loss(self.run.metrics_csv, self.run.loss_plot, title=self.run.path.name)
+            # Reading them waits for the device, as the save does anyway.
+            progress.spikes = [] if spikes is None else spikes.state.tolist()
+            self.writer.save(self.state.tensors(), progress)
+            if session.world.is_main:
+                with report_write_errors(session.console, f"The plot {session.run.loss_plot}"):
+                    plot_loss(session.run.metrics_csv, session.run.loss_plot, session.run.path.name)
 
     def finish(self) -> None:
         """Leave a complete checkpoint of this update.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the checkpoint could not be written.
         """
         step = self.state.progress.step
         self.writer.wait()
@@ -122,3 +127,30 @@ class SideJobs:
             self.writer.wait()
         if self.writer.saved_step != step:
             raise OSError(f"{self.writer.failure}.")
+
+    def rewind(self) -> None:
+        """Go back behind the series of skipped updates that the monitor has seen.
+
+        Raises:
+            TrainingFailedError: there is no earlier checkpoint, or rewinding to it did not help.
+        """
+        assert self.monitor.skipped.series is not None
+        with self.monitor.side_job():
+            self.rewinder.rewind(self.monitor.skipped.series)
+            self.monitor.restart()
+
+
+@contextmanager
+def side_jobs(session: Session, state: TrainState, began: float) -> Iterator[SideJobs]:
+    """The side jobs of a training that started at `began`, by time.perf_counter.
+
+    On exit the checkpoint that is being written is finished.
+    """
+    world, console = session.world, session.console
+    monitor = UpdateMonitor(session, state.progress)
+    watch = CompileWatch(session.config, world, console, began)
+    with CheckpointWriter(
+        session.run.checkpoints, session.config, session.identity, world.device, console.print
+    ) as writer:
+        rewinder = Rewinder(session, state, writer)
+        yield SideJobs(session, state, monitor, watch, writer, rewinder)

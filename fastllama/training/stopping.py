@@ -1,4 +1,4 @@
-"""Being asked to stop: by a signal, or because the time is up."""
+"""Stopping early: on a signal, or when the time is up."""
 
 import math
 import os
@@ -21,30 +21,31 @@ class StopSignal:
     """Whether this process was asked to stop."""
 
     deadline: float = math.inf
-    """What `time.perf_counter` says when the time is up."""
+    """Value of `time.perf_counter` when the time is up."""
     signalled: bool = False
 
     @property
     def requested(self) -> bool:
+        """Whether a signal came or the time is up."""
         return self.signalled or time.perf_counter() >= self.deadline
 
     def agreed(self, world: World) -> bool:
-        """Whether any process was asked to, the same on all of them; every one calls it."""
+        """Whether any process was asked to stop. Every process calls this and gets the same."""
         return bool(world.mean(torch.full((), float(self.requested))) > 0)
 
 
 @contextmanager
 def stop_signals(deadline: float = math.inf) -> Iterator[StopSignal]:
-    """Turn the first of `STOP_SIGNALS` into a request; the next one ends the process."""
+    """Turn the first of `STOP_SIGNALS` into a request to stop. A second one ends the process."""
     stop = StopSignal(deadline)
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.signalled = True
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        # Not print: the signal may have come in the middle of one.
+        # Not print: the signal may have interrupted one.
         name = signal.Signals(number).name
-        os.write(2, f"{name}: stopping once nothing is lost by it; again to stop now\n".encode())
+        os.write(2, f"{name}: saving, then stopping; send it again to stop now\n".encode())
 
     previous = {number: signal.signal(number, request) for number in STOP_SIGNALS}
     try:

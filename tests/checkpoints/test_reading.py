@@ -56,7 +56,7 @@ def test_flipped_bit_is_found_and_passed_over(
     assert find_damage(newest) == f"{newest / name} is not what was written"
     main(["train", "--resume", str(run)])
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"Passing over a checkpoint: {newest / name} is not what was written." in printed
+    assert f"Not using a checkpoint: {newest / name} is not what was written." in printed
     assert (run / "checkpoints" / "passed-over-step-00000010-1" / name).read_bytes() == content
     assert "resuming after update 5 of 10" in printed
     assert find_damage(newest) is None
@@ -184,7 +184,7 @@ def test_another_runs_checkpoint_is_passed_over_for_ones_own(
     capsys.readouterr()
     main(["train", "--resume", str(run), "--training.training-tokens", str(12 * 256)])
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"Passing over a checkpoint: {foreign} was trained with model.n_layers = 1" in printed
+    assert f"Not using a checkpoint: {foreign} was trained with model.n_layers = 1" in printed
     assert "resuming after update 10 of 12" in printed
     # It is someone's work: it is kept where nothing overwrites it.
     assert find_damage(checkpoints / "passed-over-step-00000011-1") is None

@@ -29,10 +29,10 @@ from fastllama.checkpoints.state import TrainProgress, TrainState
 from fastllama.checkpoints.writing import CheckpointWriter, file_numbers
 from fastllama.cli import main
 from fastllama.config import Config, load_recipe
-from fastllama.distributed.fsdp import resolve_resharding
 from fastllama.distributed.world import World, distributed
-from fastllama.train import build_state
+from fastllama.training.setup import build_state
 from fastllama_kernels import REFERENCE
+from tests.sessions import fresh_start, resolved_session
 from tests.workspace import Workspace
 
 
@@ -49,8 +49,8 @@ def world(config: Config) -> Iterator[World]:
 
 @pytest.fixture
 def state(config: Config, world: World) -> TrainState:
-    resolved, _ = resolve_resharding(config, world)
-    return build_state(resolved, world, REFERENCE, TrainProgress(step=3, position=24), None)
+    start = fresh_start(TrainProgress(step=3, position=24))
+    return build_state(resolved_session(config, world), start, REFERENCE)
 
 
 def whole(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -260,7 +260,7 @@ def test_a_disk_that_refuses_costs_one_checkpoint(
         f"The checkpoint {checkpoints / 'step-00000006'} could not be written"
     )
     assert "No space left on device" in told[0]
-    assert told[0].endswith("; the next one is tried when it is due.")
+    assert told[0].endswith("; training continues, and the next one is due as planned.")
     left = sorted(path.name for path in checkpoints.iterdir())
     assert left == ["latest", "step-00000003", "step-00000009", "step-00000010"]
 

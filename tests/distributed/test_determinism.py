@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._inductor import config as inductor
 
 import fastllama.train as trainer
+import fastllama.training.setup as setup
 from fastllama.cli import main
 from tests.workspace import Workspace
 
@@ -67,7 +68,7 @@ def test_an_operator_without_determinism_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(WORKSPACE, ":4096:8")
-    real = trainer.choose_operators
+    real = setup.choose_operators
 
     def choose(*args: Any) -> Any:
         operators, reason = real(*args)
@@ -80,7 +81,7 @@ def test_an_operator_without_determinism_is_named(
 
         return dataclasses.replace(operators, attention=attention), reason
 
-    monkeypatch.setattr(trainer, "choose_operators", choose)
+    monkeypatch.setattr(setup, "choose_operators", choose)
     with pytest.raises(SystemExit) as stop:
         train(workspace, tmp_path / "run")
     assert stop.value.code == 1

@@ -15,13 +15,15 @@ from typing import Any, cast
 import pytest
 from torch.distributed.tensor import DTensor
 
-from fastllama.checkpoints.state import TrainProgress, TrainState
+from fastllama.checkpoints.state import TrainState
 from fastllama.config import Config, load_recipe
 from fastllama.data.dataset import open_dataset
 from fastllama.distributed.world import World, build_mesh, distributed
-from fastllama.train import build_state, open_loader, train_step
+from fastllama.train import train_step
+from fastllama.training.setup import build_state, open_loader
 from fastllama.training.stopping import StopSignal
 from fastllama_kernels import REFERENCE
+from tests.sessions import bare_session, fresh_start
 from tests.workspace import Workspace
 
 N_UPDATES = 50
@@ -50,11 +52,12 @@ def train(recipe: Path, world: World, replicate: int) -> dict[str, Any]:
     config = config_of(recipe, replicate)
     world = dataclasses.replace(world, mesh=build_mesh("cpu", replicate))
     dataset = open_dataset(config)
-    state = build_state(config, world, REFERENCE, TrainProgress(), None)
+    session = bare_session(config, world, dataset)
+    state = build_state(session, fresh_start(), REFERENCE)
     found: dict[str, Any] = {"weights": digest(state), "loss": [], "norm": []}
-    with open_loader(state, config, dataset, world) as loader:
+    with open_loader(session, state) as loader:
         for _ in range(N_UPDATES):
-            loss, norm, *_ = train_step(state, loader, StopSignal(), config, world).tolist()
+            loss, norm, *_ = train_step(session, state, loader, StopSignal()).tolist()
             found["loss"].append(loss)
             found["norm"].append(norm)
     return found

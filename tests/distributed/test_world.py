@@ -19,12 +19,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastllama import flight_recorder
-from fastllama.cli import tell_first_failure
+from fastllama.cli.errors import report_first_failure
 from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig, load_recipe
 from fastllama.distributed.flight_recorder import record_collectives
 from fastllama.distributed.fsdp import resolve_resharding, shard_model
 from fastllama.distributed.world import World, build_mesh, choose_device, distributed
-from fastllama.errors import FailedFirstError
+from fastllama.errors import RankFailedError
 from fastllama.model.llama import Llama
 from fastllama_kernels import REFERENCE
 from tests.workspace import Workspace
@@ -127,7 +127,7 @@ def test_resharding_is_decided_by_the_memory_of_the_device(
         resolved, reason = resolve_resharding(config, one_of_many)
         on_cpu, _ = resolve_resharding(config, world)
     assert resolved.parallel.reshard_after_forward is reshard
-    assert f"42.5 GiB of {gibibytes}.0 would be needed" in reason
+    assert f"keeping them needs 42.5 of {gibibytes}.0 GiB" in reason
     assert on_cpu.parallel.reshard_after_forward is False
     # The run folder keeps what was asked for.
     assert config.parallel.reshard_after_forward == "auto"
@@ -235,14 +235,14 @@ def test_the_rank_that_fails_is_told_first_and_last(workspace: Workspace, tmp_pa
 def test_a_failure_tells_where_collectives_were_recorded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failure, mistake = FailedFirstError(3), FailedFirstError(3)
+    failure, mistake = RankFailedError(3), RankFailedError(3)
     failure.__cause__, mistake.__cause__ = RuntimeError("NCCL timed out"), ValueError("a mistake")
     monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "runs/x/flight-recorder-")
-    tell_first_failure(failure, debug=False)
+    report_first_failure(failure, debug=False)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: rank 3: RuntimeError: NCCL timed out"
     assert "runs/x/flight-recorder-RANK" in lines[1]
-    tell_first_failure(mistake, debug=False)
+    report_first_failure(mistake, debug=False)
     assert "flight-recorder" not in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 On the CPU all uninitialised memory holds NaN meanwhile, so what a kernel fails to write shows.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Literal
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastllama.config import ModelConfig
-from fastllama.model.llama import KVCache, Llama
+from fastllama.model.kv_cache import KVCache
+from fastllama.model.llama import Llama
 from fastllama.model.reference import ReferenceLlama
-from fastllama_kernels import REFERENCE, TRITON, linear_cross_entropy
+from fastllama_kernels import REFERENCE, TRITON
 from tests.compare import DEVICE, assert_as_exact_as, randn
 from tests.kernels.small_model import GROUPED, MULTI_HEAD, TIED, random_tokens, small_model
 
@@ -78,7 +80,8 @@ def test_output_and_gradients(config: ModelConfig, dtype: torch.dtype, kind: Kin
 
 
 def test_chunks_of_the_loss_that_do_not_divide_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_cross_entropy, "chunk_length", lambda *_: 3)
+    module = sys.modules["fastllama_kernels.linear_cross_entropy"]
+    monkeypatch.setattr(module, "chunk_length", lambda *_: 3)
     assert_model_as_exact_as_plain(MULTI_HEAD, FLOAT32, "loss")
 
 
@@ -118,7 +121,7 @@ def test_frozen_weights_leave_the_gradients_of_the_others_alone() -> None:
     tokens, targets = random_tokens(MULTI_HEAD, 2, *BATCH)
     model = small_model(MULTI_HEAD, TRITON)
     wanted = gradients(model, model(tokens, targets))
-    for name in ("embedding", "blocks.0.attention.qkv", "blocks.1.mlp_norm", "output"):
+    for name in ("embedding", "blocks.0.attention.qkv", "blocks.1.mlp.norm", "output"):
         model.get_submodule(name).requires_grad_(False)
         del wanted[f"{name}.weight"]
     model.blocks[1].mlp.requires_grad_(False)

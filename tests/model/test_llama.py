@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastllama.checkpoints.state import checkpoint_name
 from fastllama.config import ModelConfig, OptimizerConfig, load_recipe
-from fastllama.model.llama import KVCache, Llama
+from fastllama.model.kv_cache import KVCache
+from fastllama.model.llama import Llama
 from fastllama.model.reference import ReferenceLlama
 from fastllama.optim.adamw import build_optimizer, update
 from fastllama_kernels import REFERENCE
@@ -37,13 +39,15 @@ CONFIGS = {
     "grouped": GROUPED,
     "tied": dataclasses.replace(SMALL, tied_embeddings=True),
     "scaled rope": SCALED,
+    # Of the size of the first logits, so that it bends them.
+    "softcap": dataclasses.replace(SMALL, logit_softcap=0.5),
 }
 
 
 def build(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Llama:
     model = Llama(config, REFERENCE)
     model.init_weights(seed=0)
-    model.to(dtype).init_rope()
+    model.to(dtype).init_rotary()
     return model
 
 
@@ -123,13 +127,14 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert not torch.equal(ours["embedding.weight"], theirs["embedding.weight"])
 
 
-def test_the_page_on_checkpoints_names_every_weight() -> None:
+def test_docs_name_every_weight_of_a_checkpoint() -> None:
     with torch.device("meta"):
         model = Llama(dataclasses.replace(SMALL, n_layers=1), REFERENCE)
     page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
     table = page.partition("| `model.…` |")[2]
     shown = set(re.findall(r"^\| `([\w.]+)`", table, re.MULTILINE))
-    assert shown == {name.replace("blocks.0.", "blocks.N.") for name, _ in model.named_parameters()}
+    names = (checkpoint_name(name) for name, _ in model.named_parameters())
+    assert shown == {name.replace("blocks.0.", "blocks.N.") for name in names}
 
 
 def test_initial_deviations_are_those_of_the_table() -> None:
@@ -173,6 +178,25 @@ def test_dropout_acts_in_training_alone() -> None:
     assert not torch.allclose(dropping(tokens), wanted)
     assert torch.equal(dropping.eval()(tokens), wanted)
     assert torch.equal(plain.eval()(tokens), wanted)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_z_loss_and_label_smoothing_are_part_of_the_training_loss_only(
+    softcap: float | None,
+) -> None:
+    config = dataclasses.replace(GROUPED, logit_softcap=softcap)
+    plain = build(config)
+    model = Llama(config, REFERENCE, z_loss=0.1, label_smoothing=0.2).double()
+    model.load_state_dict(plain.state_dict())
+    model.init_rotary()
+    tokens, targets = random_tokens(config, 2, 2, config.max_seq_len)
+    logits = plain(tokens)
+    log_z = logits.logsumexp(-1)
+    likelihood = log_z.mean() - logits.gather(-1, targets[..., None]).mean()
+    uniform = (log_z - logits.mean(-1)).mean()
+    wanted = 0.8 * likelihood + 0.2 * uniform + 0.1 * log_z.square().mean()
+    torch.testing.assert_close(model(tokens, targets), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.eval()(tokens, targets), likelihood, rtol=0, atol=1e-12)
 
 
 def test_learns_a_batch_by_heart() -> None:

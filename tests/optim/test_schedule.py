@@ -1,10 +1,9 @@
-import dataclasses
 import math
 from typing import Literal
 
 import pytest
 
-from fastllama.config import Config, OptimizerConfig, TrainingConfig
+from fastllama.config import OptimizerConfig
 from fastllama.optim.schedule import learning_rate
 
 N, WARMUP, TOP, LOW = 100, 10, 1e-2, 1e-3
@@ -13,13 +12,8 @@ Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
 def rates(schedule: Schedule, warmup: int = WARMUP, n_updates: int = N) -> list[float]:
     """The rate of update i at index i; index 0 is no update."""
-    config = Config(
-        optimizer=OptimizerConfig(
-            max_lr=TOP, min_lr=LOW, schedule=schedule, warmup_iterations=warmup
-        ),
-        training=TrainingConfig(tokens_per_update=8, training_tokens=8 * n_updates),
-    )
-    return [learning_rate(step, config) for step in range(n_updates + 1)]
+    config = OptimizerConfig(max_lr=TOP, min_lr=LOW, schedule=schedule, warmup_iterations=warmup)
+    return [learning_rate(step, n_updates, config) for step in range(n_updates + 1)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
@@ -69,6 +63,5 @@ def test_wsd_does_not_decay_before_the_top() -> None:
 
 
 def test_is_within_its_bounds_past_the_end() -> None:
-    config = Config(training=TrainingConfig(tokens_per_update=8, training_tokens=8 * N))
-    config = dataclasses.replace(config, optimizer=OptimizerConfig(max_lr=TOP, min_lr=LOW))
-    assert learning_rate(N + 50, config) == pytest.approx(LOW)
+    config = OptimizerConfig(max_lr=TOP, min_lr=LOW)
+    assert learning_rate(N + 50, N, config) == pytest.approx(LOW)

@@ -16,7 +16,8 @@ import fastllama.train as trainer
 from fastllama.cli import main
 from fastllama.config import load_recipe
 from fastllama.data.dataset import open_dataset
-from fastllama.training.skipped_steps import batch_of
+from fastllama.model.llama import Llama
+from fastllama.training.skipped_steps import batch_record
 from tests.workspace import Workspace
 
 LAYOUTS = {"2 shards": (2, 1), "2 replicas": (2, 2), "2 replicas of 2 shards": (4, 2)}
@@ -29,7 +30,7 @@ def test_the_batch_of_a_refused_update_is_kept(
 ) -> None:
     run, real, step = tmp_path / "run", trainer.update, 0
     seen: list[torch.Tensor] = []
-    forward = trainer.Llama.forward
+    forward = Llama.forward
 
     def remember(self: Any, inputs: torch.Tensor, *rest: Any, **options: Any) -> Any:
         if self.training and step == 3:
@@ -41,7 +42,7 @@ def test_the_batch_of_a_refused_update_is_kept(
         step += 1
         return real(optimizer, loss * float("nan") if step == 4 else loss, *rest)
 
-    monkeypatch.setattr(trainer.Llama, "forward", remember)
+    monkeypatch.setattr(Llama, "forward", remember)
     monkeypatch.setattr(trainer, "update", update)
     arguments = ["train", str(workspace.recipe), "--run-dir", str(run)]
     main([*arguments, "--logging.sample-interval", "0", "--training.eval-interval", "0"])
@@ -78,7 +79,7 @@ def test_later_epochs_find_their_sequences(workspace: Workspace) -> None:
     n_sequences = dataset.train.n_sequences(config.model.max_seq_len)
     updates = -(-n_sequences // config.sequences_per_update)
     ends = [step * config.sequences_per_update for step in range(1, updates + 1)]
-    batches = [batch_of(end, config, dataset) for end in ends]
+    batches = [batch_record(end, config, dataset) for end in ends]
     sequences = [index for batch in batches for index in batch["sequences"]]
     assert sorted(sequences[:n_sequences]) == list(range(n_sequences))
 
@@ -99,14 +100,14 @@ def test_goes_back_and_on_with_other_data(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, seen = tmp_path / "run", []
-    forward = trainer.Llama.forward
+    forward = Llama.forward
 
     def remember(self: Any, inputs: torch.Tensor, *rest: Any, **options: Any) -> Any:
         if self.training:
             seen.append(inputs.clone())
         return forward(self, inputs, *rest, **options)
 
-    monkeypatch.setattr(trainer.Llama, "forward", remember)
+    monkeypatch.setattr(Llama, "forward", remember)
     refuse(monkeypatch, range(7, 10))
     arguments = ["train", str(workspace.recipe), "--run-dir", str(run)]
     arguments += ["--logging.sample-interval", "0", "--training.eval-interval", "0"]
@@ -117,7 +118,7 @@ def test_goes_back_and_on_with_other_data(
     assert (progress["skipped_steps"], progress["skipped_in_a_row"]) == (3, 0)
     config = load_recipe(workspace.recipe)
     dataset = open_dataset(config)
-    wanted = batch_of(80, config, dataset)["sequences"]
+    wanted = batch_record(80, config, dataset)["sequences"]
     # Of 4 micro-batches an update; nine were done before.
     batch = torch.cat(seen[9 * 4 : 10 * 4])
     assert [dataset.train.read(index, 32).tolist()[:-1] for index in wanted] == batch.tolist()
@@ -133,8 +134,8 @@ def test_goes_back_and_on_with_other_data(
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        (range(2, 5), "updates 2 to 4 were refused in a row, and there is no checkpoint before"),
-        (range(7, 100), "after 3 returns to"),
+        (range(2, 5), "updates 2 to 4 were skipped in a row, and there is no checkpoint before"),
+        (range(7, 100), "after 3 rewinds to"),
     ],
 )
 def test_gives_up_where_going_back_does_not_help(

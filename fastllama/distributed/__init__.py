@@ -1,0 +1,1 @@
+"""Processes and devices: sharding, compilation, determinism, the flight recorder."""

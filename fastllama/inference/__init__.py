@@ -1,0 +1,1 @@
+"""Using a model: generation and evaluation."""

@@ -1,0 +1,1 @@
+"""Logs of a run: rows, clocks, sinks, the plot."""

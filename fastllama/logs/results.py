@@ -1,0 +1,57 @@
+"""The result of an update, read on the host one update late."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one update gave. It is the same on every rank, but for the seconds."""
+
+    step: int
+    """Optimizer updates since the run began, from 1."""
+    end_position: int
+    """Position in the data order after the update's last sequence."""
+    loss: float
+    """Mean loss of the update's tokens, in nats."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    skip_reason: str
+    """Why the update was skipped; empty if it was applied."""
+    stop: bool
+    """Whether any rank was asked to stop before the update."""
+    training_seconds: float
+    """Training seconds of this session at the end of the update, side jobs excluded."""
+    data_wait_seconds: float
+    """Seconds that training has waited for data since the loader was opened."""
+
+
+class LateScalars:
+    """Copies a small vector off the device without making the host wait for its update.
+
+    `send` starts the copy to pinned memory. `receive`, called after the next update was launched,
+    waits only for a copy that ended long ago.
+    """
+
+    def __init__(self) -> None:
+        self._host: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def send(self, values: Tensor) -> None:
+        """Start to copy a 1-D float tensor."""
+        if values.device.type == "cpu":
+            self._host = values
+            return
+        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._host.copy_(values, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def receive(self) -> list[float]:
+        """The values sent last."""
+        assert self._host is not None
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.tolist()

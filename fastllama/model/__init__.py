@@ -1,0 +1,1 @@
+"""The LLaMA: the trained model, the reference model, activation checkpointing."""

@@ -1,0 +1,1 @@
+"""The optimizer: AdamW, the learning-rate schedule, spike detection."""

@@ -1,0 +1,1 @@
+"""Arithmetic over a configuration: FLOPs, memory, bounds."""

@@ -1,0 +1,1 @@
+"""Commands that run trainings to check or measure them."""

@@ -1,0 +1,1 @@
+"""Training around the loop: set-up, results, side jobs, skipped updates, stopping."""

@@ -1,0 +1,109 @@
+"""Reads the result of each update, one update late, and acts on it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from fastllama.checkpoints.state import TrainProgress
+from fastllama.logs.clocks import Clock, DeviceClock
+from fastllama.logs.recorder import Recorder
+from fastllama.logs.results import LateScalars, UpdateResult
+from fastllama.optim.adamw import SKIP_REASONS
+from fastllama.training.session import Session
+from fastllama.training.skipped_steps import SkippedSteps
+
+
+class UpdateMonitor:
+    """Passes each result to the recorder and to the policy for skipped updates.
+
+    Every rank has one, and all ranks decide alike, because the scalars are averaged over them.
+    """
+
+    def __init__(self, session: Session, progress: TrainProgress) -> None:
+        """Start after `progress`, which the training loop advances."""
+        on_cuda = session.world.device.type == "cuda"
+        self.clock = DeviceClock() if on_cuda else Clock()
+        self.skipped = SkippedSteps(session, progress)
+        self.recorder = Recorder(
+            session.config, session.world, session.run.path, session.console, progress.step
+        )
+        self.stop = False
+        """Whether any rank was asked to stop."""
+        self._progress = progress
+        self._reads_at_once = not on_cuda
+        self._scalars = LateScalars()
+        self._sent: tuple[int, int, float] | None = None
+
+    @property
+    def wants_to_pause(self) -> bool:
+        """Whether the loop must end before the last update: to stop, or to rewind."""
+        return self.stop or self.skipped.series is not None
+
+    def push(self, values: Tensor, data_wait_seconds: float) -> None:
+        """Take (loss, grad_norm, skip reason, stop) of the update just launched, on the device.
+
+        Raises:
+            TrainingFailedError: too many updates in a row were skipped.
+        """
+        self.flush()
+        self.clock.launched()
+        self._scalars.send(values)
+        self._sent = self._progress.step, self._progress.position, data_wait_seconds
+        if self._reads_at_once:
+            self._receive()
+
+    def flush(self) -> None:
+        """Read the result of the last update, and write its row."""
+        self._receive()
+        self.recorder.flush()
+
+    @contextmanager
+    def side_job(self) -> Iterator[None]:
+        """Exclude the time inside from the training seconds."""
+        self._receive()
+        with self.clock.side_job():
+            yield
+
+    def restart(self) -> None:
+        """Continue from `progress`, which a rewind has moved back."""
+        self.skipped.series = None
+        # A pending stop request is re-sent with the next update.
+        self.stop = False
+        self.recorder.restart(self._progress.step)
+
+    def _receive(self) -> None:
+        if self._sent is None:
+            return
+        loss, grad_norm, skip_reason, stop = self._scalars.receive()
+        (step, end_position, data_wait_seconds), self._sent = self._sent, None
+        result = UpdateResult(
+            step=step,
+            end_position=end_position,
+            loss=loss,
+            grad_norm=grad_norm,
+            skip_reason=SKIP_REASONS[round(skip_reason)],
+            stop=stop > 0,
+            training_seconds=self.clock.training(),
+            data_wait_seconds=data_wait_seconds,
+        )
+        wall_seconds = self.clock.wall()
+        self.stop = self.stop or result.stop
+        self.skipped.observe(result)
+        self.recorder.record(result, wall_seconds, self._progress.skipped_steps)
+
+    def __enter__(self) -> Self:
+        self.recorder.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.flush()
+        self.recorder.close()

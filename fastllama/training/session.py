@@ -1,0 +1,31 @@
+"""What all parts of a training share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from fastllama.config import Config
+from fastllama.data.dataset import Dataset
+from fastllama.distributed.world import World
+from fastllama.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process's part in a training, from start to exit. Nothing in it changes."""
+
+    config: Config
+    """Options, with "auto" of `parallel.reshard_after_forward` resolved."""
+    given: Config
+    """Options as the user gave them."""
+    memory: str
+    """Whether parameters are resharded after the forward, and why."""
+    run: RunFolder
+    dataset: Dataset
+    world: World
+    console: Console
+    flight_records: str | None
+    """Where NCCL's flight recorder writes, without the rank; None if it is off."""
+    identity: dict[str, Any]
+    """What may not change between the sessions of a run: model, seed, tokens an update, data."""

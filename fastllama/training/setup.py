@@ -1,0 +1,250 @@
+"""Setting up a training: from options to a session, and from a session to a state to train."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fastllama.checkpoints.folder import mend_latest, set_aside
+from fastllama.checkpoints.reading import load_tensors, newest_checkpoint, read_progress
+from fastllama.checkpoints.state import TrainProgress, TrainState
+from fastllama.config import Config, validate
+from fastllama.data.dataset import Dataset, open_dataset
+from fastllama.data.loader import BatchLoader
+from fastllama.distributed.compilation import compile_model, refuse_missing_compiler
+from fastllama.distributed.determinism import deterministic_algorithms, fix_cublas_workspace
+from fastllama.distributed.flight_recorder import record_collectives
+from fastllama.distributed.fsdp import resolve_resharding, shard_model
+from fastllama.distributed.world import World, choose_device, distributed, world_size
+from fastllama.errors import TrainingFailedError
+from fastllama.model.activation_checkpointing import checkpoint_activations
+from fastllama.model.llama import Llama
+from fastllama.model.operator_choice import build_operators, choose_attention_backend
+from fastllama.optim.adamw import build_optimizer
+from fastllama.optim.spikes import SpikeDetector
+from fastllama.planning.flops import n_parameters
+from fastllama.run_folder import RunFolder, run_identity
+from fastllama.training.session import Session
+from fastllama_kernels import Operators
+
+
+@contextmanager
+def open_session(
+    config: Config, run: RunFolder, console: Console, *, resume: bool
+) -> Iterator[Session]:
+    """Check the options, open the data, join the processes, lock the run folder.
+
+    On exit the lock is released and the process group is left.
+
+    Raises:
+        ValueError: options, data, device and run folder do not fit together. Nothing was written.
+    """
+    validate(config, world_size())
+    dataset = open_dataset(config)
+    flight_records = prepare_environment(config, run)
+    with (
+        distributed(config) as world,
+        deterministic_algorithms(config.training.deterministic),
+        locked_by_main(run, world),
+    ):
+        if not resume:
+            world.from_main(lambda: run.refuse_other_options(config))
+        resolved, reason = resolve_resharding(config, world)
+        yield Session(
+            config=resolved,
+            memory=reason,
+            given=config,
+            run=run,
+            dataset=dataset,
+            world=world,
+            console=console,
+            flight_records=flight_records,
+            identity=run_identity(config, dataset),
+        )
+
+
+def prepare_environment(config: Config, run: RunFolder) -> str | None:
+    """Set the environment variables that PyTorch reads when the process group starts.
+
+    Returns:
+        Where NCCL's flight recorder writes, without the rank; None if it is off.
+
+    Raises:
+        ValueError: the device, or the compiler that it needs, is missing.
+    """
+    device = choose_device(config.training.device)
+    if config.training.compile and device.type == "cpu":
+        refuse_missing_compiler()
+    if config.training.deterministic:
+        fix_cublas_workspace()
+    if device.type == "cuda" and world_size() > 1:
+        return record_collectives(run.path)
+    return None
+
+
+@contextmanager
+def locked_by_main(run: RunFolder, world: World) -> Iterator[None]:
+    """Hold the run folder's lock on the main process.
+
+    Taken before anything in the folder is read: another process may be about to finish the run.
+    """
+    with ExitStack() as held:
+        world.from_main(lambda: held.enter_context(run.locked()))
+        yield
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training starts."""
+
+    progress: TrainProgress
+    checkpoint: Path | None
+    """The newest whole checkpoint of the run; None for a new run."""
+    unusable: dict[Path, str]
+    """Newer checkpoints, and why each is not used."""
+
+
+def find_start(session: Session) -> Start:
+    """Find the newest whole checkpoint of the run, and read its progress.
+
+    Raises:
+        ValueError: every whole checkpoint belongs to another run.
+    """
+    checkpoint, unusable = newest_checkpoint(session.run.checkpoints, session.identity)
+    if checkpoint is None:
+        return Start(TrainProgress(), None, unusable)
+    mend_latest(checkpoint)
+    progress = session.world.from_main(lambda: read_progress(checkpoint))
+    return Start(progress, checkpoint, unusable)
+
+
+def start_run(session: Session, start: Start) -> Operators:
+    """Choose the operators, write the run folder, and print what is about to be trained.
+
+    Raises:
+        ValueError: `training.kernels` or `training.attention` cannot run here.
+    """
+    operators, kernels = choose_operators(session)
+    session.world.from_main(lambda: claim_run_folder(session, start))
+    if session.flight_records:
+        # Nodes without a shared disk each need the folder.
+        Path(session.flight_records).parent.mkdir(parents=True, exist_ok=True)
+    session.console.print("\n".join(describe_run(session, start, kernels)))
+    return operators
+
+
+def choose_operators(session: Session) -> tuple[Operators, str]:
+    """Choose the operators of the model; return them, and their names and the reason for them.
+
+    The main process chooses for all: backends that round differently would not train one model.
+
+    Raises:
+        ValueError: `training.kernels` or `training.attention` cannot run here.
+    """
+    config, world = session.config, session.world
+    attention = world.from_main(lambda: choose_attention_backend(config, world.device))
+    operators = build_operators(config, world.device, attention.name)
+    return operators, f"{operators.name}; attention {attention.name}: {attention.reason}"
+
+
+def claim_run_folder(session: Session, start: Start) -> None:
+    """Write options, tokenizer and environment of this session; set unusable checkpoints aside."""
+    session.run.create(session.given, session.dataset.folder / "tokenizer.json")
+    for path, reason in start.unusable.items():
+        aside = set_aside(path)
+        session.console.print(f"Not using a checkpoint: {reason}. It is kept as {aside.name}.")
+
+
+def build_state(session: Session, start: Start, operators: Operators) -> TrainState:
+    """Build the sharded model and its optimizer on the device, new or from a checkpoint."""
+    config, world = session.config, session.world
+    with torch.device("meta"):
+        model = Llama(
+            config.model,
+            operators,
+            z_loss=config.training.z_loss,
+            label_smoothing=config.training.label_smoothing,
+        )
+    checkpoint_activations(model, config)
+    if config.training.compile:
+        compile_model(model, config)
+    shard_model(model, config, world)
+    model.init_weights(config.training.seed)
+    spikes = None
+    if z_score := config.training.spike_z_score:
+        spikes = SpikeDetector(z_score, world.device, start.progress.spikes)
+    optimizer = build_optimizer(model, config.optimizer)
+    state = TrainState(model, optimizer, start.progress, spikes)
+    if start.checkpoint is not None:
+        load_tensors(start.checkpoint, state.tensors())
+    return state
+
+
+def open_loader(session: Session, state: TrainState) -> BatchLoader:
+    """This rank's micro-batches, from the position that the run has reached."""
+    config, world = session.config, session.world
+    return BatchLoader(
+        session.dataset.train,
+        seq_len=config.model.max_seq_len,
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        device=world.device,
+        position=state.progress.position,
+        rank=world.rank,
+        world_size=world.size,
+        depth=config.data.prefetch,
+    )
+
+
+@contextmanager
+def explained_out_of_memory(progress: TrainProgress) -> Iterator[None]:
+    """Turn a device's out-of-memory error into one sentence with the remedies."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingFailedError(
+            f"Out of memory in update {progress.step + 1} ({error}); lower "
+            "training.batch_size, or set parallel.reshard_after_forward = true or "
+            "training.activation_checkpointing."
+        ) from None
+
+
+def describe_run(session: Session, start: Start, kernels: str) -> list[str]:
+    """The lines at the start of a run: options, values derived from them, choices and reasons."""
+    config, world, dataset = session.config, session.world, session.dataset
+    model, training = config.model, config.training
+    on_cuda = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if on_cuda else "CPU"
+    step = start.progress.step
+    begins = f"resuming after update {step}" if step else "starting"
+    replicate = config.parallel.replicate
+    replicas = f", {replicate} replicas of {world.size // replicate}" if replicate > 1 else ""
+    lines = [
+        f"run     {session.run.path}: {begins} of {config.n_updates:,}",
+        f"model   {n_parameters(model):,} parameters, {model.n_layers} layers of width "
+        f"{model.n_embd}, feed-forward {model.ffn_hidden}",
+        f"data    {dataset.folder}: {dataset.train.n_tokens:,} tokens, "
+        f"{training.training_tokens / dataset.train.n_tokens:.2f} epochs wanted; "
+        f"{describe_validation(dataset)}",
+        f"update  {training.tokens_per_update:,} tokens = {world.size} x "
+        f"{config.accumulation_steps(world.size)} micro-batches of {training.batch_size} x "
+        f"{model.max_seq_len}",
+        f"device  {world.size} x {device}, {training.dtype}{replicas}",
+        f"kernels {kernels}",
+        f"memory  {session.memory}",
+    ]
+    if session.flight_records:
+        lines.append(f"hangs   {session.flight_records}RANK, written where a collective times out")
+    return lines
+
+
+def describe_validation(dataset: Dataset) -> str:
+    """The size of the held-out split, or why there is no validation and how to get one."""
+    if dataset.validation is not None:
+        return f"{dataset.validation.n_tokens:,} held out"
+    too_short = "validation" in dataset.manifest.splits
+    what = "less than a sequence" if too_short else "nothing"
+    return f"{what} held out: no validation (prepare --validation-fraction)"

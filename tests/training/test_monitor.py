@@ -1,0 +1,78 @@
+"""Results of updates, from the device to the rows of the log."""
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from fastllama.checkpoints.state import TrainProgress
+from fastllama.config import Config, LoggingConfig, TrainingConfig
+from fastllama.distributed.world import World
+from fastllama.logs.rows import read_rows
+from fastllama.training.monitor import UpdateMonitor
+from tests.sessions import bare_session
+
+
+class Device:
+    """A GPU and its host, each with its own time in seconds. Events record the GPU's time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.busy_until = 100.0
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.reached = max(device.host, device.busy_until)
+
+            def synchronize(self) -> None:
+                device.host = max(device.host, self.reached)
+
+            def elapsed_time(self, end: "Event") -> float:
+                assert device.host >= end.reached, "CUDA does not know yet"
+                return (end.reached - self.reached) * 1000
+
+        monkeypatch.setattr(time, "perf_counter", lambda: self.host)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unheard of")
+
+    def launch(self, seconds: float) -> None:
+        self.busy_until = max(self.host, self.busy_until) + seconds
+        # The host runs at most a quarter of an update ahead: then the ring has no free buffer.
+        self.host = max(self.host, self.busy_until - 2.5)
+
+
+def test_rows_next_to_side_jobs_show_the_pace_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(monkeypatch)
+    config = Config(
+        training=TrainingConfig(tokens_per_update=8_192, training_tokens=8 * 8_192),
+        logging=LoggingConfig(log_interval=1, tensorboard=False),
+    )
+    progress = TrainProgress()
+    world = World(0, 1, torch.device("cuda"), cast(Any, None))
+    session = bare_session(config, world, run=tmp_path)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    monitor = UpdateMonitor(session, progress)
+    for step in range(1, 9):
+        if step == 6:
+            # The data arrives 3 seconds after the device has finished the updates before.
+            device.host = device.busy_until + 3.0
+        device.launch(10.0)
+        progress.step = step
+        monitor.push(torch.tensor([2.0, 1.0, 0.0, 0.0]), data_wait_seconds=0.0)
+        if step in (3, 4):
+            with monitor.side_job():
+                device.launch(7.0)
+                device.host = device.busy_until + 2.0
+                monitor.recorder.add_validation(2.5, 1.0)
+    monitor.flush()
+    rows = read_rows(tmp_path / "metrics.csv")
+    seconds = [8_192 / row["tok_per_s"] for row in rows]
+    assert seconds == pytest.approx([10, 10, 10, 10, 10, 13, 10, 10])
+    assert [row["peak_gib"] for row in rows] == [1.5] * 8
