@@ -1,12 +1,12 @@
-"""What each optimisation of fastllama brings: everything on, and each alone off.
+"""Ablations: the speed of fastllama with one optimisation off at a time.
 
     python benchmarks/ablation.py [RECIPE.toml] [--without NAME ...] [--rounds N] [--seconds S]
         [--batch-size N] [--out DIR]
 
-Every run is a process of its own; the full one comes first, last and after every second other, and
-a variant is compared with the full ones before and after it, so that what the device does in the
-meantime falls on both. On a CPU a shrunken recipe rehearses it: kernels are plain there with and
-without, the rest differs.
+Each run is a separate process. Full runs, with everything on, come first, last, and after every two
+variants. A variant is compared with the full runs before and after it, so that drift of the device
+affects both. On a CPU the same code runs with a shrunken recipe, as a rehearsal. The kernels are
+plain PyTorch there in every run, so only the other variants have an effect.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.throughput import (
     GPU_RECIPES,
     REHEARSAL_TITLE,
     REHEARSED_RECIPES,
-    exit_when_terminated,
+    exit_on_sigterm,
     number,
     open_console,
     report,
@@ -41,25 +41,24 @@ from fastllama.planning.bound import Rates
 from fastllama_kernels import Operators
 
 FULL = "fastllama"
-RUN_BETWEEN = 2
-"""Variants between two full runs."""
+VARIANTS_BETWEEN_FULL_RUNS = 2
 NOISE = 0.005
-"""Two processes of one code differ by this much beyond the spread of their updates."""
+"""Relative difference between processes of the same code, beyond the spread of their updates."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """fastllama with one thing off."""
+    """fastllama with one optimisation off."""
 
     change: Callable[[Config], Config] = lambda config: config
     plain_operators: tuple[str, ...] = ()
-    """Fields of `Operators` taken from REFERENCE."""
-    is_of_kernels: bool = False
-    """Changes nothing where there is no GPU to run kernels on."""
+    """Fields of `Operators` to take from REFERENCE."""
+    needs_kernels: bool = False
+    """Changes nothing on a CPU, where no kernels run."""
 
 
 def with_training(**options: Any) -> Callable[[Config], Config]:
-    """The change of options of `training`."""
+    """A change of options in the section `training`."""
     return lambda config: replace(config, training=replace(config.training, **options))
 
 
@@ -68,38 +67,38 @@ def without_prefetch(config: Config) -> Config:
 
 
 def with_resharding(config: Config) -> Config:
-    """Free gathered parameters after use, so that every micro-batch gathers them again."""
+    """Free gathered parameters after use; every micro-batch then gathers them again."""
     return replace(config, parallel=replace(config.parallel, reshard_after_forward=True))
 
 
-def of_family(name: str) -> tuple[str, ...]:
-    """The operators that have `name` in theirs."""
+def operators_named(name: str) -> tuple[str, ...]:
+    """Fields of `Operators` whose name contains `name`."""
     return tuple(field.name for field in dataclasses.fields(Operators) if name in field.name)
 
 
 VARIANTS = {
-    "rms_norm": Variant(plain_operators=of_family("rms_norm"), is_of_kernels=True),
-    "rope": Variant(plain_operators=("rope",), is_of_kernels=True),
-    "swiglu": Variant(plain_operators=of_family("swiglu"), is_of_kernels=True),
-    "fused-loss": Variant(plain_operators=("linear_cross_entropy",), is_of_kernels=True),
-    "kernels": Variant(with_training(kernels="reference"), is_of_kernels=True),
-    # PyTorch's own kernel, which is there without installing anything.
+    "rms_norm": Variant(plain_operators=operators_named("rms_norm"), needs_kernels=True),
+    "rope": Variant(plain_operators=("rope",), needs_kernels=True),
+    "swiglu": Variant(plain_operators=operators_named("swiglu"), needs_kernels=True),
+    "fused-loss": Variant(plain_operators=("linear_cross_entropy",), needs_kernels=True),
+    "kernels": Variant(with_training(kernels="reference"), needs_kernels=True),
+    # PyTorch's own kernel, which needs no extra package.
     "attention": Variant(
-        with_training(attention="flash" if has_gpu() else "reference"), is_of_kernels=True
+        with_training(attention="flash" if has_gpu() else "reference"), needs_kernels=True
     ),
     "compile": Variant(with_training(compile=False)),
     "prefetch": Variant(without_prefetch),
     "kept-parameters": Variant(with_resharding),
 }
-"""By what is off."""
+"""Variants by the name of the optimisation that is off."""
 
 
 def order(without: Sequence[str], rounds: int) -> list[str | None]:
-    """What runs, one after the other; None is the full one."""
+    """Order of the runs; None is the full run."""
     names: list[str | None] = [None]
     for _ in range(rounds):
-        for first in range(0, len(without), RUN_BETWEEN):
-            names += [*without[first : first + RUN_BETWEEN], None]
+        for first in range(0, len(without), VARIANTS_BETWEEN_FULL_RUNS):
+            names += [*without[first : first + VARIANTS_BETWEEN_FULL_RUNS], None]
     return names
 
 
@@ -115,9 +114,9 @@ def measure(
     folder: Path,
     finished: Callable[[TrainingRun], None],
 ) -> list[TrainingRun]:
-    """Train with everything, and without each of the named; see `throughput.measure`.
+    """Train with everything on, and with each of `without` off. See `throughput.measure`.
 
-    All at the batch size of `config`, because a rate at another one answers another question.
+    All runs use the batch size of `config`, so that only one thing changes at a time.
     """
     config = workload(config, config.training.tokens_per_update)
     validate(config)
@@ -132,8 +131,10 @@ def measure(
         changed = variant.change(config)
         run = training_run(contender, recipe, changed, child.train_once(changed), rates)
         run = replace(run, parity=parity(run, baseline(runs)))
-        if variant.is_of_kernels and not has_gpu():
-            run = replace(run, details=f"{run.details}; on a CPU the full one is as plain")
+        if variant.needs_kernels and not has_gpu():
+            run = replace(
+                run, details=f"{run.details}; on a CPU the full run uses the same operators"
+            )
         finished(run)
         runs.append(run)
     return runs
@@ -141,34 +142,34 @@ def measure(
 
 @dataclass(frozen=True)
 class Effect:
-    """What a variant does to the rate."""
+    """Effect of a variant on tokens/s."""
 
     ratio: float
-    """Of its rate to that of the full runs around it; the median of the rounds."""
+    """tokens/s of the variant over that of the neighbouring full runs; median over the rounds."""
     low: float
-    """The least that the spreads of the updates allow, over all rounds."""
+    """Lowest ratio within the spreads of the updates, over all rounds."""
     high: float
-    """The most."""
+    """Highest ratio within the spreads."""
 
     @property
     def verdict(self) -> str:
-        """Of what is off."""
+        """Whether the optimisation that is off helps or hurts."""
         if self.high < 1 - NOISE:
-            return "pays"
-        return "costs" if self.low > 1 + NOISE else "no difference beyond noise"
+            return "helps"
+        return "hurts" if self.low > 1 + NOISE else "within noise"
 
 
 def extent(spread: Spread) -> tuple[float, float]:
-    """The middle half widened by its width on either side, which holds nearly all of a quiet run.
+    """Interquartile range, widened by its own width on both sides: nearly all of a quiet run.
 
-    The middle halves of two runs of one code often miss each other on a machine that others use.
+    On a shared machine the interquartile ranges of two runs of the same code often do not overlap.
     """
     width = spread.high / spread.low
     return spread.low / width, spread.high * width
 
 
 def effect(runs: Sequence[TrainingRun], contender: str) -> Effect | None:
-    """Of one variant among `runs` in their order; None where it or a full run has no time."""
+    """Effect of `contender`, from `runs` in order; None if it or its full runs have no time."""
     ratios, lows, highs = [], [], []
     for index, run in enumerate(runs):
         if run.contender != contender:
@@ -188,8 +189,8 @@ def effect(runs: Sequence[TrainingRun], contender: str) -> Effect | None:
 
 
 def table(title: str, runs: Sequence[TrainingRun]) -> Table:
-    """A row a variant, the full run first."""
-    shown = Table("without", "tok/s", "to full", "range", "peak GB", "verdict", title=title)
+    """One row per variant, after the full run."""
+    shown = Table("without", "tok/s", "tok/s over full", "range", "peak GB", "verdict", title=title)
     full = next(run for run in runs if run.contender == FULL)
     for contender in dict.fromkeys(run.contender for run in runs):
         run = next(run for run in runs if run.contender == contender)
@@ -197,7 +198,7 @@ def table(title: str, runs: Sequence[TrainingRun]) -> Table:
         change = None
         if run.peak_bytes is not None and full.peak_bytes is not None and contender != FULL:
             change = run.peak_bytes - full.peak_bytes
-        said = found.verdict if found and verdict(run) == "valid" else verdict(run)
+        shown_verdict = found.verdict if found and verdict(run) == "valid" else verdict(run)
         shown.add_row(
             contender.removeprefix(f"{FULL} without "),
             number(run.tok_per_s, ",.0f"),
@@ -205,13 +206,13 @@ def table(title: str, runs: Sequence[TrainingRun]) -> Table:
             f"{found.low:.3f} to {found.high:.3f}" if found else "-",
             number(run.peak_bytes, ".2f", unit=1e9)
             + ("" if change is None else f" ({number(change, '+.2f', unit=1e9)})"),
-            said,
+            shown_verdict,
         )
     return shown
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    exit_when_terminated()
+    exit_on_sigterm()
     on_gpu = has_gpu()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -223,9 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=Path,
         default=default_recipe,
         metavar="RECIPE.toml",
-        help="default: the 1B; on a CPU the quickstart, shrunk",
+        help="default: llama-1b; on a CPU a shrunken quickstart",
     )
-    # To compile takes a CPU longer than all the rest of a rehearsal.
+    # On a CPU compilation takes longer than the rest of a rehearsal.
     default_variants = [name for name in VARIANTS if on_gpu or name != "compile"]
     parser.add_argument(
         "--without",
@@ -233,23 +234,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         choices=VARIANTS,
         default=default_variants,
-        help=f"of {', '.join(VARIANTS)}; default: each of them",
+        help=f"any of {', '.join(VARIANTS)}; default: all, on a CPU without compile",
     )
     parser.add_argument(
-        "--rounds", metavar="N", type=int, default=1, help="times each variant runs; default: 1"
+        "--rounds", metavar="N", type=int, default=1, help="runs per variant; default: 1"
     )
     parser.add_argument(
         "--seconds",
         metavar="S",
         type=float,
         default=20.0 if on_gpu else 2.0,
-        help="of steady state, at least three updates; now %(default)s",
+        help="seconds of timed updates, at least three updates; default: %(default)s",
     )
     parser.add_argument(
-        "--batch-size", metavar="N", type=int, help="sequences of a micro-batch; the recipe's"
+        "--batch-size",
+        metavar="N",
+        type=int,
+        help="sequences per micro-batch; default: from the recipe",
     )
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder of results; default: one by device"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="results folder; default: benchmarks/results/<device>",
     )
     options = parser.parse_args(arguments)
     if options.rounds < 1:
@@ -283,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     except ValueError as error:
         parser.error(str(error))
-    title = f"{options.recipe.stem} on {conditions.device}, rates to those of everything on"
+    title = f"{options.recipe.stem} on {conditions.device}, one optimisation off at a time"
     console.print(table(title if on_gpu else f"{title}\n{REHEARSAL_TITLE}", runs))
 
 

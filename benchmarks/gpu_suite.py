@@ -1,22 +1,22 @@
-"""Everything worth knowing of a GPU, in one command and a fixed time.
+"""Run all GPU benchmarks in one command and a fixed time.
 
     python benchmarks/gpu_suite.py [--minutes 9] [--out DIR] [--parts NAME …]
 
-Parts run in the order of their worth, each in a process of its own that adds to the results as it
-goes, so that a suite that is cut off, or a part that crashes, leaves what was measured before:
+The parts run in the order of importance, each in its own process. A part saves every result as soon
+as it is measured, so results survive a crash or a timeout:
 
-    checks      operators and model against float64; no waiting, no broken graph, no recompilation
-    ceilings    copy, matrix products, attention: the floors and the bound of this device
-    train-1b    tokens a second of llama-1b, and of plain PyTorch, compiled, beside it
-    profile     where the time of an update of llama-1b goes
+    checks      operators and model against float64; no host sync, graph break or recompilation
+    ceilings    copy, matmul and attention rates, for the floors and the bound of this device
+    train-1b    tokens/s of llama-1b, next to compiled plain PyTorch
+    profile     device time per class of kernels in an update of llama-1b
     kernels     every operator against its floor and its peers
-    train-100m  as above for llama-100m
-    tests       the tests of the kernels, on the device, where pytest is installed
+    train-100m  like train-1b, for llama-100m
+    tests       kernel tests on the device, if pytest is installed
 
-Each part may take its share of the time that is left; a few at a time, with --parts, all get what
-they ask for. Needs this repository and what it depends on, but not tyro, and pytest for the tests;
-peers are measured where they are installed. Where there is no GPU it is a rehearsal: the same
-code at toy sizes on a CPU's clock.
+Each part gets a share of the remaining time. Run few parts at a time, with --parts, to give each
+enough. The suite needs the dependencies of this repository except tyro, and pytest for the tests.
+Peers are measured if they are installed. Without a GPU the suite runs as a rehearsal: the same code
+at toy sizes, timed with the CPU clock.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from benchmarks.results import (
     read,
 )
 from benchmarks.step_profile import listing, profile_shares, profile_updates
-from benchmarks.throughput import exit_when_terminated
+from benchmarks.throughput import exit_on_sigterm
 from benchmarks.throughput import measure as measure_training
 from benchmarks.training.trainer import trainer_step
 from benchmarks.training.workload import rehearsal, with_synthetic_data, workload
@@ -61,8 +61,7 @@ from fastllama.planning.bound import Rates, bound
 ROOT = Path(__file__).parents[1]
 KERNEL_TESTS = ROOT / "tests" / "kernels"
 RECIPES = ("llama-1b", "llama-100m")
-# Updates of the 1B are a quarter of the recipe's: as many of them as tell a median have to fit into
-# the time.
+# A quarter of the recipe's tokens for llama-1b: enough updates for a median must fit into the time.
 TOKENS_PER_UPDATE = {"llama-1b": 2**17, "llama-100m": 2**19}
 CONTENDERS = {
     "llama-1b": ("fastllama", "reference-compiled"),
@@ -70,43 +69,42 @@ CONTENDERS = {
 }
 STEADY_SECONDS = 4.0 if has_gpu() else 1.0
 N_PROFILED = 1
-# Tests of kernels in another process, on a CPU or about no kernel: they show nothing of a GPU.
-TESTS_OF_NO_GPU = ("test_compile_ahead.py", "test_sharded.py", "test_attention_choice.py")
-# Seconds that importing, compiling and stopping may take beyond what a part plans.
+# Tests that do not exercise kernels on the GPU of this process.
+CPU_ONLY_TESTS = ("test_compile_ahead.py", "test_sharded.py", "test_attention_choice.py")
+# Extra seconds for a part to import, compile and stop.
 GRACE = 10.0
-# Exit codes of a part that has measured for as long as it may, and of one that cannot go on
-# measuring in the same process.
+# Exit codes of a part: its time is up, or the device is unusable in this process.
 OUT_OF_TIME, DEVICE_LOST = 3, 4
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the suite, running in a process of its own."""
+    """One part of the suite, in its own process."""
 
     folder: Path
     deadline: float
-    """A moment of `time.time()`."""
+    """`time.time()` at which the part must end."""
     conditions: Conditions
 
     def add(self, record: Record) -> None:
-        """Keep a record; the part ends when its time has passed."""
+        """Save a record; exit with OUT_OF_TIME after the deadline."""
         append(self.folder, self.conditions, [record])
         if time.time() > self.deadline:
             sys.exit(OUT_OF_TIME)
 
     def measured_rates(self) -> Rates | None:
-        """What the bound H needs, where the ceilings were measured before."""
+        """Rates for the bound H, if the ceilings are already measured."""
         return measured_rates([ceiling for _, ceiling in read(self.folder, Ceiling)])
 
 
 def checks(part: Part) -> None:
     config = recipe_config("llama-100m")
-    # Two micro-batches are enough to accumulate.
+    # Two micro-batches, to cover gradient accumulation.
     tokens = 2 * config.training.batch_size * config.model.max_seq_len
     try:
         for check in step_checks(workload(config, tokens)):
             part.add(check)
-    except Exception as error:  # Whatever is wrong with the trainer, the operators are checked.
+    except Exception as error:  # Check the operators even if the trainer fails.
         part.add(Check("an update of the trainer", False, f"{type(error).__name__}: {error}"))
     dtypes = (torch.bfloat16, torch.float32)
     for dtype in dtypes:
@@ -141,14 +139,14 @@ def training(part: Part, recipe: str) -> None:
 
 def kernels(part: Part) -> None:
     floors = Floors.of([ceiling for _, ceiling in read(part.folder, Ceiling)])
-    # Ours first, then plain PyTorch, then who is installed; last what takes a compilation a cell.
-    # Where forward and backward compare, both together say nothing more.
+    # fastllama first, then plain PyTorch, then the libraries, then the slow compiled cells.
+    # `both` is only needed where forward and backward are not comparable on their own.
     order = {"fastllama": 0, "fastllama in place": 1, "eager": 2, "compiled": 4}
-    in_one = ("cross_entropy", "linear_cross_entropy")
+    needs_both = ("cross_entropy", "linear_cross_entropy")
     todo = [
         cell
         for cell in cells(RECIPES, [torch.bfloat16])
-        if cell.phase != "both" or cell.benchmark.operator in in_one
+        if cell.phase != "both" or cell.benchmark.operator in needs_both
     ]
     done = {
         (kernel.operator, kernel.recipe, kernel.phase, kernel.provider)
@@ -158,10 +156,10 @@ def kernels(part: Part) -> None:
         key = (cell.benchmark.operator, cell.recipe, cell.phase, cell.provider.name)
         if key in done:
             continue
-        with contextlib.suppress(ImportError):  # Not installed.
+        with contextlib.suppress(ImportError):  # The provider is not installed.
             kernel = measure(cell, default_device(), floors)
             part.add(kernel)
-            if kernel.failure and not device_is_well():
+            if kernel.failure and not device_is_usable():
                 sys.exit(DEVICE_LOST)
 
 
@@ -186,17 +184,17 @@ def tests(part: Part) -> None:
         part.add(Check("tests of the kernels", False, "not run: pytest is not installed"))
         return
     if not has_gpu():
-        # `make test` has the rest.
+        # `make test` runs the other tests on a CPU.
         part.add(run_tests(part, "tests of the kernels", ["test_swiglu.py"], [], part.deadline))
         return
-    # The widest last: attention by every backend.
+    # The broadest file, attention with every backend, comes last.
     order = {"test_on_gpu.py": -1, "test_attention_backends.py": 1}
     files = sorted(file.name for file in KERNEL_TESTS.glob("test_*.py"))
     files.sort(key=lambda file: order.get(file, 0))
     half = (time.time() + part.deadline) / 2
-    # One at a time: those with offsets beyond 2^31 take tens of gigabytes each.
+    # In sequence: the tests with offsets beyond 2^31 need tens of gigabytes each.
     part.add(run_tests(part, "tests only a GPU can run", files, ["-m", "gpu"], half))
-    files = [file for file in files if file not in TESTS_OF_NO_GPU]
+    files = [file for file in files if file not in CPU_ONLY_TESTS]
     options = ["-m", "not gpu"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", "8", "--dist", "worksteal"]
@@ -206,7 +204,7 @@ def tests(part: Part) -> None:
 def run_tests(
     part: Part, name: str, files: Sequence[str], options: Sequence[str], deadline: float
 ) -> Check:
-    """Run files of tests in their order; what failed until the deadline is in the output."""
+    """Run test files in order until the deadline. The output file lists the failures so far."""
     output = part.folder / f"{name.replace(' ', '-')}.txt"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += [*options, *(str(KERNEL_TESTS / file) for file in files)]
@@ -215,7 +213,7 @@ def run_tests(
         try:
             code: int | None = process.wait(timeout=max(1.0, deadline - time.time()))
         except subprocess.TimeoutExpired:
-            # As Ctrl-C: pytest tells of what has failed so far.
+            # Like Ctrl-C: pytest then reports the failures so far.
             process.send_signal(signal.SIGINT)
             code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -226,8 +224,8 @@ def run_tests(
     return Check(name, code == 0, f"{detail}, see {output.name}")
 
 
-def device_is_well() -> bool:
-    """Whether what failed left the device, and PyTorch's way of capturing graphs, in order."""
+def device_is_usable() -> bool:
+    """Whether the device and CUDA graph capture still work after a failure."""
     if not has_gpu():
         return True
     try:
@@ -250,11 +248,11 @@ PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     "train-100m": (partial(training, recipe="llama-100m"), 80),
     "tests": (tests, 60),
 }
-"""What runs, and the seconds it asks for of nine minutes."""
+"""Function of each part, and its requested seconds of nine minutes."""
 
 
 def recipe_config(name: str) -> Config:
-    """A recipe with the updates the suite runs it with; a toy of it in a rehearsal."""
+    """The recipe with the suite's tokens per update; shrunk in a rehearsal."""
     config = load_recipe(CONFIGS / f"{name}.toml")
     if not has_gpu():
         return rehearsal(config)
@@ -263,7 +261,7 @@ def recipe_config(name: str) -> Config:
 
 
 def run_suite(names: list[str], folder: Path, minutes: float, console: Console) -> bool:
-    """Run parts one after the other; whether none crashed and no check failed."""
+    """Run the parts in sequence. True if no part failed and every check passed."""
     end = time.time() + 60 * minutes
     conditions = current_conditions()
     for number, name in enumerate(names):
@@ -283,7 +281,10 @@ def run_suite(names: list[str], folder: Path, minutes: float, console: Console) 
 
 
 def run_part(name: str, folder: Path, deadline: float) -> str:
-    """Run a part, anew as long as it lost the device but measured; what went wrong, or nothing."""
+    """Run a part. After DEVICE_LOST, rerun it for as long as each run adds results.
+
+    Returns the error, empty on success.
+    """
     while True:
         before = len(list(read(folder, KernelTime)))
         failure = spawn_part(name, folder, deadline, deadline + GRACE)
@@ -293,12 +294,12 @@ def run_part(name: str, folder: Path, deadline: float) -> str:
 
 
 def spawn_part(name: str, folder: Path, deadline: float, limit: float) -> str:
-    """Run a part in a process of its own; what went wrong, or nothing."""
+    """Run a part in its own process. Returns the error, empty on success."""
     log = folder / f"{name}.log"
     command = [sys.executable, str(Path(__file__)), "--part", name, "--out", str(folder)]
     command += ["--deadline", str(deadline)]
     with log.open("w") as file:
-        # A session of its own, so that what it started ends with it.
+        # A new session, so that `stop` can kill the part with all its descendants.
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -306,9 +307,9 @@ def spawn_part(name: str, folder: Path, deadline: float, limit: float) -> str:
             code = process.wait(timeout=max(0.0, limit - time.time()))
         except subprocess.TimeoutExpired:
             stop(process)
-            return f"stopped after its time; what it measured before is kept, see {log.name}"
+            return f"stopped at its time limit; earlier results are saved, see {log.name}"
     if code == OUT_OF_TIME:
-        return "out of time; what it measured before is kept"
+        return "out of time; earlier results are saved"
     if code:
         lines = log.read_text().strip().splitlines()
         return f"exit {code}: {lines[-1] if lines else ''}, see {log.name}"
@@ -316,7 +317,7 @@ def spawn_part(name: str, folder: Path, deadline: float, limit: float) -> str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Let it end what it started, which may be in a session of its own; then end it."""
+    """Terminate a part, with time to stop its own children, which may be in other sessions."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=5)
@@ -329,9 +330,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="time in all, compiling too")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder of results; default: one by device"
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="total time, compilation included; default: %(default)g",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="results folder; default: benchmarks/results/<device>",
     )
     parser.add_argument(
         "--parts",
@@ -339,33 +348,33 @@ def main() -> None:
         nargs="+",
         choices=PARTS,
         default=list(PARTS),
-        help="run these alone",
+        help=f"run only these parts, of {', '.join(PARTS)}",
     )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.minutes <= 1:
-        parser.error(f"--minutes {options.minutes:g} is too short for a part; give more than 1.")
+        parser.error(f"--minutes {options.minutes:g} is too short; give more than 1.")
     conditions = current_conditions()
     folder = options.out or RESULTS / results_name(conditions)
     folder.mkdir(parents=True, exist_ok=True)
     if options.part:
-        exit_when_terminated()
+        exit_on_sigterm()
         run, _ = PARTS[options.part]
         run(Part(folder, options.deadline, conditions))
         return
     others = sorted({measured.commit for measured, _ in read(folder, Check)} - {conditions.commit})
     if others:
         parser.error(
-            f"{folder} holds results of {', '.join(others)}, and this is {conditions.commit}; give "
-            "another --out, or remove it."
+            f"{folder} holds results of commit {', '.join(others)}, but this is "
+            f"{conditions.commit}; give another --out, or remove the folder."
         )
     console = Console()
     kind = "rehearsal on the CPU" if conditions.is_rehearsal else "measuring"
     console.print(f"{kind}: {conditions.device}, torch {conditions.torch}, results in {folder}")
-    good = run_suite(options.parts, folder, options.minutes, console)
+    all_passed = run_suite(options.parts, folder, options.minutes, console)
     console.print(f"report: python benchmarks/report.py {folder}")
-    sys.exit(not good)
+    sys.exit(not all_passed)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Tokens per second of fastllama and of others that train the same model on the same tokens.
+"""Training speed of fastllama and of its peers, on the same model and the same tokens.
 
     python benchmarks/throughput.py [RECIPE.toml ...] [--contenders NAME ...] [--seconds S]
         [--batch-size auto|N] [--tokens-per-update N] [--data DIR] [--out DIR]
 
-Every contender trains in a process of its own, one at a time, from the same initial weights. With
-`--batch-size auto` each looks for its best micro-batch, all by the same procedure: from the
-recipe's it halves while memory does not suffice, else doubles while the rate rises. A row is void
-where the losses are not those of the plain model. Rows are added to the results as they come. On a
-CPU a shrunken recipe rehearses all of it.
+Each contender trains in its own process, one at a time, from the same initial weights. With
+`--batch-size auto` each contender searches for its best micro-batch size by the same procedure:
+starting from the recipe's size, halve while out of memory, otherwise double while tokens/s improve.
+A row is void if its losses do not match the plain model. Each row is saved as soon as it is
+measured. On a CPU the same code runs with a shrunken recipe, as a rehearsal.
 """
 
 import argparse
@@ -38,9 +38,9 @@ from fastllama.planning.bound import Rates
 ROOT = Path(__file__).parents[1]
 GPU_RECIPES = [ROOT / "configs" / "llama-1b.toml", ROOT / "configs" / "llama-100m.toml"]
 REHEARSED_RECIPES = [ROOT / "configs" / "quickstart.toml"]
-REHEARSAL_TITLE = "CPU rehearsal: shows that the measuring works, says nothing of speed"
+REHEARSAL_TITLE = "CPU rehearsal: tests the benchmark code, does not measure speed"
 WHOLE_MODEL_WEIGHT = 1.5
-"""Share of the time of one that compiles a whole model, where another has a share of 1."""
+"""Share of the remaining time for a contender that compiles a whole model; others have 1."""
 
 
 def measure(
@@ -59,27 +59,27 @@ def measure(
 ) -> list[TrainingRun]:
     """Train `config` with each contender.
 
-    They run in the order of CONTENDERS, so that the plain models judge fastllama and not the other
-    way round.
+    Contenders run in the order of CONTENDERS, so that the plain models are the baseline for the
+    losses of fastllama.
 
     Args:
-        config: as loaded from the recipe.
-        recipe: its name in the rows.
+        config: the recipe as loaded.
+        recipe: name of the recipe in the rows.
         contenders: names in CONTENDERS.
-        seconds: of steady state, at least three updates.
-        batch_size: sequences of a micro-batch, halved where memory does not suffice; None means
-            that each contender looks for its best.
-        tokens_per_update: of every contender.
-        deadline: a moment of `time.time()` by which all are done; what is left until then is
-            divided among those still to run. One that has measured an update hands back what it
-            has in time; one that has not is stopped.
-        rates: of the device, for the bound.
-        folder: an empty one, for what the children read and write.
-        finished: called with each row as soon as it is there.
-        data: a prepared folder to train on; None means synthetic tokens.
+        seconds: duration of the timed updates, of which there are at least three.
+        batch_size: sequences per micro-batch, halved while out of memory; None means that each
+            contender searches for its best size.
+        tokens_per_update: tokens per update, the same for every contender.
+        deadline: `time.time()` by which all contenders must finish. The remaining time is divided
+            among the remaining contenders. Close to its deadline a contender returns the updates
+            it has timed; one without a timed update is stopped.
+        rates: rates of the device, for the bound.
+        folder: an empty folder for the files of the child processes.
+        finished: called with each row as soon as it is measured.
+        data: a prepared data folder; None means synthetic tokens.
 
     Raises:
-        ValueError: the batch does not divide the update, or `data` does not fit the model.
+        ValueError: the micro-batch does not divide the update, or `data` does not fit the model.
     """
     config = workload(config, tokens_per_update)
     if batch_size is not None:
@@ -113,19 +113,19 @@ def _weight(contender: str) -> float:
 
 
 def unsupported_reason(contender: str) -> str | None:
-    """One sentence why `contender` cannot run here, or None."""
+    """Why `contender` cannot run here, in one sentence, or None."""
     needs = CONTENDERS[contender]
     missing = [pip for name, pip in needs.packages.items() if not importlib.util.find_spec(name)]
     if missing:
-        return f"{contender} is skipped: pip install {' '.join(missing)} brings what it needs."
+        return f"{contender} is skipped: it needs pip install {' '.join(missing)}."
     if needs.needs_gpu and not has_gpu():
         return f"{contender} is skipped: it needs a CUDA GPU."
     return None
 
 
 def table(title: str, runs: Sequence[TrainingRun]) -> Table:
-    """The runs of one recipe, a row each."""
-    columns = ["contender", "batch", "tok/s", "25-75 %", "MFU causal / PaLM", "HFU", "of H"]
+    """Table of the runs of one recipe."""
+    columns = ["contender", "batch", "tok/s", "25-75 %", "MFU causal / PaLM", "HFU", "% of H"]
     columns += ["peak GB", "s to first", "loss", "verdict"]
     shown = Table(*columns, title=title)
     for run in runs:
@@ -147,29 +147,29 @@ def table(title: str, runs: Sequence[TrainingRun]) -> Table:
 
 
 def loss_curve(losses: Sequence[float]) -> str:
-    """Contenders do as many updates as the time allows, so the last losses do not compare."""
+    """First and last loss, and the number of updates, which differs between contenders."""
     return f"{losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)}" if losses else "-"
 
 
 def number(value: float | None, form: str, unit: float = 1.0) -> str:
-    """A cell of a table; a dash for what is not known."""
+    """A table cell; a dash for None."""
     return "-" if value is None else format(value / unit, form)
 
 
 def report(run: TrainingRun, console: Console) -> None:
-    """Print that a run has ended, and what is wrong with it."""
+    """Print the verdict of a finished run, with its reason if it is not valid."""
     why = f" ({run.failure or run.parity})" if verdict(run) != "valid" else ""
     line = f"{run.recipe}: {run.contender} is {verdict(run)}{why}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def open_console() -> Console:
-    """One that leaves tables whole where the output is a file."""
+    """Console that does not wrap tables at 80 columns when the output is a file."""
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def ratios(runs: Sequence[TrainingRun]) -> list[str]:
-    """Lines that compare fastllama with each peer, where both rows count."""
+    """One line per peer with the ratio of tokens/s, for valid rows only."""
     rates = {run.contender: run.tok_per_s for run in runs if verdict(run) == "valid"}
     own = rates.pop("fastllama", None)
     if own is None:
@@ -178,25 +178,25 @@ def ratios(runs: Sequence[TrainingRun]) -> list[str]:
 
 
 def parse_batch_size(text: str) -> int | None:
-    """`auto` is None."""
+    """Parse a positive number; `auto` gives None."""
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a positive integer")
     return int(text)
 
 
-def exit_when_terminated() -> None:
-    """Have SIGTERM unwind this process, so that the child it waits for is not left behind."""
+def exit_on_sigterm() -> None:
+    """Turn SIGTERM into SystemExit, so that `finally` blocks kill the running child process."""
 
-    def leave(number: int, frame: FrameType | None) -> None:
+    def exit_process(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, exit_process)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    exit_when_terminated()
+    exit_on_sigterm()
     on_gpu = has_gpu()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -206,33 +206,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="*",
         type=Path,
         metavar="RECIPE.toml",
-        help="default: the 1B and the 100M; on a CPU the quickstart, shrunk",
+        help="default: llama-1b and llama-100m; on a CPU a shrunken quickstart",
     )
     parser.add_argument(
         "--contenders",
         nargs="+",
         metavar="NAME",
-        help=f"of {', '.join(CONTENDERS)}; default: all that can run here",
+        help=f"any of {', '.join(CONTENDERS)}; default: all that can run here",
     )
     parser.add_argument(
         "--seconds",
         metavar="S",
         type=float,
         default=20.0 if on_gpu else 2.0,
-        help="of steady state, at least three updates; now %(default)s",
+        help="seconds of timed updates, at least three updates; default: %(default)s",
     )
     parser.add_argument(
         "--batch-size",
         metavar="N",
         type=parse_batch_size,
-        help="sequences of a micro-batch, halved where they do not fit; default: auto",
-    )
-    parser.add_argument("--tokens-per-update", metavar="N", type=int, help="default: the recipe's")
-    parser.add_argument(
-        "--data", metavar="DIR", type=Path, help="a prepared folder in place of synthetic tokens"
+        help="sequences per micro-batch, halved while out of memory; default: auto",
     )
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder of results; default: one by device"
+        "--tokens-per-update", metavar="N", type=int, help="default: from the recipe"
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", type=Path, help="prepared data folder; default: synthetic tokens"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="results folder; default: benchmarks/results/<device>",
     )
     options = parser.parse_args(arguments)
     console = open_console()
@@ -275,14 +280,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def chosen_contenders(asked_for: Sequence[str] | None, console: Console) -> list[str]:
-    """Those that can run here of the ones asked for; on a CPU, unasked, none that compiles.
+    """Requested contenders that can run here; prints why the others are skipped.
+
+    The default is all contenders, on a CPU without those that compile.
 
     Raises:
-        ValueError: an unknown name, or none that can run.
+        ValueError: a name is unknown, or no contender can run.
     """
     unknown = sorted(set(asked_for or ()) - CONTENDERS.keys())
     if unknown:
-        raise ValueError(f"there is no contender {unknown[0]!r}; choose of {', '.join(CONTENDERS)}")
+        raise ValueError(f"unknown contender {unknown[0]!r}; choose from {', '.join(CONTENDERS)}")
     names = asked_for or [
         name for name, contender in CONTENDERS.items() if has_gpu() or not contender.compiles
     ]
@@ -291,7 +298,7 @@ def chosen_contenders(asked_for: Sequence[str] | None, console: Console) -> list
         console.print(sentence, highlight=False)
     able = [name for name in names if unsupported_reasons[name] is None]
     if not able:
-        raise ValueError("none of the contenders asked for can run here; add fastllama")
+        raise ValueError("none of the given contenders can run here; add fastllama")
     return able
 
 

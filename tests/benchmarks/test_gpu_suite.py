@@ -1,4 +1,4 @@
-"""The suite keeps what it measured, whatever becomes of a part; rehearsed on a CPU."""
+"""The GPU suite saves every result, even if a part fails. Runs as a rehearsal on a CPU."""
 
 import math
 import subprocess
@@ -28,7 +28,7 @@ from benchmarks.results import Ceiling, Check, KernelTime, Spread, append, read
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_suite.py"
 
 
-def test_a_part_from_the_command_to_the_records(tmp_path: Path) -> None:
+def test_command_runs_a_part(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--parts", "ceilings", "--minutes", "2"]
     command += ["--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -40,20 +40,20 @@ def test_a_part_from_the_command_to_the_records(tmp_path: Path) -> None:
     assert [check for _, check in read(tmp_path, Check)] == [Check("part ceilings", True, "")]
 
 
-def test_a_part_out_of_time_keeps_its_records(tmp_path: Path) -> None:
+def test_part_out_of_time_keeps_its_records(tmp_path: Path) -> None:
     started = time.time()
-    # No ceilings, so the floors are missing: a crash is told, and where to read about it.
+    # Without ceilings there are no floors, so this part crashes.
     assert "exit 1: KeyError" in spawn_part("kernels", tmp_path, started + 60, started + 60)
     failure = spawn_part("ceilings", tmp_path, started, started + 60)
-    assert failure == "out of time; what it measured before is kept"
+    assert failure == "out of time; earlier results are saved"
     assert len(list(read(tmp_path, Ceiling))) == 1
-    # Stopped from outside, it has none, and the files there are still good.
+    # Killed before its first record: the existing files stay readable.
     assert "stopped" in spawn_part("ceilings", tmp_path, time.time() + 60, time.time() + 1)
     assert len(list(read(tmp_path, Ceiling))) == 1
     assert list(read(tmp_path, KernelTime)) == []
 
 
-def test_every_part_gets_its_share_of_what_is_left(
+def test_each_part_gets_a_share_of_the_remaining_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: dict[str, float] = {}
@@ -65,7 +65,7 @@ def test_every_part_gets_its_share_of_what_is_left(
     monkeypatch.setattr(gpu_suite, "spawn_part", spawn)
     shown = StringIO()
     assert not run_suite(list(PARTS), tmp_path, 9.0, Console(file=shown))
-    # Nothing was used, so each part could have had all that the ones before it left.
+    # The fake parts take no time, so the shares of later parts grow.
     assert list(shares) == list(PARTS)
     assert shares["checks"] == pytest.approx(
         530 * PARTS["checks"][1] / sum(weight for _, weight in PARTS.values()), rel=0.02
@@ -76,7 +76,7 @@ def test_every_part_gets_its_share_of_what_is_left(
     assert failed == ["part checks"]
 
 
-def a_kernel(cell: Cell, failure: str = "") -> KernelTime:
+def kernel_time(cell: Cell, failure: str = "") -> KernelTime:
     return KernelTime(
         operator=cell.benchmark.operator,
         phase=cell.phase,
@@ -96,9 +96,7 @@ def a_kernel(cell: Cell, failure: str = "") -> KernelTime:
     )
 
 
-def test_kernels_go_on_in_a_new_process_where_one_took_the_device_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_resume_after_device_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conditions = current_conditions()
     for name, dtype in (("copy", "uint8"), ("matmul", "bfloat16"), ("matmul", "float32")):
         rate = Spread(1.0, 1.0, 1.0, 1)
@@ -107,26 +105,24 @@ def test_kernels_go_on_in_a_new_process_where_one_took_the_device_along(
 
     def measure(cell: Cell, device: object, floors: object) -> KernelTime:
         measured.append(str(cell))
-        # The second cell breaks, and the fourth takes the device along.
-        return a_kernel(cell, "broken" if len(measured) in (2, 4) else "")
+        # The second cell fails; the fourth also breaks the device.
+        return kernel_time(cell, "broken" if len(measured) in (2, 4) else "")
 
     monkeypatch.setattr(gpu_suite, "measure", measure)
-    monkeypatch.setattr(gpu_suite, "device_is_well", lambda: len(measured) != 4)
+    monkeypatch.setattr(gpu_suite, "device_is_usable", lambda: len(measured) != 4)
     part = Part(tmp_path, time.time() + 60, conditions)
     with pytest.raises(SystemExit) as stopped:
         gpu_suite.kernels(part)
     assert stopped.value.code == DEVICE_LOST
     assert len(measured) == 4
     gpu_suite.kernels(part)
-    # Each once, and ours first.
+    # Each cell runs once, fastllama first.
     assert len(measured) == len(set(measured)) == len(list(read(tmp_path, KernelTime)))
     ours = [cell.endswith("-fastllama") for cell in measured]
     assert ours == sorted(ours, reverse=True)
 
 
-def test_a_part_runs_anew_as_long_as_that_brings_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_part_reruns_while_it_adds_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some_cell = next(cells(["quickstart"], [torch.float32]))
     n_runs = 0
 
@@ -134,7 +130,7 @@ def test_a_part_runs_anew_as_long_as_that_brings_more(
         nonlocal n_runs
         n_runs += 1
         if n_runs < 3:
-            append(folder, current_conditions(), [a_kernel(some_cell, "broken")])
+            append(folder, current_conditions(), [kernel_time(some_cell, "broken")])
         return f"exit {DEVICE_LOST}: illegal memory access"
 
     monkeypatch.setattr(gpu_suite, "spawn_part", spawn)
@@ -144,7 +140,7 @@ def test_a_part_runs_anew_as_long_as_that_brings_more(
     assert run_part("kernels", tmp_path, time.time() + 60) == "exit 1: KeyError"
 
 
-def test_tests_that_are_cut_off_tell_what_failed_so_far(
+def test_timed_out_tests_report_failures_so_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "test_wrong.py").write_text("def test_wrong():\n    assert 1 == 2\n")
@@ -159,13 +155,15 @@ def test_tests_that_are_cut_off_tell_what_failed_so_far(
     assert run_tests(part, "no tests", ["test_wrong.py"], ["-k", "right"], math.inf).passed is False
 
 
-def test_no_time_left_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_suite, "spawn_part", lambda *arguments: pytest.fail("was started"))
+def test_no_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        gpu_suite, "spawn_part", lambda *arguments: pytest.fail("a part was started")
+    )
     assert not run_suite(["checks"], tmp_path, 0.1, Console(file=StringIO()))
     assert [check.detail for _, check in read(tmp_path, Check)] == ["no time left"]
 
 
-def test_results_of_two_commits_are_not_mixed(
+def test_refuses_results_of_another_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FASTLLAMA_COMMIT", "aaaa")
@@ -175,14 +173,14 @@ def test_results_of_two_commits_are_not_mixed(
     with pytest.raises(SystemExit) as stopped:
         gpu_suite.main()
     assert stopped.value.code == 2
-    assert "holds results of aaaa, and this is bbbb" in capsys.readouterr().err
+    assert "holds results of commit aaaa, but this is bbbb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [(("--minutes", "0.5"), "--minutes 0.5 is too short"), (("--parts", "all"), "invalid choice")],
 )
-def test_mistakes_are_a_sentence(
+def test_wrong_arguments(
     options: tuple[str, ...],
     message: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""The benchmarks of training: contenders that train the same, and what is said of their rows."""
+"""Training benchmarks: contenders, their workload, child processes, verdicts and ablations."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from benchmarks.results import Spread, TrainingRun
 from benchmarks.training import child as child_process
 from benchmarks.training.child import Child, best_batch_size, run_child, smaller
 from benchmarks.training.contenders import CONTENDERS, run
-from benchmarks.training.job import Job, Outcome, Pace, Spec
+from benchmarks.training.job import Budget, Job, Outcome, Spec
 from benchmarks.training.peers import huggingface_model, torchtitan_model
 from benchmarks.training.plain import adamw, loader_batches
 from benchmarks.training.row import COMPARED_UPDATES, baseline, parity, training_run, verdict
@@ -33,13 +33,13 @@ from fastllama.optim.adamw import build_optimizer
 from fastllama_kernels import TRITON
 
 CPU = torch.device("cpu")
-# Imports of theirs.
+# Raised while other libraries are imported.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 FALLING = [3.0, 2.5, 2.0, 1.5]
 
 
 def tiny() -> Config:
-    """A recipe of the smallest shape, a micro-batch being a quarter of an update."""
+    """The smallest recipe. An update has four micro-batches."""
     config = rehearsal(load_recipe(throughput.REHEARSED_RECIPES[0]))
     model = replace(config.model, vocab_size=64, n_heads=4, n_kv_heads=2, max_seq_len=16)
     training = replace(config.training, tokens_per_update=256)
@@ -58,7 +58,7 @@ def specification(contender: str, config: Config) -> Spec:
 def a_run(
     contender: str, losses: list[float], seconds: float = 1.0, noise: float = 0.01
 ) -> TrainingRun:
-    """A row of a run at `seconds` an update."""
+    """Row of a run with `seconds` per update."""
     outcome = Outcome(losses, [seconds * (1 + noise * k) for k in (-1, 0, 1)])
     return training_run(contender, "tiny", tiny(), outcome, rates=None)
 
@@ -81,7 +81,7 @@ def a_run(
         ),
     ],
 )
-def test_every_contender_trains_as_the_plain_model(contender: str, config: Config) -> None:
+def test_contender_matches_plain_model(contender: str, config: Config) -> None:
     plain = run(specification("reference-eager", config))
     own = run(specification(contender, config))
     assert (plain.failure, own.failure) == ("", "")
@@ -94,7 +94,7 @@ def test_every_contender_trains_as_the_plain_model(contender: str, config: Confi
     assert own.seconds_to_first_update > 0
 
 
-def test_fastllama_takes_the_plain_operators_it_is_told_to(config: Config) -> None:
+def test_plain_operators(config: Config) -> None:
     spec = replace(specification("fastllama", config), plain_operators=["rope", "swiglu"])
     assert run(spec).details.endswith("plain rope; plain swiglu")
 
@@ -102,7 +102,7 @@ def test_fastllama_takes_the_plain_operators_it_is_told_to(config: Config) -> No
 @pytest.mark.parametrize("make", [huggingface_model, torchtitan_model])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("scaling", [1.0, 8.0])
-def test_peers_compute_the_same_logits(make: Callable, tied: bool, scaling: float) -> None:
+def test_peers_compute_same_logits(make: Callable, tied: bool, scaling: float) -> None:
     pytest.importorskip({huggingface_model: "transformers"}.get(make, "torchtitan"))
     config = tiny()
     model = replace(
@@ -114,7 +114,7 @@ def test_peers_compute_the_same_logits(make: Callable, tied: bool, scaling: floa
     )
     llama = initial_model(replace(config, model=model), CPU)
     with torch.no_grad():
-        # Norms start as ones, which any norm could stand in for.
+        # Norm weights start as ones, which would hide swapped norms.
         for name, weight in llama.named_parameters():
             if "norm" in name:
                 weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
@@ -124,7 +124,7 @@ def test_peers_compute_the_same_logits(make: Callable, tied: bool, scaling: floa
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_peers_decay_what_fastllama_does(tied: bool) -> None:
+def test_plain_adamw_matches_fastllama_groups(tied: bool) -> None:
     config = tiny()
     config = replace(config, model=replace(config.model, tied_embeddings=tied))
     llama = initial_model(config, CPU)
@@ -142,8 +142,8 @@ def test_peers_decay_what_fastllama_does(tied: bool) -> None:
     assert by_parameter[0] == by_parameter[1]
 
 
-def test_the_tutorial_reads_what_the_loader_reads(config: Config) -> None:
-    job = Job(config, CPU, Pace(specification("tutorial", config), ExitStack()), [])
+def test_read_batches_matches_loader(config: Config) -> None:
+    job = Job(config, CPU, Budget(specification("tutorial", config), ExitStack()), [])
     with loader_batches(job) as next_batch:
         for tokens, targets in itertools.islice(read_batches(config), 80):
             own_tokens, own_targets = next_batch()
@@ -151,7 +151,7 @@ def test_the_tutorial_reads_what_the_loader_reads(config: Config) -> None:
             torch.testing.assert_close(own_targets, targets)
 
 
-def test_synthetic_tokens_mostly_follow_one_permutation() -> None:
+def test_synthetic_tokens_follow_permutation() -> None:
     tokens = synthetic_tokens(100_000, 50, seed=1)
     assert tokens.shape == (100_000,)
     assert (tokens.min(), tokens.max()) == (0, 49)
@@ -162,7 +162,7 @@ def test_synthetic_tokens_mostly_follow_one_permutation() -> None:
     assert float(most.sum() / pairs.sum()) == pytest.approx(0.9 + 0.1 / 50, abs=0.01)
 
 
-def test_a_child_process_hands_back_its_outcome(config: Config, tmp_path: Path) -> None:
+def test_child_returns_outcome(config: Config, tmp_path: Path) -> None:
     outcome = run_child(specification("reference-eager", config), tmp_path, timeout=60)
     assert outcome.failure == ""
     assert outcome.losses == run(specification("reference-eager", config)).losses
@@ -170,7 +170,7 @@ def test_a_child_process_hands_back_its_outcome(config: Config, tmp_path: Path) 
 
 
 def with_child(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a shell script run in the place of Python."""
+    """Replace the Python executable by a shell script."""
     path = folder / "child"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -181,11 +181,11 @@ def with_child(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("script", "failure"),
     [
         ("echo Traceback >&2; echo 'MemoryError: full' >&2; exit 1", "MemoryError: full"),
-        ("exit 3", "ended with 3"),
+        ("exit 3", "exit code 3"),
         ("kill -KILL $$", "killed by SIGKILL"),
     ],
 )
-def test_a_child_that_dies_makes_a_row_that_says_how(
+def test_failed_child_gives_failed_row(
     script: str, failure: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_child(script, tmp_path, monkeypatch)
@@ -202,22 +202,22 @@ def is_running(process: int) -> bool:
         return False
 
 
-def test_a_child_is_killed_at_its_time_with_what_it_started(
+def test_timeout_kills_child_and_descendants(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = tmp_path / "started"
     with_child(f"sleep 600 & echo $! > {started}; wait", tmp_path, monkeypatch)
     outcome = run_child(specification("fastllama", config), tmp_path, timeout=1.0)
-    assert outcome.failure == "stopped after 1 s, before it was done"
+    assert outcome.failure == "timed out after 1 s"
     process = int(started.read_text())
-    # Killed is not yet gone, and a dead process may wait for its parent to ask.
+    # A killed process takes a moment to go, and may stay a zombie until its parent reaps it.
     end = time.time() + 10
     while is_running(process) and time.time() < end:
         time.sleep(0.05)
     assert not is_running(process)
 
 
-def test_what_a_contender_raises_is_its_failure(
+def test_contender_exception_becomes_failure(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def raise_out_of_memory(job: object) -> None:
@@ -233,23 +233,21 @@ def test_what_a_contender_raises_is_its_failure(
 @pytest.mark.parametrize(
     ("rates", "found", "tried"),
     [
-        # Faster by more than 1 % twice, then not.
+        # Two gains above 1 %, then one below.
         ({4: 100, 8: 120, 16: 130, 32: 131}, 16, [4, 8, 16, 32]),
-        # Memory ends the search on either side.
+        # Out of memory ends the search in both directions.
         ({4: 100, 8: 120, 16: None}, 8, [4, 8, 16]),
         ({4: None, 2: None, 1: 10}, 1, [4, 2, 1]),
         ({4: None, 2: 10}, 2, [4, 2]),
         ({4: None, 2: None, 1: None}, 1, [4, 2, 1]),
-        # An update is of 32 sequences.
+        # An update has 32 sequences.
         ({4: 1, 8: 2, 16: 3, 32: 4}, 32, [4, 8, 16, 32]),
-        # A failure is left for the run to tell.
+        # A failed trial ends the search; the run reports the failure.
         ({4: 0.0}, 4, [4]),
         ({4: 100, 8: 0.0}, 4, [4, 8]),
     ],
 )
-def test_the_search_for_a_batch_size(
-    rates: dict[int, float | None], found: int, tried: list[int]
-) -> None:
+def test_best_batch_size(rates: dict[int, float | None], found: int, tried: list[int]) -> None:
     asked: list[int] = []
 
     def rate(size: int) -> float | None:
@@ -259,13 +257,13 @@ def test_the_search_for_a_batch_size(
     assert (best_batch_size(4, 32, rate), asked) == (found, tried)
 
 
-def test_a_smaller_batch_divides_the_update() -> None:
+def test_smaller_batch_divides_update() -> None:
     assert smaller(12, 36) == 6
     assert smaller(9, 36) == 4
     assert smaller(3, 36) == 1
 
 
-def test_a_run_out_of_memory_is_done_again_with_half(
+def test_out_of_memory_halves_batch(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
@@ -280,16 +278,16 @@ def test_a_run_out_of_memory_is_done_again_with_half(
     assert (size, sizes, outcome.failure) == (1, [4, 2, 1], "")
 
 
-def test_parity_is_agreement_and_learning() -> None:
+def test_parity() -> None:
     plain = a_run("reference-eager", FALLING)
     assert parity(plain, None) == ""
     assert parity(a_run("peer", [loss * 1.00009 for loss in FALLING]), plain) == ""
     assert parity(a_run("peer", FALLING[:2]), plain) == ""
     assert parity(a_run("peer", [3.0, 2.5, 2.001, 1.5]), plain) == (
-        "Its loss in update 3 is 2.0010, that of reference-eager 2.0000, which is not within "
+        "The loss of update 3 is 2.0010, but 2.0000 for reference-eager; the relative tolerance is "
         "0.0001."
     )
-    stuck = "Its loss did not fall: 3.0000 at first, 3.0000 at the end."
+    stuck = "The loss did not fall: first 3.0000, last 3.0000."
     assert parity(a_run("peer", [3.0, 2.5, 3.0]), None) == stuck
     assert parity(a_run("peer", [3.0, math.nan]), plain) != ""
     assert parity(a_run("peer", [3.0, math.nan, 2.0, 1.5]), plain) != ""
@@ -298,14 +296,14 @@ def test_parity_is_agreement_and_learning() -> None:
     assert parity(replace(in_bfloat16, losses=[3.0, 2.5, 2.03, 1.5]), plain) != ""
 
 
-def test_parity_leaves_alone_what_rounding_has_taken_apart() -> None:
+def test_parity_ignores_late_updates() -> None:
     losses = [3 - step / 100 for step in range(COMPARED_UPDATES + 1)]
     plain = a_run("reference-eager", losses)
     assert parity(a_run("peer", [*losses[:-1], 1.0]), plain) == ""
     assert parity(a_run("peer", [*losses[:-2], 1.0, 1.0]), plain) != ""
 
 
-def test_others_are_held_to_the_first_run_that_counts() -> None:
+def test_baseline_is_first_valid_run() -> None:
     failed = replace(a_run("reference-eager", []), failure="full")
     void = replace(a_run("reference-compiled", FALLING), parity="no")
     good = a_run("huggingface", FALLING)
@@ -313,7 +311,7 @@ def test_others_are_held_to_the_first_run_that_counts() -> None:
     assert baseline([failed, void, good, a_run("fastllama", FALLING)]) is good
 
 
-def test_void_and_failed_rows_get_no_ratio() -> None:
+def test_ratios_skip_void_and_failed_runs() -> None:
     runs = [
         a_run("fastllama", FALLING, seconds=0.5),
         a_run("reference-eager", FALLING, seconds=1.0),
@@ -324,23 +322,23 @@ def test_void_and_failed_rows_get_no_ratio() -> None:
     assert throughput.ratios([replace(runs[0], parity="no"), *runs[1:]]) == []
 
 
-def test_towards_the_deadline_one_timed_update_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budget_stops_before_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "time", lambda: now)
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    asked = replace(specification("fastllama", tiny()), warm_ups=2, least_updates=50)
+    asked = replace(specification("fastllama", tiny()), warm_ups=2, min_updates=50)
     early, late = (
-        Pace(replace(asked, deadline=deadline), ExitStack()) for deadline in (None, 117.0)
+        Budget(replace(asked, deadline=deadline), ExitStack()) for deadline in (None, 117.0)
     )
     answers = []
     for _ in range(4):
         now += 5.0
-        answers.append((early.enough(), late.enough()))
-    # The third update is the first one timed: two more like it would end at 125.
+        answers.append((early.is_spent(), late.is_spent()))
+    # The third update is the first timed one. Two more of 5 s would end at 125 s.
     assert answers == [(False, False), (False, False), (False, True), (False, True)]
 
 
-def test_rows_come_as_they_end_and_none_starts_after_the_deadline(
+def test_no_contender_starts_after_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, finished, timeouts = [], [], []
@@ -366,16 +364,14 @@ def test_rows_come_as_they_end_and_none_starts_after_the_deadline(
         finished=finished.append,
     )
     assert started == ["reference-eager", "fastllama"]
-    # Each may take its part of what those before it have left; who compiles it all, a larger one.
+    # Each gets its share of the remaining time; the tutorial compiles and has weight 1.5.
     assert timeouts == pytest.approx([1000 / 3.5, 1000 / 2.5], rel=0.01)
     assert [verdict(run) for run in runs] == ["valid", "void"]
     assert finished == runs
 
 
 @pytest.mark.parametrize("option", ["--contenders nemo", "--batch-size 0", "no-such.toml"])
-def test_a_users_mistake_is_one_sentence(
-    option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_wrong_arguments(option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "results"
     with pytest.raises(SystemExit) as exit_:
         throughput.main([*option.split(), "--out", str(out)])
@@ -387,7 +383,7 @@ def test_a_users_mistake_is_one_sentence(
     assert not out.exists()
 
 
-def test_each_variant_changes_what_it_names_and_nothing_else() -> None:
+def test_variants_change_only_their_options() -> None:
     config = tiny()
     config = replace(config, training=replace(config.training, compile=True, attention="cudnn"))
     changed = {}
@@ -414,12 +410,12 @@ def test_each_variant_changes_what_it_names_and_nothing_else() -> None:
     assert all(operators >= set(v.plain_operators) for v in ablation.VARIANTS.values())
 
 
-def test_full_runs_are_around_every_variant() -> None:
+def test_order_of_full_runs() -> None:
     assert ablation.order(["a", "b", "c"], 1) == [None, "a", "b", None, "c", None]
     assert ablation.order(["a"], 2) == [None, "a", None, "a", None]
 
 
-def test_an_effect_beyond_noise_is_told_from_one_within() -> None:
+def test_effect_verdict() -> None:
     def found(without: float, noise: float) -> ablation.Effect:
         runs = [
             a_run("fastllama", FALLING, 1.0, noise),
@@ -433,15 +429,15 @@ def test_an_effect_beyond_noise_is_told_from_one_within() -> None:
         assert effect.ratio == pytest.approx(1.1 / without)
         return effect
 
-    assert found(1.5, 0.01).verdict == "pays"
-    assert found(0.8, 0.01).verdict == "costs"
-    # Between the full runs before and after, and within the spread of their updates.
-    assert found(1.1, 0.01).verdict == "no difference beyond noise"
-    assert found(1.3, 0.20).verdict == "no difference beyond noise"
+    assert found(1.5, 0.01).verdict == "helps"
+    assert found(0.8, 0.01).verdict == "hurts"
+    # Between the two full runs, and within the spread of their updates.
+    assert found(1.1, 0.01).verdict == "within noise"
+    assert found(1.3, 0.20).verdict == "within noise"
     assert ablation.effect([], "fastllama without rope") is None
 
 
-def test_seconds_become_rates() -> None:
+def test_training_run_rates() -> None:
     row = a_run("fastllama", FALLING, seconds=2.0, noise=0.5)
     assert row.seconds_per_update == Spread(2.0, 1.5, 2.5, 3)
     assert row.tok_per_s == 256 * 8 / 16
