@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains on two nodes of eight GPUs, and again from the newest checkpoint until the run is done.
+# Trains on two nodes of eight GPUs. Requeues itself and resumes until the run is done.
 #
 #   sbatch docs/slurm.sh configs/llama-3.1-8b.toml --data.path data/mine --run-dir runs/mine
 #
@@ -12,7 +12,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=fastllama-%j.log
-# SIGUSR1 to the processes ten minutes before the time is up: they save and exit with 85.
+# SIGUSR1 goes to the processes ten minutes before the time limit. They save and exit with 85.
 #SBATCH --signal=USR1@600
 
 set -u
@@ -20,9 +20,9 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
-# One task a GPU and no torchrun, which would make every exit code a 1.
-# Since SLURM 22.05 srun does not take --cpus-per-task from sbatch: each task would get one core for
-# its loader, its checkpoint and all it launches.
+# One task per GPU, without torchrun, which would turn exit code 85 into 1.
+# Since SLURM 22.05, srun does not inherit --cpus-per-task from sbatch. Without it, each task would
+# get one core for its loader, its checkpoint thread and its kernel launches.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS
@@ -31,7 +31,7 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
 ' fastllama "$@"
 code=$?
 
-# Stopped early and saved: the same command goes on from there. Anything else is for a person.
+# 85 means stopped early and saved: the same command resumes the run. Any other code needs a person.
 if [ "$code" -eq 85 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
