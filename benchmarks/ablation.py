@@ -145,7 +145,7 @@ class Effect:
     """Effect of a variant on tokens/s."""
 
     ratio: float
-    """tokens/s of the variant over that of the neighbouring full runs; median over the rounds."""
+    """tokens/s of the variant over tokens/s of the neighbouring full runs; median over rounds."""
     low: float
     """Lowest ratio within the spreads of the updates, over all rounds."""
     high: float

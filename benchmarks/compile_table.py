@@ -418,7 +418,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results for every GPU to this file")
     options = parser.parse_args()
     if _library.INTERPRETED:
-        parser.exit(2, "TRITON_INTERPRET is set, so Triton cannot compile; unset it.\n")
+        parser.exit(2, "TRITON_INTERPRET is set, so nothing can be compiled; unset it.\n")
     kernels = compile_recipes()
     if options.json:
         options.json.write_text(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))

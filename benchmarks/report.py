@@ -76,8 +76,8 @@ def _heading(results: ResultSet) -> str:
         )
     parts.append("\n".join(lines))
     parts.append(
-        "Values are medians; ± is half the interquartile range. Ratios are times over those of "
-        f"{OURS} in the same cell under the same conditions: above 1 is slower than {OURS}."
+        "Values are medians; ± is half the interquartile range. A ratio is the time of a row over "
+        f"the time of {OURS} in the same cell under the same conditions; above 1 is slower."
     )
     return "\n\n".join(parts)
 

@@ -28,7 +28,7 @@ class Conditions:
     date: str
     """UTC, ISO 8601."""
     commit: str
-    """Commit of this repository, plus `+changes` if the tree differed from it; empty if unknown."""
+    """Commit of this repository, plus `-dirty` if the tree differed from it; empty if unknown."""
     device: str
     """PyTorch's name of the GPU, or the name of the CPU."""
     is_rehearsal: bool

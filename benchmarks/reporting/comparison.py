@@ -11,7 +11,7 @@ than hypot(noise_old, noise_new). Noise is the interquartile range over the medi
 - The samples of one run do not show the variation between runs, such as clocks, temperature and
   memory placement. The 2 % covers it, and covers runs with a single sample.
 
-For a cell measured several times in a folder, the spread is that of its medians, which includes the
+A cell measured several times in a folder is judged by the spread of its medians, which includes the
 variation between runs.
 """
 

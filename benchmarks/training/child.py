@@ -41,8 +41,8 @@ class Child:
     def train(self, config: Config, *, search: bool) -> tuple[int, Outcome]:
         """Train, and return the batch size and the outcome.
 
-        The batch size is the best one found with `search`, otherwise that of `config`. It is halved
-        for as long as it runs out of memory.
+        With `search` the batch size is the best one found, otherwise the one in `config`. It is
+        halved until the run fits into memory.
         """
         size = config.training.batch_size
         if search:
