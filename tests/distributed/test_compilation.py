@@ -1,4 +1,4 @@
-"""What is compiled, and when."""
+"""torch.compile: which modules it compiles, and reports of graphs compiled late."""
 
 import io
 import os
@@ -12,15 +12,14 @@ import pytest
 from rich.console import Console
 from torch import nn
 
-from fastllama import compilation
-from fastllama.cli import main
 from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig
+from fastllama.distributed import compilation
 from fastllama.distributed.compilation import FIRST_UPDATE_MINUTES, CompileWatch, compile_model
 from fastllama.distributed.world import World, distributed
 from fastllama.model.llama import Llama
 from fastllama_kernels import REFERENCE
 from tests.distributed.test_world import timeouts
-from tests.test_train import losses
+from tests.runs import losses, train
 from tests.workspace import Workspace
 
 MODEL = ModelConfig(vocab_size=32, n_embd=16, n_layers=2, n_heads=2, multiple_of=16, max_seq_len=8)
@@ -36,7 +35,7 @@ def world() -> Iterator[World]:
 
 
 @pytest.mark.parametrize("scope", ["block", "model"])
-def test_scope_is_what_is_compiled(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_scope(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))
     model = Llama(MODEL, REFERENCE)
@@ -44,9 +43,10 @@ def test_scope_is_what_is_compiled(scope: str, monkeypatch: pytest.MonkeyPatch) 
     assert compiled == ([model] if scope == "model" else list(model.blocks))
 
 
-def test_first_update_may_take_long_and_later_graphs_are_told(
+def test_long_first_timeout_and_report_of_late_graphs(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Counts before and after updates 11, 12 and 13.
     graphs = iter([0, 2, 5, 5, 5, 6])
     monkeypatch.setattr(compilation, "n_compiled_graphs", lambda: next(graphs))
     out = io.StringIO()
@@ -59,19 +59,19 @@ def test_first_update_may_take_long_and_later_graphs_are_told(
     first, second = out.getvalue().splitlines()
     assert first.startswith("first update done 7.")
     assert first.endswith("2 graphs compiled")
-    # Graphs of validation, compiled between updates 11 and 12, are as they should be.
+    # The 3 graphs of a validation between updates 11 and 12 are expected, and not reported.
     assert second.startswith("step 13: torch.compile made 1 more graphs")
 
 
-def test_compiled_model_with_recomputed_blocks(workspace: Workspace, tmp_path: Path) -> None:
+def test_compiled_model_with_selective_checkpointing(workspace: Workspace, tmp_path: Path) -> None:
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
-    main(["train", str(workspace.recipe), "--run-dir", str(eager)])
+    train(workspace.recipe, "--run-dir", eager)
     options = ["--training.compile", "true", "--training.compile-scope", "model"]
-    # Its graphs, without gradients, would take as long again to compile.
+    # Validation would compile graphs without gradients, and double the time of this test.
     options += ["--training.eval-interval", "0"]
     options += ["--training.activation-checkpointing", "selective"]
     options += ["--parallel.reshard-after-forward", "true"]
-    # In a process of its own, because torch.compile warns about itself and warnings are errors.
+    # In a child process: torch.compile warns about itself, and pytest makes warnings errors.
     command = [sys.executable, "-m", "fastllama", "train", str(workspace.recipe), *options]
     done = subprocess.run(
         [*command, "--run-dir", str(compiled)],
@@ -82,7 +82,7 @@ def test_compiled_model_with_recomputed_blocks(workspace: Workspace, tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert "graphs compiled" in done.stdout
-    # Nor after a sample, which is not compiled.
+    # Samples run in eager mode, so they add no graphs.
     assert "more graphs" not in done.stdout
     assert "parameters freed after the forward, as asked for" in done.stdout
     for step, loss in losses(eager).items():

@@ -1,4 +1,4 @@
-"""`training.deterministic`: what it switches on, what it refuses, and that it ends with the run."""
+"""`training.deterministic`: its settings, its errors, and that it ends with the run."""
 
 import dataclasses
 import os
@@ -13,19 +13,20 @@ from torch._inductor import config as inductor
 
 import fastllama.train as trainer
 import fastllama.training.setup as setup
-from fastllama.cli import main
+from tests.runs import train
 from tests.workspace import Workspace
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
-def train(workspace: Workspace, run: Path, *options: str) -> None:
-    # Dropout, so that random numbers are compared as well.
+def train_deterministic(workspace: Workspace, run: Path, *options: str) -> None:
+    # With dropout, so that random numbers are compared too.
     options = ("--training.deterministic", "true", "--model.dropout", "0.1", *options)
-    main(["train", str(workspace.recipe), "--run-dir", str(run), *options])
+    train(workspace.recipe, "--run-dir", run, *options)
 
 
 def modes() -> tuple[bool, bool, bool]:
+    """The deterministic modes of PyTorch, cuDNN and Inductor."""
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.deterministic,
@@ -33,10 +34,10 @@ def modes() -> tuple[bool, bool, bool]:
     )
 
 
-def test_runs_are_equal_to_the_bit(
+def test_runs_are_bit_identical(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Set first, so that what training sets is taken back at the end.
+    # Set first, so that monkeypatch removes the value that training sets.
     monkeypatch.setenv(WORKSPACE, ":16:8")
     monkeypatch.delenv(WORKSPACE)
     real, during = trainer.update, set()
@@ -48,7 +49,7 @@ def test_runs_are_equal_to_the_bit(
     monkeypatch.setattr(trainer, "update", update)
     before = modes()
     for name in ("one", "two"):
-        train(workspace, tmp_path / name)
+        train_deterministic(workspace, tmp_path / name)
     assert during == {(True, True, True)}
     assert modes() == before == (False, False, False)
     assert os.environ[WORKSPACE] == ":4096:8"
@@ -61,7 +62,7 @@ def test_runs_are_equal_to_the_bit(
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
-def test_an_operator_without_determinism_is_named(
+def test_error_names_nondeterministic_operator(
     workspace: Workspace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -74,7 +75,7 @@ def test_an_operator_without_determinism_is_named(
         operators, reason = real(*args)
 
         def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            # Of two values for one place PyTorch promises neither.
+            # Two values for one element: PyTorch does not promise which one stays.
             torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
             out: Tensor = operators.attention(q, k, v, **options)
             return out
@@ -83,7 +84,7 @@ def test_an_operator_without_determinism_is_named(
 
     monkeypatch.setattr(setup, "choose_operators", choose)
     with pytest.raises(SystemExit) as stop:
-        train(workspace, tmp_path / "run")
+        train_deterministic(workspace, tmp_path / "run")
     assert stop.value.code == 1
     message = capsys.readouterr().err
     assert "The operator put_ has no deterministic implementation on this device" in message
@@ -91,7 +92,7 @@ def test_an_operator_without_determinism_is_named(
     assert modes() == (False, False, False)
 
 
-def test_a_workspace_that_differs_from_run_to_run_is_refused(
+def test_nondeterministic_cublas_workspace_is_an_error(
     workspace: Workspace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -99,7 +100,7 @@ def test_a_workspace_that_differs_from_run_to_run_is_refused(
 ) -> None:
     monkeypatch.setenv(WORKSPACE, ":0:0")
     with pytest.raises(SystemExit) as stop:
-        train(workspace, tmp_path / "run")
+        train_deterministic(workspace, tmp_path / "run")
     assert stop.value.code == 2
     assert "CUBLAS_WORKSPACE_CONFIG = :0:0 in the environment" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
