@@ -1,4 +1,4 @@
-"""The house: who may import whom, and a README that shows it as it is."""
+"""The house: who may import whom, and a page that shows it as it is."""
 
 import re
 import subprocess
@@ -19,8 +19,12 @@ def test_kernels_is_a_folder_and_not_a_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_readme_shows_the_tree_on_disk() -> None:
-    tree = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_architecture_page_shows_the_tree_on_disk() -> None:
+    tree = re.search(
+        r"## Every file\n\n```text\n(.*?)```",
+        (ROOT / "docs" / "architecture.md").read_text(),
+        re.DOTALL,
+    )
     assert tree is not None
     shown, folders = set(), {}
     for line in tree[1].splitlines():
@@ -28,7 +32,7 @@ def test_readme_shows_the_tree_on_disk() -> None:
         depth = (len(line) - len(line.lstrip())) // 2
         folders[depth] = name
         path = "".join(folders[level] for level in range(depth + 1))
-        assert (ROOT / path).exists(), f"README shows {path}, which is not there"
+        assert (ROOT / path).exists(), f"the page shows {path}, which is not there"
         shown.add(path)
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -43,7 +47,7 @@ def test_readme_shows_the_tree_on_disk() -> None:
         if path.startswith(("fastllama/", "kernels/", "configs/", "benchmarks/", "docs/"))
         and path.endswith((".py", ".toml", ".md"))
     }
-    assert code <= shown, f"README leaves out {sorted(code - shown)}"
+    assert code <= shown, f"the page leaves out {sorted(code - shown)}"
 
 
 def test_clean_leaves_what_the_user_made() -> None:

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from fastllama.atomic import write_atomic
 from fastllama.logs.rows import read_rows
@@ -24,6 +25,7 @@ def plot_loss(metrics_csv: Path, output: Path, title: str) -> None:
             label="validation loss",
         )
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     rate = axes.twinx()
     rate.plot(
@@ -35,6 +37,7 @@ def plot_loss(metrics_csv: Path, output: Path, title: str) -> None:
     )
     rate.set_ylabel("learning rate")
     rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     lines = axes.get_lines() + rate.get_lines()
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
     buffer = io.BytesIO()
