@@ -47,8 +47,7 @@ class ModelConfig:
     tied_embeddings: bool = False
     """Use the embedding as the output projection."""
     logit_softcap: float | None = None
-    """Bound the logits to this magnitude c by c * tanh(logits / c), as Gemma 2 does; None does not
-    bound them."""
+    """Soft bound c of the logits, c * tanh(logits / c), as in Gemma 2; None does not bound them."""
     rope_scaling_factor: float = 1.0
     """Llama 3 scaling of the rotary frequencies; 1 does not scale."""
     rope_low_freq_factor: float = 1.0
@@ -147,10 +146,9 @@ class TrainingConfig:
     compile: bool = True
     """torch.compile the model."""
     compile_scope: Literal["block", "model"] = "block"
-    """Compile each block, one graph for all of them, or the whole model."""
+    """Compile the blocks, which share two graphs, or the whole model."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """none saves all activations; selective saves attention and matmuls except gate_up; full saves
-    the inputs of the blocks only."""
+    """What a block saves: all; attention and matmuls except gate_up; or its inputs only."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Operators of the model: Triton kernels or plain PyTorch; auto takes Triton on CUDA."""
     attention: Literal[
@@ -162,13 +160,11 @@ class TrainingConfig:
 
     # Skipped updates.
     spike_z_score: float = 0.0
-    """Skip updates whose loss or gradient norm is this many standard deviations above its moving
-    mean; 0 skips only updates that are not finite."""
+    """Skip updates whose loss or gradient norm is this many deviations above its mean; 0 is off."""
     max_bad_updates: int = 10
     """Stop after this many skipped updates in a row."""
     rewind_after: int = 0
-    """After this many skipped updates in a row, rewind to the checkpoint before them and resume
-    with the data after them; 0 never rewinds."""
+    """After this many skipped updates in a row, rewind, and continue past their data; 0 is off."""
 
     # Stopping.
     max_wall_time: float = 0.0
@@ -182,8 +178,7 @@ class ParallelConfig:
     replicate: int = 1
     """Replicas of the model (HSDP), each sharded over a group of processes; 1 shards over all."""
     reshard_after_forward: Literal["auto", True, False] = "auto"
-    """Free gathered parameters between forward and backward, for less memory and one more gather.
-    auto frees them if the memory plan says that the device is too small to keep them."""
+    """Free gathered parameters after the forward, to save memory; auto asks the memory plan."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients are summed over micro-batches and devices."""
     timeout_minutes: float = 10.0

@@ -50,6 +50,7 @@ class Recorder:
     def restart(self, last_step: int) -> None:
         """Continue after update `last_step`; the counts of the session go on."""
         if self._world.is_main:
+            self._close_log()
             tensorboard = self._config.logging.tensorboard
             self._log = MetricsLog(self._run, last_step, tensorboard)
         # Each loader counts its waits from 0.
@@ -121,6 +122,9 @@ class Recorder:
     def close(self) -> None:
         """Stop the progress bar and close the logs."""
         self._bar.stop()
+        self._close_log()
+
+    def _close_log(self) -> None:
         if self._log is not None:
             with report_write_errors(self._console, "The last TensorBoard events"):
                 self._log.close()
