@@ -155,7 +155,7 @@ def test_bad_updates_in_a_row_end_the_run(workspace: Workspace, tmp_path: Path) 
     assert done.returncode == 1
     assert "The last 3 updates were all skipped" in done.stderr
     assert "positions 56 to 63 of the data order" in done.stderr
-    assert "the weights are those of update 5" in done.stderr
+    assert "The weights are those of update 5" in done.stderr
     assert "Traceback" not in done.stderr
     assert (run / "checkpoints" / "latest").resolve().name == "step-00000005"
 

@@ -26,12 +26,12 @@ from fastllama.cli import main
 
 name, call, rank = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 original, calls = getattr(fastllama.train, name), 0
-def struck(*arguments):
+def struck(*arguments, **options):
     global calls
     calls += 1
     if calls == call and os.environ.get("RANK", "0") == rank:
         {act}
-    return original(*arguments)
+    return original(*arguments, **options)
 setattr(fastllama.train, name, struck)
 main(["train", *sys.argv[4:]])
 """
@@ -127,7 +127,7 @@ def test_a_run_that_is_stopped_before_its_first_update_has_only_its_folder(
     workspace: Workspace, tmp_path: Path, straight: dict[int, str]
 ) -> None:
     run = tmp_path / "run"
-    strike = tmp_path, KILL.format("SIGTERM"), ("open_dataset", 1)
+    strike = tmp_path, KILL.format("SIGTERM"), ("open_session", 1)
     done = train_struck(*strike, workspace.recipe, "--run-dir", run)
     assert done.returncode == 85, done.stderr
     assert "Stopped before update 1: there was nothing new to save." in done.stdout
