@@ -1,4 +1,4 @@
-"""Clocks of the host and of the device."""
+"""The clock of the host. tests/training/test_monitor.py tests the clock of a device."""
 
 import contextlib
 import time
@@ -8,7 +8,7 @@ import pytest
 from fastllama.logs.clocks import Clock
 
 
-def test_clock_leaves_side_jobs_out_even_when_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_side_jobs_are_excluded_even_if_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     clock = Clock()

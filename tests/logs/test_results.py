@@ -5,7 +5,7 @@ import torch
 from fastllama.logs.results import LateScalars
 
 
-def test_late_scalars_are_the_last_sent() -> None:
+def test_receive_returns_the_last_sent_values() -> None:
     late = LateScalars()
     late.send(torch.tensor([1.0, 2.0]))
     late.send(torch.tensor([3.0, 4.5]))

@@ -35,11 +35,11 @@ def test_console_line() -> None:
     )
 
 
-def test_console_line_tells_what_is_rare() -> None:
-    rare = row(7, val_loss=3.0)
-    rare.skipped_steps, rare.mfu_causal, rare.mfu_palm, rare.peak_gib = 2, 0.4, 0.45, 71.26
-    assert rare.line().startswith(row(7).line())
-    assert rare.line().endswith(
+def test_console_line_with_optional_values() -> None:
+    full = row(7, val_loss=3.0)
+    full.skipped_steps, full.mfu_causal, full.mfu_palm, full.peak_gib = 2, 0.4, 0.45, 71.26
+    assert full.line().startswith(row(7).line())
+    assert full.line().endswith(
         "mfu 40.0% causal 45.0% palm  peak 71.3 GiB  skipped 2  val 3.0000 (0.750 bits/byte)"
     )
 

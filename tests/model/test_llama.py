@@ -1,13 +1,11 @@
 import dataclasses
 import math
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastllama.checkpoints.state import checkpoint_name
 from fastllama.config import ModelConfig, OptimizerConfig, load_recipe
 from fastllama.model.kv_cache import KVCache
 from fastllama.model.llama import Llama
@@ -125,16 +123,6 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert len({weight.flatten()[0].item() for weight in matrices}) == len(matrices)
     second.init_weights(seed=1)
     assert not torch.equal(ours["embedding.weight"], theirs["embedding.weight"])
-
-
-def test_docs_name_every_weight_of_a_checkpoint() -> None:
-    with torch.device("meta"):
-        model = Llama(dataclasses.replace(SMALL, n_layers=1), REFERENCE)
-    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
-    table = page.partition("| `model.…` |")[2]
-    shown = set(re.findall(r"^\| `([\w.]+)`", table, re.MULTILINE))
-    names = (checkpoint_name(name) for name, _ in model.named_parameters())
-    assert shown == {name.replace("blocks.0.", "blocks.N.") for name in names}
 
 
 def test_initial_deviations_are_those_of_the_table() -> None:
