@@ -1,4 +1,4 @@
-"""Kernels run on a GPU where there is one, and in Triton's interpreter elsewhere."""
+"""Fixtures of all tests. Kernels run on a GPU, or in Triton's interpreter if there is none."""
 
 import os
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from tests.workspace import Workspace
 
 if not torch.cuda.is_available():
-    # Read when Triton is imported, which the tests do after this.
+    # Triton reads this when the tests import it, later.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
 def deterministic_mode() -> Iterator[None]:
-    """PyTorch's deterministic mode for one test."""
+    """Turn on PyTorch's deterministic mode for one test."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -25,14 +25,14 @@ def deterministic_mode() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> "Workspace":
-    """A folder with everything that a tiny run needs."""
+    """A folder with the data, tokenizer and recipe of a tiny run."""
     from tests.workspace import make_workspace
 
     return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip tests marked `gpu` on a machine without a GPU."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

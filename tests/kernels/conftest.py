@@ -1,15 +1,19 @@
-"""Settings of the kernels' tests."""
+"""Fixtures of the kernel tests: one thread, and memory that holds NaN until it is written."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+# More elements than a block, so that a write out of bounds lands in the fence.
+FENCE = 40_000
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Handing work as small as theirs to another thread takes longer than doing it."""
+    """For tensors this small a second thread costs more time than it saves."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -18,17 +22,40 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a launcher allocates and no kernel writes is NaN."""
+    """Memory that Python code allocates holds NaN until a kernel writes to it."""
 
-    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def allocate_nan(*arguments: object, **options: object) -> Tensor:
+    def poisoned(x: Tensor) -> Tensor:
+        # PyTorch's own code allocates leaves as well.
+        x.detach().fill_(math.nan)
+        return x
+
+    replace_allocations(monkeypatch, poisoned)
+
+
+@pytest.fixture
+def fences(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The same, and each allocation lies between two fences of 64.0, which are returned."""
+    fences: list[Tensor] = []
+
+    def fenced(x: Tensor) -> Tensor:
+        size = x.numel() + 2 * FENCE
+        memory = torch.full((size,), 64.0, dtype=x.dtype, device=x.device)
+        fences.extend((memory[:FENCE], memory[-FENCE:]))
+        return memory[FENCE:-FENCE].view(x.shape).fill_(math.nan)
+
+    replace_allocations(monkeypatch, fenced)
+    return fences
+
+
+def replace_allocations(
+    monkeypatch: pytest.MonkeyPatch, replace: Callable[[Tensor], Tensor]
+) -> None:
+    def replaced(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_and_replace(*arguments: object, **options: object) -> Tensor:
             x = allocate(*arguments, **options)
-            if x.is_floating_point():
-                # PyTorch's own code allocates leaves as well.
-                x.detach().fill_(torch.nan)
-            return x
+            return replace(x) if x.is_floating_point() else x
 
-        return allocate_nan
+        return allocate_and_replace
 
     for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like"), (torch, "empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+        monkeypatch.setattr(owner, name, replaced(getattr(owner, name)))

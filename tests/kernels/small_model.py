@@ -1,4 +1,4 @@
-"""A LLaMA small enough for Triton's interpreter, of widths that no block size divides."""
+"""A LLaMA small enough for Triton's interpreter, with widths that no block size divides."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from fastllama.model.llama import Llama
 from fastllama_kernels import Operators
 from tests.compare import DEVICE, randn
 
-# eps is of the size of the first activations, so that one in the wrong place shows.
+# About the mean square of the first activations, so that an eps in the wrong place shows.
 MULTI_HEAD = ModelConfig(
     vocab_size=53,
     n_embd=36,
@@ -32,15 +32,15 @@ def small_model(
     *,
     exact: bool = False,
 ) -> Llama:
-    """The same weights for all operators, rounded to `dtype`; then widened if `exact`."""
+    """The same weights for all operators, rounded to `dtype`; `exact` then widens to float64."""
     with torch.device(DEVICE):
         model = Llama(config, operators)
     model.init_weights(seed=0)
     for seed, (name, parameter) in enumerate(model.named_parameters()):
         if name.endswith("norm.weight"):
-            # All ones would hide a norm taken for another.
+            # With weights of 1, swapped norms would go unnoticed.
             parameter.data += randn(config.n_embd, seed=seed, dtype=torch.float32) / 10
-        # Not `model.to`, which would round the rotary tables as well.
+        # `model.to` would round the rotary tables too.
         parameter.data = parameter.data.to(dtype)
     return model.double() if exact else model
 
@@ -51,7 +51,7 @@ def random_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> Tensor:
 
 
 def loss_and_gradients(model: Llama, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Of a training step, by the names of the weights."""
+    """Loss and gradients of a training step, by name; the model has no gradients afterwards."""
     loss = model(tokens, targets)
     loss.backward()
     found = {"loss": loss.detach()}

@@ -1,4 +1,4 @@
-"""What waits for the backward: bytes a token, and recomputing instead of waiting."""
+"""Bytes saved for backward per token, and activation checkpointing."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,39 +15,39 @@ from fastllama.config import load_recipe
 from fastllama.model.llama import Block
 from fastllama_kernels import REFERENCE, TRITON, Operators
 from tests.compare import DEVICE, Operator, outputs_and_gradients, randn
-from tests.kernels.operator_cases import CASES, Case, loss_in_logits
+from tests.kernels.operator_cases import IN_MODEL, Case, loss_of_linear
 from tests.kernels.small_model import GROUPED, small_model
 
 RECIPE = Path(__file__).parents[2] / "configs" / "llama-1b.toml"
 BUDGET = 48_000
-"""Bytes a token and layer at the shape of `RECIPE` in bfloat16; see the list below."""
+"""Bytes per token and layer at the shapes of `RECIPE` in bfloat16; the test below lists them."""
 
-# Few, for the interpreter; more on a GPU, where kernels pad a short lse.
+# The interpreter is slow; on a GPU kernels pad a short lse.
 N_TOKENS = 8 if DEVICE == "cpu" else 128
 
-KEPT: dict[str, Callable[[Any], bool] | None] = {
+SAVED: dict[str, Callable[[Any], bool] | None] = {
     "nothing": None,
     "our operators": lambda operator: operator.namespace == "fastllama",
-    "products": lambda operator: operator is torch.ops.aten.mm.default,
+    "matmuls": lambda operator: operator is torch.ops.aten.mm.default,
     "attention": lambda operator: "attention" in operator.name(),
 }
 
 
 def saved_bytes(run: Callable[[], tuple[Tensor, ...]], given: list[Tensor]) -> int:
-    """Bytes that wait for the backward of `run`, once for each memory, without those of `given`."""
+    """Bytes of storage that `run` saves for backward, each storage once, except `given`."""
     known = {address(x) for x in given}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
-    def keep(x: Tensor) -> Tensor:
+    def save(x: Tensor) -> Tensor:
         if address(x) not in known:
-            kept[address(x)] = x.untyped_storage().nbytes()
+            saved[address(x)] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         outputs = run()
     for x in attributes_of_nodes(outputs):
-        keep(x)
-    return sum(kept.values())
+        save(x)
+    return sum(saved.values())
 
 
 def address(x: Tensor) -> int:
@@ -55,7 +55,7 @@ def address(x: Tensor) -> int:
 
 
 def attributes_of_nodes(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """What an autograd Function keeps as an attribute, which passes by the hooks."""
+    """Tensors that are attributes of an autograd Function; the hooks do not see them."""
     todo, seen, found = [x.grad_fn for x in outputs], set(), []
     while todo:
         node = todo.pop()
@@ -67,23 +67,23 @@ def attributes_of_nodes(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     return found
 
 
-def bytes_a_token_and_layer(operators: Operators, n_layers: int, n_tokens: int = N_TOKENS) -> float:
+def bytes_per_token_and_layer(operators: Operators, n_layers: int) -> float:
     config = load_recipe(RECIPE).model
     with torch.device("meta"):
         blocks = [Block(config, operators, layer).bfloat16() for layer in range(n_layers)]
     for block in blocks:
         block.to_empty(device=DEVICE).apply(zero_weights)
-    table = torch.zeros(n_tokens, config.head_dim // 2, device=DEVICE)
-    x = randn(1, n_tokens, config.n_embd, seed=0, dtype=torch.bfloat16).requires_grad_()
+    table = torch.zeros(N_TOKENS, config.head_dim // 2, device=DEVICE)
+    x = randn(1, N_TOKENS, config.n_embd, seed=0, dtype=torch.bfloat16).requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
         stream: tuple[Any, ...] = x, None
         for block in blocks:
-            stream = block(*stream, table, table)
+            stream = block(*stream, (table, table))
         return stream
 
     weights = [weight for block in blocks for weight in block.parameters()]
-    return saved_bytes(run, [*weights, table]) / n_tokens / n_layers
+    return saved_bytes(run, [*weights, table]) / N_TOKENS / n_layers
 
 
 def zero_weights(module: torch.nn.Module) -> None:
@@ -92,54 +92,59 @@ def zero_weights(module: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])
-def test_block_keeps_what_cannot_be_computed_again(n_layers: int) -> None:
-    # In bytes a token: the stream before each of two norms 2 x 4,096 and their rstd 2 x 4, turned
-    # qkv 12,288, attention's output 4,096 and lse 128, gate_up 22,528: 47,240.
-    assert bytes_a_token_and_layer(TRITON, n_layers) <= BUDGET
+def test_saved_bytes_of_a_block(n_layers: int) -> None:
+    # In bytes per token: the stream before each of two norms 2 x 4,096 and their rstd 2 x 4,
+    # rotated qkv 12,288, attention's output 4,096 and lse 128, gate_up 22,528: 47,240.
+    assert bytes_per_token_and_layer(TRITON, n_layers) <= BUDGET
 
 
-def test_plain_pytorch_keeps_twice_as_much() -> None:
-    assert bytes_a_token_and_layer(REFERENCE, n_layers=1) > 2 * BUDGET
+def test_plain_pytorch_saves_more_than_twice_as_much() -> None:
+    assert bytes_per_token_and_layer(REFERENCE, n_layers=1) > 2 * BUDGET
 
 
-def recomputed(run: Operator, kept: str) -> Operator:
-    """`run`, of which the results of no operators but those `kept` wait for the backward."""
-    keep = KEPT[kept]
-    if keep is None:
+def recomputed(run: Operator, saved: str) -> Operator:
+    """`run` under activation checkpointing that saves only the results of operators in `saved`."""
+    is_saved = SAVED[saved]
+    if is_saved is None:
         return lambda *inputs: checkpoint(run, *inputs, use_reentrant=False)
     contexts = partial(
-        create_selective_checkpoint_contexts, lambda context, operator, *_, **__: keep(operator)
+        create_selective_checkpoint_contexts, lambda context, operator, *_, **__: is_saved(operator)
     )
     return lambda *inputs: checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def assert_recomputed_bit_for_bit(
-    run: Operator, inputs: list[Tensor], kept: str, plain: Operator | None = None
+    run: Operator, inputs: list[Tensor], saved: str, plain: Operator | None = None
 ) -> None:
-    found = outputs_and_gradients(recomputed(run, kept), inputs)
-    wanted = outputs_and_gradients(plain or run, inputs)
-    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    results = outputs_and_gradients(recomputed(run, saved), inputs)
+    assert all(map(torch.equal, results, outputs_and_gradients(plain or run, inputs)))
 
 
-@pytest.mark.parametrize("kept", ["nothing", "our operators", "products"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_recomputed_operator(case: Case, kept: str) -> None:
-    # What was kept must not be written to: the gradients are then computed in the backward.
-    at_rest = case.name == "cross_entropy inplace" and kept != "nothing"
-    plain = partial(loss_in_logits, inplace=False) if at_rest else None
-    assert_recomputed_bit_for_bit(case.run, case.inputs(), kept, plain)
+@pytest.mark.parametrize("saved", ["nothing", "our operators", "matmuls"])
+@pytest.mark.parametrize("case", IN_MODEL, ids=str)
+def test_recomputed_operator(case: Case, saved: str) -> None:
+    plain = case
+    if case.name == "cross_entropy-inplace" and saved != "nothing":
+        # Logits that may be saved are not written to; the backward computes the gradient.
+        plain = loss_of_linear(inplace=False)
+    assert_recomputed_bit_for_bit(
+        case.of_inputs(case.triton),
+        list(case.inputs().values()),
+        saved,
+        plain.of_inputs(plain.triton),
+    )
 
 
-@pytest.mark.parametrize("kept", ["nothing", "attention"])
-def test_recomputed_block(kept: str) -> None:
+@pytest.mark.parametrize("saved", ["nothing", "attention"])
+def test_recomputed_block(saved: str) -> None:
     model = small_model(GROUPED, TRITON)
     rows = (1, 4, GROUPED.n_embd)
     names, weights = zip(*model.blocks[0].named_parameters(), strict=True)
 
     def run(x: Tensor, residual: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        inputs = x, residual, model.cos_PR[:4], model.sin_PR[:4]
+        inputs = x, residual, (model.cos_PR[:4], model.sin_PR[:4])
         named = dict(zip(names, weights, strict=True))
         return torch.func.functional_call(model.blocks[0], named, inputs)
 
     inputs = [randn(*rows, seed=seed, dtype=torch.float32) for seed in (0, 1)]
-    assert_recomputed_bit_for_bit(run, [*inputs, *weights], kept)
+    assert_recomputed_bit_for_bit(run, [*inputs, *weights], saved)

@@ -8,28 +8,28 @@ from fastllama_kernels.attention import attention_reference, flatten_cu_seqlens
 from tests.compare import DEVICE, DTYPES, assert_operator_as_exact_as, randn
 
 B, K = 2, 8
-# Two ways of packing 9 tokens; the second row has fewer documents, so it is padded with 9.
+# Two ways to pack 9 tokens; the second sequence has fewer documents, so 9 pads it.
 CU_SEQLENS = torch.tensor([[0, 2, 3, 9], [0, 5, 9, 9]], dtype=torch.int32, device=DEVICE)
 
 
 def query_by_query(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The softmax over the keys each query may see, gathered one query at a time."""
+    """One query at a time: the softmax over the keys that the query sees."""
     n_queries, n_heads, n_keys = q.shape[1], q.shape[2], k.shape[1]
     group = n_heads // k.shape[2]
     out = torch.empty_like(q)
     for b in range(len(q)):
         for t in range(n_queries):
             position = n_keys - n_queries + t
-            seen = range(position + 1 if causal else n_keys)
+            visible = range(position + 1 if causal else n_keys)
             if cu_seqlens is not None:
                 bounds = cu_seqlens[b].tolist()
                 begin = max(x for x in bounds if x <= position)
                 end = min(x for x in bounds if x > position)
-                seen = range(begin, min(end, seen.stop))
+                visible = range(begin, min(end, visible.stop))
             for h in range(n_heads):
-                keys, values = (x[b, seen.start : seen.stop, h // group] for x in (k, v))
+                keys, values = (x[b, visible.start : visible.stop, h // group] for x in (k, v))
                 weights = torch.softmax(keys @ q[b, t, h] / math.sqrt(K), dim=0)
                 out[b, t, h] = weights @ values
     return out
@@ -44,7 +44,7 @@ def qkv(n_queries: int, n_keys: int, heads: tuple[int, int], dtype: torch.dtype)
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(6, 6), (1, 6), (3, 6)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_is_a_softmax_over_the_visible_keys(
+def test_reference_matches_softmax_over_visible_keys(
     dtype: torch.dtype, n_queries: int, n_keys: int, heads: tuple[int, int], causal: bool
 ) -> None:
     def slow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,24 +73,24 @@ def test_packed_documents(dtype: torch.dtype, n_queries: int, causal: bool) -> N
     )
 
 
-def test_a_lone_token_sees_itself() -> None:
+def test_single_token_sees_itself() -> None:
     q, k, v = qkv(1, 1, (2, 2), torch.float32)
     assert torch.equal(attention_reference(q, k, v), v)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_token_sees_no_other_document(causal: bool) -> None:
+def test_tokens_see_no_other_document(causal: bool) -> None:
     q, k, v = qkv(9, 9, (4, 2), torch.float32)
     before = attention_reference(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS)
     k[:, 2], v[:, 2] = 100.0, 100.0
     changed = attention_reference(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS) != before
     positions = changed.any(dim=(2, 3))
-    # Token 2 is a document of its own in the first sequence; in the second it is in 0 to 4.
+    # Token 2 is a whole document in the first sequence; in the second its document is 0 to 4.
     assert positions[0].nonzero().flatten().tolist() == [2]
     assert positions[1].nonzero().flatten().tolist() == list(range(2 if causal else 0, 5))
 
 
-def test_a_token_sees_no_later_one() -> None:
+def test_tokens_see_no_later_token() -> None:
     q, k, v = qkv(6, 6, (2, 2), torch.float32)
     before = attention_reference(q, k, v)
     k[:, 4], v[:, 4] = 100.0, 100.0
@@ -98,19 +98,19 @@ def test_a_token_sees_no_later_one() -> None:
     assert changed.tolist() == [False] * 4 + [True] * 2
 
 
-def test_gradients_are_the_slopes() -> None:
+def test_gradcheck() -> None:
     leaves = [x.requires_grad_() for x in qkv(9, 9, (2, 1), torch.float64)]
     assert torch.autograd.gradcheck(
         lambda q, k, v: attention_reference(q, k, v, cu_seqlens=CU_SEQLENS), leaves
     )
 
 
-def test_flattened_boundaries_have_the_padding_as_empty_documents() -> None:
+def test_flatten_cu_seqlens_keeps_padding_as_empty_documents() -> None:
     flat = flatten_cu_seqlens(CU_SEQLENS, 9)
     assert flat.dtype == torch.int32
     assert flat.tolist() == [0, 2, 3, 9, 9, 14, 18, 18]
 
 
-def test_flattened_boundaries_of_one_document_a_row() -> None:
+def test_flatten_cu_seqlens_of_one_document_per_sequence() -> None:
     cu_seqlens = torch.tensor([[0, 4], [0, 4], [0, 4]], dtype=torch.int32)
     assert flatten_cu_seqlens(cu_seqlens, 4).tolist() == [0, 4, 4, 8, 8, 12]

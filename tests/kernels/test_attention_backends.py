@@ -32,10 +32,11 @@ from tests.compare import (
     outputs_and_gradients,
     randn,
 )
+from tests.kernels.gpu import host_wait_is_an_error
 
 B, K = 2, 16
 HEADS = [(4, 4), (4, 2), (3, 1)]
-# Documents of length 0: at the start, in the middle, as padding.
+# Documents of length 0 at the start, in the middle and as padding.
 CU_SEQLENS = torch.tensor([[0, 0, 2, 2, 9, 9], [0, 5, 6, 9, 9, 9]], dtype=torch.int32)
 SHAPE = AttentionShape(
     batch_size=2,
@@ -65,22 +66,22 @@ def qkv(
 
 
 def document_by_document(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> Tensor:
-    """What a variable-length kernel computes, and what it demands of its arguments."""
-    assert (boundaries.dtype, boundaries.dim()) == (torch.int32, 1)
-    assert boundaries.is_contiguous()
-    ends = boundaries.tolist()
-    assert (ends[0], ends[-1]) == (0, len(q))
-    lengths = [end - begin for begin, end in pairwise(ends)]
+    """A variable-length kernel that checks its arguments."""
+    assert (cu_seqlens.dtype, cu_seqlens.dim()) == (torch.int32, 1)
+    assert cu_seqlens.is_contiguous()
+    starts = cu_seqlens.tolist()
+    assert (starts[0], starts[-1]) == (0, len(q))
+    lengths = [end - start for start, end in pairwise(starts)]
     assert min(lengths) >= 0
-    assert max(lengths) <= longest
+    assert max(lengths) <= max_seqlen
     parts = torch.zeros_like(q).split(lengths)
     out = [
-        attention_reference(*(x[None, begin:end] for x in (q, k, v)), causal=causal)[0]
-        if end > begin
-        else nothing
-        for (begin, end), nothing in zip(pairwise(ends), parts, strict=True)
+        attention_reference(*(x[None, start:end] for x in (q, k, v)), causal=causal)[0]
+        if end > start
+        else empty
+        for (start, end), empty in zip(pairwise(starts), parts, strict=True)
     ]
     return torch.cat(out)
 
@@ -97,7 +98,7 @@ def fake_varlen_attn(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The arguments of `torch.nn.attention.varlen.varlen_attn` that are used."""
+    """`torch.nn.attention.varlen.varlen_attn`, with the arguments that we pass."""
     assert cu_seq_q is cu_seq_k
     assert max_q == max_k
     assert enable_gqa or query.shape[1] == key.shape[1]
@@ -155,7 +156,7 @@ def flash_attn_2(monkeypatch: pytest.MonkeyPatch) -> Attention:
 
 @pytest.fixture(params=["MATH", "FLASH_ATTENTION", "flash-attn-2"])
 def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Attention:
-    """Those whose kernels, or fakes of them, run on a CPU."""
+    """Backends that run on a CPU, with a fake kernel if need be."""
     if request.param == "flash-attn-2":
         loaded: Attention = request.getfixturevalue("flash_attn_2")
         return loaded
@@ -168,7 +169,7 @@ def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(2, 2), (33, 33), (4, 9)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_the_definition(
+def test_matches_reference(
     operator: Attention,
     dtype: torch.dtype,
     n_queries: int,
@@ -176,22 +177,22 @@ def test_matches_the_definition(
     heads: tuple[int, int],
     causal: bool,
 ) -> None:
-    def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention_reference(q, k, v, causal=causal)
 
     assert_operator_as_exact_as(
         lambda q, k, v: operator(q, k, v, causal=causal),
-        definition,
-        definition,
+        reference,
+        reference,
         qkv(n_queries, n_keys, heads, dtype),
     )
 
 
-def test_flash_attn_2_is_told_to_be_deterministic(
+def test_flash_attn_2_gets_the_deterministic_mode(
     flash_attn_2: Attention, deterministic_mode: None
 ) -> None:
     inputs = qkv(9, 9, HEADS[0], DTYPES[0])
-    # The fakes compare what they are told with the mode.
+    # The fakes compare their argument with the mode.
     flash_attn_2(*inputs)
     flash_attn_2(*inputs, cu_seqlens=CU_SEQLENS)
 
@@ -203,18 +204,18 @@ def test_flash_attn_2_is_told_to_be_deterministic(
 def test_packed_documents(
     operator: Attention, dtype: torch.dtype, n_queries: int, heads: tuple[int, int], causal: bool
 ) -> None:
-    def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention_reference(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS)
 
     assert_operator_as_exact_as(
         lambda q, k, v: operator(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS),
-        definition,
-        definition,
+        reference,
+        reference,
         qkv(n_queries, 9, heads, dtype),
     )
 
 
-def test_causal_unless_told_otherwise(operator: Attention) -> None:
+def test_causal_by_default(operator: Attention) -> None:
     inputs = qkv(9, 9)
     for options in ({}, {"cu_seqlens": CU_SEQLENS}):
         torch.testing.assert_close(
@@ -223,7 +224,7 @@ def test_causal_unless_told_otherwise(operator: Attention) -> None:
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS])
-def test_views_of_one_packed_projection(operator: Attention, cu_seqlens: Tensor | None) -> None:
+def test_views_of_packed_qkv(operator: Attention, cu_seqlens: Tensor | None) -> None:
     def on_packed(attention: Attention) -> Callable[[Tensor], Tensor]:
         return lambda x: attention(*x.split((4, 2, 2), dim=2), cu_seqlens=cu_seqlens)
 
@@ -235,7 +236,7 @@ def test_views_of_one_packed_projection(operator: Attention, cu_seqlens: Tensor 
     )
 
 
-def test_varlen_attn_of_a_pytorch_without_the_argument_for_groups(
+def test_varlen_attn_without_enable_gqa(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def older(*arguments: Any, window_size: tuple[int, int]) -> Tensor:
@@ -250,7 +251,7 @@ def test_varlen_attn_of_a_pytorch_without_the_argument_for_groups(
     )
 
 
-def nothing_runs(*arguments: Any) -> Tensor:
+def fail_if_called(*arguments: Any) -> Tensor:
     raise AssertionError("a kernel was called")
 
 
@@ -260,41 +261,41 @@ def test_decoding_runs_on_the_reference(
     n_queries: int, n_keys: int, cu_seqlens: Tensor | None
 ) -> None:
     inputs = qkv(n_queries, n_keys)
-    decode = fused_attention(dense=nothing_runs, packed=nothing_runs)
+    decode = fused_attention(dense=fail_if_called, packed=fail_if_called)
     out = decode(*inputs, cu_seqlens=cu_seqlens)
     assert torch.equal(out, attention_reference(*inputs, cu_seqlens=cu_seqlens))
 
 
-class Gradients:
-    """A dense entry point that sees the gradient its backward is handed."""
+class RecordGradient:
+    """A dense entry point that records the layout of its upstream gradient."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         out = attention_reference(q, k, v, causal=causal)
-        out.register_hook(self.see)
+        out.register_hook(self.record)
         return out
 
-    def see(self, gradient: Tensor) -> None:
+    def record(self, gradient: Tensor) -> None:
         self.strides, self.address = gradient.stride(), gradient.data_ptr()
 
 
-def test_an_expanded_gradient_reaches_kernels_with_memory_of_its_own() -> None:
-    kernel = Gradients()
-    attention = fused_attention(dense=kernel, packed=nothing_runs)
+def test_expanded_upstream_gradient_is_made_contiguous() -> None:
+    kernel = RecordGradient()
+    operator = fused_attention(dense=kernel, packed=fail_if_called)
     inputs = [x.requires_grad_() for x in qkv(9, 9)]
     row = randn(K, seed=3, dtype=torch.float32, device="cpu")
     for expanded in (row.expand(B, 9, 4, K), torch.ones(()).expand(B, 9, 4, K)):
-        gradients = torch.autograd.grad(attention(*inputs), inputs, expanded)
+        gradients = torch.autograd.grad(operator(*inputs), inputs, expanded)
         assert kernel.strides == (9 * 4 * K, 4 * K, K, 1)
-        dense = torch.autograd.grad(attention(*inputs), inputs, expanded.contiguous())
-        assert all(map(torch.equal, gradients, dense))
+        expected = torch.autograd.grad(operator(*inputs), inputs, expanded.contiguous())
+        assert all(map(torch.equal, gradients, expected))
 
 
-def test_a_dense_gradient_is_not_copied() -> None:
-    kernel = Gradients()
-    attention = fused_attention(dense=kernel, packed=nothing_runs)
+def test_contiguous_upstream_gradient_is_not_copied() -> None:
+    kernel = RecordGradient()
+    operator = fused_attention(dense=kernel, packed=fail_if_called)
     inputs = [x.requires_grad_() for x in qkv(9, 9)]
     upstream = randn(B, 9, 4, K, seed=3, dtype=torch.float32, device="cpu")
-    torch.autograd.grad(attention(*inputs), inputs, upstream)
+    torch.autograd.grad(operator(*inputs), inputs, upstream)
     assert kernel.address == upstream.data_ptr()
 
 
@@ -309,17 +310,17 @@ def enabled_kernels() -> set[str]:
     return {name for name, is_enabled in enabled.items() if is_enabled}
 
 
-class Calls:
-    """Stands in for SDPA and remembers under which switches it was called with which mask."""
+class RecordCalls:
+    """Replaces SDPA; records the enabled kernels of each call and whether it had a mask."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.seen: list[tuple[set[str], bool]] = []
+        self.recorded: list[tuple[set[str], bool]] = []
         monkeypatch.setattr(F, "scaled_dot_product_attention", self)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
     ) -> Tensor:
-        self.seen.append((enabled_kernels(), attn_mask is not None))
+        self.recorded.append((enabled_kernels(), attn_mask is not None))
         return torch.zeros_like(query)
 
 
@@ -331,12 +332,12 @@ class Calls:
         (SDPBackend.MATH, "math"),
     ],
 )
-def test_training_shapes_have_one_kernel_and_no_mask(
+def test_training_runs_on_the_pinned_kernel_without_a_mask(
     kernel: SDPBackend, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, before = Calls(monkeypatch), enabled_kernels()
+    calls, before = RecordCalls(monkeypatch), enabled_kernels()
     pinned_sdpa(kernel)(*qkv(9, 9))
-    assert calls.seen == [({name}, False)]
+    assert calls.recorded == [({name}, False)]
     assert enabled_kernels() == before
 
 
@@ -344,7 +345,7 @@ def test_training_shapes_have_one_kernel_and_no_mask(
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS])
 @pytest.mark.parametrize("n_queries", [1, 4, 9])
 @pytest.mark.parametrize("pinned", [True, False])
-def test_cudnn_sees_no_mask(
+def test_cudnn_gets_no_mask(
     pinned: bool,
     n_queries: int,
     cu_seqlens: Tensor | None,
@@ -355,44 +356,44 @@ def test_cudnn_sees_no_mask(
         assert enabled_kernels() == {"flash"}
         return torch.zeros_like(query)
 
-    calls = Calls(monkeypatch)
+    calls = RecordCalls(monkeypatch)
     monkeypatch.setattr(attention_backends, "varlen_attn", varlen)
     operator = pinned_sdpa(SDPBackend.CUDNN_ATTENTION) if pinned else attention
     operator(*qkv(n_queries, 9), causal=causal, cu_seqlens=cu_seqlens)
-    assert calls.seen or (pinned and cu_seqlens is not None)
-    assert not any("cudnn" in kernels and masked for kernels, masked in calls.seen)
+    assert calls.recorded or (pinned and cu_seqlens is not None)
+    assert not any("cudnn" in kernels and masked for kernels, masked in calls.recorded)
 
 
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 1), (1, 9), (4, 9), (9, 9)])
 @pytest.mark.parametrize("pinned", [True, False])
-def test_cudnn_sees_training_but_no_decoding(
+def test_cudnn_never_decodes(
     pinned: bool, n_queries: int, n_keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = Calls(monkeypatch)
+    calls = RecordCalls(monkeypatch)
     operator = pinned_sdpa(SDPBackend.CUDNN_ATTENTION) if pinned else attention
     operator(*qkv(n_queries, n_keys))
-    ((kernels, _),) = calls.seen
+    ((kernels, _),) = calls.recorded
     assert ("cudnn" in kernels) == (n_queries == 9)
 
 
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 1), (1, 9), (4, 9), (9, 9)])
-def test_generation_is_the_reference_without_cudnn(
+def test_attention_without_cudnn(
     n_queries: int, n_keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs, before = qkv(n_queries, n_keys), enabled_kernels()
     assert torch.equal(attention_without_cudnn(*inputs), attention_reference(*inputs))
-    calls = Calls(monkeypatch)
+    calls = RecordCalls(monkeypatch)
     attention_without_cudnn(*inputs)
-    assert [kernels for kernels, _ in calls.seen] == [before - {"cudnn"}]
+    assert [kernels for kernels, _ in calls.recorded] == [before - {"cudnn"}]
     assert enabled_kernels() == before
 
 
-def test_a_kernel_that_cannot_is_an_error() -> None:
+def test_unsupported_kernel_raises() -> None:
     with pytest.raises(RuntimeError, match="No viable backend"):
         pinned_sdpa(SDPBackend.CUDNN_ATTENTION)(*qkv(9, 9))
 
 
-# Dynamo makes one to trace an autograd.Function, and PyTorch warns of that.
+# PyTorch warns when Dynamo instantiates an autograd.Function to trace it.
 TRACES_FUNCTIONS = pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning"
 )
@@ -400,7 +401,7 @@ TRACES_FUNCTIONS = pytest.mark.filterwarnings(
 
 def compiled(operator: Attention, **options: Any) -> Attention:
     torch.compiler.reset()
-    # Inductor would need a compiler; the graph is whole or not before it.
+    # Inductor would need a C++ compiler; graph breaks show without it.
     made: Attention = torch.compile(
         lambda q, k, v: operator(q, k, v, **options),
         fullgraph=True,
@@ -424,7 +425,7 @@ def test_compiles_in_one_graph(operator: Attention, n_queries: int, n_keys: int)
 
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS])
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(9, 9), (1, 9), (4, 9)])
-def test_the_reference_compiles_in_one_graph(
+def test_attention_compiles_in_one_graph(
     n_queries: int, n_keys: int, cu_seqlens: Tensor | None
 ) -> None:
     assert_compiles(attention, qkv(n_queries, n_keys), cu_seqlens=cu_seqlens)
@@ -435,13 +436,13 @@ def test_the_reference_compiles_in_one_graph(
 def test_packed_documents_compile_in_one_graph(causal: bool, window: tuple[int, int]) -> None:
     graphs = []
 
-    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        # No CPU has the kernel: what matters is that PyTorch's function was traced into the graph.
+    def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        # The kernel does not run on a CPU; the graph must contain PyTorch's function.
         graphs.append(graph)
         return lambda *arguments: (torch.zeros(B, 9, 4, K),)
 
     torch.compiler.reset()
-    torch.compile(pinned_sdpa(SDPBackend.CUDNN_ATTENTION), fullgraph=True, backend=keep)(
+    torch.compile(pinned_sdpa(SDPBackend.CUDNN_ATTENTION), fullgraph=True, backend=record)(
         *qkv(9, 9, dtype=torch.bfloat16), causal=causal, cu_seqlens=CU_SEQLENS
     )
     (graph,) = graphs
@@ -451,9 +452,9 @@ def test_packed_documents_compile_in_one_graph(causal: bool, window: tuple[int, 
     )
     assert (given["max_q"], given["max_k"], given["is_causal"]) == (9, 9, causal)
     assert tuple(given["window_size"]) == window
-    boundaries = given["cu_seq_q"]
-    assert boundaries is given["cu_seq_k"]
-    assert boundaries.meta["example_value"].shape == (CU_SEQLENS.numel(),)
+    cu_seqlens = given["cu_seq_q"]
+    assert cu_seqlens is given["cu_seq_k"]
+    assert cu_seqlens.meta["example_value"].shape == (CU_SEQLENS.numel(),)
     assert given["query"].meta["example_value"].shape == (B * 9, 4, K)
 
 
@@ -474,7 +475,7 @@ def fake_implementations(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.usefixtures("fake_implementations", "flash_attn_2")
-def test_loading_decides_what_the_flash_kernels_are() -> None:
+def test_load_sets_the_flash_implementation() -> None:
     expected = {"flash-attn-3": "FA3", "flash-attn-4": "FA4"}
     for backend in BACKENDS:
         for before in ("FA3", "FA4", None):
@@ -483,14 +484,14 @@ def test_loading_decides_what_the_flash_kernels_are() -> None:
             assert current_flash_attention_impl() == expected.get(backend.name)
 
 
-def test_another_implementation_replaces_the_kernel_and_leaves_again(
+def test_flash_implementation_is_replaced_and_restored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def kernel(query: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         return torch.full_like(query, 7.0), query.new_zeros(query.shape[:3])
 
     def register() -> Handle:
-        # PyTorch itself warns once in a process, and importing it may have been that once.
+        # PyTorch warns once per process, perhaps at its import; this warns every time.
         warnings.warn(
             "Warning only once\n  Overriding a previously registered kernel", stacklevel=1
         )
@@ -505,7 +506,7 @@ def test_another_implementation_replaces_the_kernel_and_leaves_again(
     assert torch.equal(NAMED["flash"].load()(*inputs), truth)
 
 
-def test_a_missing_implementation_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_implementation_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     with pytest.raises(ModuleNotFoundError):
         NAMED["flash-attn-3"].load()
@@ -533,7 +534,7 @@ def hopper_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hopper_with_everything")
-def test_every_backend_can_where_all_is_there() -> None:
+def test_every_backend_is_supported_on_hopper() -> None:
     assert [backend.unsupported_reason(SHAPE) for backend in BACKENDS] == [None] * len(BACKENDS)
 
 
@@ -542,7 +543,7 @@ FUSED = BACKENDS[:-1]
 
 @pytest.mark.usefixtures("hopper_with_everything")
 @pytest.mark.parametrize("backend", FUSED, ids=lambda backend: backend.name)
-def test_obstacles_of_all(backend: Backend) -> None:
+def test_unsupported_shapes(backend: Backend) -> None:
     for changed, clause in (
         ({"device": torch.device("cpu")}, "it needs a CUDA device, not cpu"),
         ({"dtype": torch.float32}, "it takes bfloat16 and float16, not float32"),
@@ -556,7 +557,7 @@ def test_obstacles_of_all(backend: Backend) -> None:
 
 
 @pytest.mark.usefixtures("hopper_with_everything")
-def test_cudnn_has_no_backward_for_wide_heads() -> None:
+def test_cudnn_does_not_support_head_dim_256() -> None:
     able = [x.name for x in FUSED if x.unsupported_reason(replace(SHAPE, head_dim=256)) is None]
     assert able == ["flash-attn-3", "flash-attn-4", "flash-attn-2", "flash"]
     assert NAMED["cudnn"].unsupported_reason(replace(SHAPE, head_dim=128)) is None
@@ -586,10 +587,10 @@ def test_compute_capability(
 
 
 @pytest.mark.parametrize("name", ["flash-attn-3", "flash-attn-4", "flash-attn-2"])
-def test_a_missing_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with_capability(monkeypatch, (9, 0))
     for imported in ("flash_attn_interface", "flash_attn"):
-        # None makes the import fail as if it were not there.
+        # None makes the import fail as if the package were missing.
         monkeypatch.setitem(sys.modules, imported, None)
     unsupported_reason = NAMED[name].unsupported_reason(SHAPE)
     assert unsupported_reason is not None
@@ -613,7 +614,7 @@ def test_flash_attention_4_alone_is_not_flash_attention_2(monkeypatch: pytest.Mo
         (OSError("libcudart.so.12"), "OSError: libcudart.so.12)"),
     ],
 )
-def test_a_broken_package(error: Exception, clause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_package(error: Exception, clause: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise error
 
@@ -626,7 +627,7 @@ def test_a_broken_package(error: Exception, clause: str, monkeypatch: pytest.Mon
         assert unsupported_reason.endswith(clause)
 
 
-def test_pytorch_is_asked_about_the_shape_as_it_is_called() -> None:
+def test_pytorch_is_asked_about_the_shape() -> None:
     asked = []
 
     def can_use(params: SDPAParams, debug: bool) -> bool:
@@ -647,7 +648,7 @@ def test_pytorch_is_asked_about_the_shape_as_it_is_called() -> None:
     assert params.enable_gqa
 
 
-def test_a_pytorch_unsupported_reason_says_why() -> None:
+def test_pytorch_unsupported_reason() -> None:
     def can_use(params: SDPAParams, debug: bool) -> bool:
         warnings.warn("cuDNN SDPA is not deterministic. (Triggered internally at x)", stacklevel=1)
         return False
@@ -658,7 +659,7 @@ def test_a_pytorch_unsupported_reason_says_why() -> None:
     )
 
 
-def test_each_kernel_of_pytorch_is_asked_about_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_is_asked_about_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     with_capability(monkeypatch, (9, 0))
     monkeypatch.setattr(
         attention_backends, "_pytorch_unsupported_reason", lambda shape, can_use: can_use.__name__
@@ -667,7 +668,7 @@ def test_each_kernel_of_pytorch_is_asked_about_itself(monkeypatch: pytest.Monkey
     assert NAMED["flash"].unsupported_reason(SHAPE) == "can_use_flash_attention"
 
 
-def test_pytorch_refuses_the_cpu() -> None:
+def test_pytorch_does_not_support_the_cpu() -> None:
     shape = replace(SHAPE, device=torch.device("cpu"))
     unsupported_reason = attention_backends._pytorch_unsupported_reason(
         shape, torch.backends.cuda.can_use_flash_attention
@@ -685,7 +686,7 @@ def test_pytorch_refuses_the_cpu() -> None:
         ("cpu", None, "cudnn"),
     ],
 )
-def test_cudnn_comes_before_flash_on_hopper(
+def test_order_of_backends(
     device: str, capability: Any, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_capability(monkeypatch, capability)
@@ -704,7 +705,7 @@ def load_or_skip(backend: Backend, **changes: Any) -> Attention:
     return backend.load()
 
 
-def assert_right_on_gpu(
+def assert_exact_on_gpu(
     operator: Attention, plain: Attention, inputs: list[Tensor], **options: Any
 ) -> None:
     def with_options(attention: Attention) -> Attention:
@@ -719,27 +720,27 @@ def assert_right_on_gpu(
 @pytest.mark.parametrize("backend", FUSED, ids=lambda backend: backend.name)
 class TestOnGpu:
     @pytest.fixture(autouse=True)
-    def pytorchs_own_flash_afterwards(self) -> Any:
+    def restore_flash_implementation(self) -> Any:
         yield
         set_flash_implementation(None)
 
     @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (3, 1)])
     @pytest.mark.parametrize("width", [64, 96, 128])
-    def test_matches_the_definition(
+    def test_matches_reference(
         self, backend: Backend, width: int, heads: tuple[int, int], causal: bool
     ) -> None:
         n_heads, n_kv_heads = heads
         operator = load_or_skip(backend, head_dim=width, n_heads=n_heads, n_kv_heads=n_kv_heads)
         for seq_len in (1, 2, 63, 64, 65, 127, 128, 192, 257):
             inputs = qkv(seq_len, seq_len, heads, torch.bfloat16, "cuda", width)
-            assert_right_on_gpu(operator, attention, inputs, causal=causal)
+            assert_exact_on_gpu(operator, attention, inputs, causal=causal)
 
     @pytest.mark.parametrize("n_queries", [1, 7, 64])
     def test_decoding(self, backend: Backend, n_queries: int) -> None:
         operator = load_or_skip(backend)
         inputs = qkv(n_queries, 64, (4, 2), torch.bfloat16, "cuda", 64)
-        assert_right_on_gpu(operator, attention, inputs)
+        assert_exact_on_gpu(operator, attention, inputs)
 
     @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
@@ -750,12 +751,12 @@ class TestOnGpu:
         operator = load_or_skip(backend, seq_len=200)
         cu_seqlens = torch.tensor([ends, [0, 200, 200, 200, 200, 200]], dtype=torch.int32)
         inputs = qkv(200, 200, heads, torch.bfloat16, "cuda", 64)
-        assert_right_on_gpu(
+        assert_exact_on_gpu(
             operator, attention, inputs, causal=causal, cu_seqlens=cu_seqlens.cuda()
         )
 
     @pytest.mark.parametrize("expand", [(0, 0, 0, 0), (0, 0, 0, 1), (1, 0, 1, 1)])
-    def test_expanded_gradient(self, backend: Backend, expand: tuple[int, ...]) -> None:
+    def test_expanded_upstream_gradient(self, backend: Backend, expand: tuple[int, ...]) -> None:
         operator = load_or_skip(backend)
         inputs = [x.requires_grad_() for x in qkv(128, 128, (4, 2), torch.bfloat16, "cuda", 64)]
         size = (B, 128, 4, 64)
@@ -768,7 +769,7 @@ class TestOnGpu:
         for compared in zip(gradients, plain, truth, strict=True):
             assert_as_exact_as(*compared)
 
-    def test_views_of_one_packed_projection(self, backend: Backend) -> None:
+    def test_views_of_packed_qkv(self, backend: Backend) -> None:
         operator = load_or_skip(backend)
 
         def on_packed(attention: Attention) -> Callable[[Tensor], Tensor]:
@@ -787,22 +788,18 @@ class TestOnGpu:
         operator = load_or_skip(backend)
         cu_seqlens = torch.tensor([[0, 5, 128], [0, 128, 128]], dtype=torch.int32, device="cuda")
         inputs = qkv(128, 128, (4, 2), torch.bfloat16, "cuda", 64)
-        assert_right_on_gpu(
+        assert_exact_on_gpu(
             compiled(operator, cu_seqlens=cu_seqlens if packed else None),
             lambda q, k, v: attention(q, k, v, cu_seqlens=cu_seqlens if packed else None),
             inputs,
         )
 
-    @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
     @pytest.mark.parametrize("packed", [False, True])
-    def test_never_waits_for_the_device(self, backend: Backend, packed: bool) -> None:
+    def test_host_never_waits(self, backend: Backend, packed: bool) -> None:
         operator = load_or_skip(backend)
         cu_seqlens = torch.tensor([[0, 5, 128], [0, 128, 128]], dtype=torch.int32, device="cuda")
         inputs = [x.requires_grad_() for x in qkv(128, 128, (4, 2), torch.bfloat16, "cuda", 64)]
         options = {"cu_seqlens": cu_seqlens} if packed else {}
         torch.autograd.grad(operator(*inputs, **options), inputs, inputs[0].detach())
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with host_wait_is_an_error():
             torch.autograd.grad(operator(*inputs, **options), inputs, inputs[0].detach())
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

@@ -38,52 +38,53 @@ SHAPE = AttentionShape(
 )
 
 
-def working(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+def correct(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return attention_reference(q, k, v, **options)
 
 
 def fake(
-    name: str, operator: Attention = working, unsupported_reason: str | None = None
+    name: str, operator: Attention = correct, unsupported_reason: str | None = None
 ) -> Backend:
-    # A function of its own for each, so that they can be told apart.
+    # Each backend has its own function, so that tests can tell them apart.
     return Backend(
         name, lambda shape: unsupported_reason, lambda: lambda *x, **y: operator(*x, **y)
     )
 
 
 REFERENCE = Backend("reference", lambda shape: None, lambda: attention)
-Install = Callable[..., None]
+SetBackends = Callable[..., None]
+SetTimes = Callable[..., None]
 
 
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Has only the given backends and the reference exist."""
+def set_backends(monkeypatch: pytest.MonkeyPatch) -> SetBackends:
+    """Replaces all backends but the reference."""
 
-    def install(*backends: Backend) -> None:
+    def set_backends(*backends: Backend) -> None:
         everything = (*backends, REFERENCE)
         monkeypatch.setattr(attention_choice, "BACKENDS", everything)
         monkeypatch.setattr(attention_choice, "backends_for", lambda device: everything)
 
-    return install
+    return set_backends
 
 
 @pytest.fixture
-def no_measuring(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    def measured(*arguments: Any) -> NoReturn:
-        raise AssertionError("measured")
+def forbid_measuring(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def fail(*arguments: Any) -> NoReturn:
+        raise AssertionError("a backend was measured")
 
-    return lambda: monkeypatch.setattr(attention_choice, "_measure", measured)
+    return lambda: monkeypatch.setattr(attention_choice, "_measure", fail)
 
 
 @pytest.fixture
-def taking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets the seconds that the backends, in their order, are measured to take."""
+def set_times(monkeypatch: pytest.MonkeyPatch) -> SetTimes:
+    """Sets the measured seconds, in the order of the measurements."""
 
-    def taking(*seconds: float) -> None:
+    def set_times(*seconds: float) -> None:
         times = iter(seconds)
         monkeypatch.setattr(attention_choice, "_seconds", lambda *arguments: next(times))
 
-    return taking
+    return set_times
 
 
 class SlowBackward(torch.autograd.Function):
@@ -99,11 +100,11 @@ class SlowBackward(torch.autograd.Function):
 
 def slow_forward(*inputs: Tensor) -> Tensor:
     time.sleep(0.02)
-    return working(*inputs)
+    return correct(*inputs)
 
 
 def slow_backward(*inputs: Tensor) -> Tensor:
-    out: Tensor = SlowBackward.apply(working(*inputs))
+    out: Tensor = SlowBackward.apply(correct(*inputs))
     return out
 
 
@@ -118,33 +119,33 @@ class OtherBackward(torch.autograd.Function):
 
 
 def wrong_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return working(q, k, OtherBackward.apply(v))
+    return correct(q, k, OtherBackward.apply(v))
 
 
 def wrong_mask(*inputs: Tensor) -> Tensor:
-    return working(*inputs, causal=False)
+    return correct(*inputs, causal=False)
 
 
 def wrong_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return working(q * 1.5, k, v)
+    return correct(q * 1.5, k, v)
 
 
 def wrong_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return working(q, k.flip(2), v)
+    return correct(q, k.flip(2), v)
 
 
 def nan_somewhere(*inputs: Tensor) -> Tensor:
-    return working(*inputs).index_fill(1, torch.tensor([7]), float("nan"))
+    return correct(*inputs).index_fill(1, torch.tensor([7]), float("nan"))
 
 
 def out_of_memory(*inputs: Tensor) -> Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
 
-def test_a_cpu_gets_the_reference_unmeasured(
-    no_measuring: Callable[[], None], tmp_path: Path
+def test_cpu_gets_the_reference_unmeasured(
+    forbid_measuring: Callable[[], None], tmp_path: Path
 ) -> None:
-    no_measuring()
+    forbid_measuring()
     for dtype in (torch.float32, torch.bfloat16):
         choice = choose_attention(replace(SHAPE, dtype=dtype), cache_folder=tmp_path)
         assert choice == AttentionChoice(
@@ -155,8 +156,8 @@ def test_a_cpu_gets_the_reference_unmeasured(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lone_candidate_need_only_pass_its_test(install: Install, tmp_path: Path) -> None:
-    install(
+def test_single_candidate(set_backends: SetBackends, tmp_path: Path) -> None:
+    set_backends(
         fake("a", unsupported_reason="it is too old"),
         fake("b"),
         fake("c", unsupported_reason="it is too new"),
@@ -167,30 +168,28 @@ def test_a_lone_candidate_need_only_pass_its_test(install: Install, tmp_path: Pa
 
 
 @pytest.mark.parametrize("slow", [slow_forward, slow_backward])
-def test_the_faster_forward_and_backward_wins(
-    slow: Attention, install: Install, tmp_path: Path
-) -> None:
-    install(fake("slow", slow), fake("fast"))
+def test_faster_backend_wins(slow: Attention, set_backends: SetBackends, tmp_path: Path) -> None:
+    set_backends(fake("slow", slow), fake("fast"))
     choice = choose_attention(SHAPE, cache_folder=tmp_path)
     assert choice.name == "fast"
     assert "x as fast as slow, measured" in choice.reason
 
 
-def test_the_reason_compares_with_the_next_best(
-    install: Install, taking: Callable[..., None], tmp_path: Path
+def test_reason_compares_with_the_second_fastest(
+    set_backends: SetBackends, set_times: SetTimes, tmp_path: Path
 ) -> None:
-    install(fake("a"), fake("b", unsupported_reason="it is too old"), fake("c"), fake("d"))
-    taking(0.131, 0.3, 0.1)
+    set_backends(fake("a"), fake("b", unsupported_reason="it is too old"), fake("c"), fake("d"))
+    set_times(0.131, 0.3, 0.1)
     assert choose_attention(SHAPE, cache_folder=tmp_path) == AttentionChoice(
         "d", "1.31x as fast as a, measured (b: it is too old)"
     )
 
 
-def test_of_equals_the_first_in_order_is_taken(
-    install: Install, taking: Callable[..., None], tmp_path: Path
+def test_tie_goes_to_the_first(
+    set_backends: SetBackends, set_times: SetTimes, tmp_path: Path
 ) -> None:
-    install(fake("b"), fake("a"))
-    taking(0.1, 0.1)
+    set_backends(fake("b"), fake("a"))
+    set_times(0.1, 0.1)
     assert choose_attention(SHAPE, cache_folder=tmp_path).name == "b"
 
 
@@ -205,15 +204,15 @@ def test_of_equals_the_first_in_order_is_taken(
         (out_of_memory, "it raises OutOfMemoryError: CUDA out of memory."),
     ],
 )
-def test_what_fails_its_test_is_passed_over_and_nothing_cached(
+def test_failed_backend_is_skipped_and_nothing_is_cached(
     operator: Attention,
     clause: str,
-    install: Install,
-    taking: Callable[..., None],
+    set_backends: SetBackends,
+    set_times: SetTimes,
     tmp_path: Path,
 ) -> None:
-    install(fake("broken", operator), fake("a"), fake("b"))
-    taking(0.2, 0.1)
+    set_backends(fake("broken", operator), fake("a"), fake("b"))
+    set_times(0.2, 0.1)
     choice = choose_attention(SHAPE, cache_folder=tmp_path)
     assert choice.name == "b"
     assert f"measured (broken: {clause}" in choice.reason
@@ -221,14 +220,14 @@ def test_what_fails_its_test_is_passed_over_and_nothing_cached(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_loaded_is_passed_over(
-    install: Install, taking: Callable[..., None], tmp_path: Path
+def test_unloadable_backend_is_skipped(
+    set_backends: SetBackends, set_times: SetTimes, tmp_path: Path
 ) -> None:
     def load() -> NoReturn:
         raise RuntimeError("Module 'x' does not expose FA3 kernels")
 
-    install(Backend("broken", lambda shape: None, load), fake("a"))
-    taking(0.2)
+    set_backends(Backend("broken", lambda shape: None, load), fake("a"))
+    set_times(0.2)
     assert choose_attention(SHAPE, cache_folder=tmp_path) == AttentionChoice(
         "a",
         "the only one that passes its test (broken: it raises RuntimeError: Module 'x' does not "
@@ -236,8 +235,8 @@ def test_what_cannot_be_loaded_is_passed_over(
     )
 
 
-def test_the_reference_is_left_when_all_fail(install: Install, tmp_path: Path) -> None:
-    install(
+def test_reference_if_all_fail(set_backends: SetBackends, tmp_path: Path) -> None:
+    set_backends(
         fake("a", wrong_mask),
         fake("b", out_of_memory),
         fake("c", unsupported_reason="it is too old"),
@@ -250,40 +249,40 @@ def test_the_reference_is_left_when_all_fail(install: Install, tmp_path: Path) -
 
 @pytest.mark.parametrize("seq_len", [2, 33, 1000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_right_results_pass(dtype: torch.dtype, seq_len: int) -> None:
+def test_correct_results_pass(dtype: torch.dtype, seq_len: int) -> None:
     shape = replace(SHAPE, dtype=dtype, seq_len=seq_len)
-    assert attention_choice._accuracy_failure(working, shape) is None
+    assert attention_choice._accuracy_failure(correct, shape) is None
 
 
-def test_the_test_is_of_one_short_sequence_and_the_time_of_the_whole_shape() -> None:
-    seen = []
+def test_checks_a_short_sequence_and_times_the_full_shape() -> None:
+    calls = []
 
-    def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen.append((q.shape, k.shape, v.shape, q.dtype))
-        # As in the model: views of one buffer.
+    def record(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append((q.shape, k.shape, v.shape, q.dtype))
+        # Views of one buffer, as in the model.
         assert q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
-        return working(q, k, v)
+        return correct(q, k, v)
 
     shape = replace(SHAPE, seq_len=300)
-    attention_choice._accuracy_failure(spy, shape)
-    attention_choice._seconds(spy, shape)
-    short, *whole = seen
+    attention_choice._accuracy_failure(record, shape)
+    attention_choice._seconds(record, shape)
+    short, *timed = calls
     assert short == ((1, 256, 4, 16), (1, 256, 2, 16), (1, 256, 2, 16), torch.bfloat16)
-    assert len(whole) == attention_choice.WARM_UPS + attention_choice.MEASUREMENTS
-    assert set(whole) == {((2, 300, 4, 16), (2, 300, 2, 16), (2, 300, 2, 16), torch.bfloat16)}
+    assert len(timed) == attention_choice.WARM_UPS + attention_choice.MEASUREMENTS
+    assert set(timed) == {((2, 300, 4, 16), (2, 300, 2, 16), (2, 300, 2, 16), torch.bfloat16)}
 
 
-def test_remembers(
-    install: Install,
-    taking: Callable[..., None],
-    no_measuring: Callable[[], None],
+def test_choice_is_cached(
+    set_backends: SetBackends,
+    set_times: SetTimes,
+    forbid_measuring: Callable[[], None],
     tmp_path: Path,
 ) -> None:
-    install(fake("a"), fake("b"))
-    taking(0.2, 0.1)
+    set_backends(fake("a"), fake("b"))
+    set_times(0.2, 0.1)
     folder = tmp_path / "not" / "there"
     first = choose_attention(SHAPE, cache_folder=folder)
-    no_measuring()
+    forbid_measuring()
     again = choose_attention(SHAPE, cache_folder=folder)
     assert again.name == first.name == "b"
     assert again.reason == f"{first.reason}, from the cache in {folder / 'attention.json'}"
@@ -301,11 +300,11 @@ def test_remembers(
         {"dtype": torch.float16},
     ],
 )
-def test_remembers_each_shape_by_itself(
-    change: dict[str, Any], install: Install, taking: Callable[..., None], tmp_path: Path
+def test_each_shape_is_cached(
+    change: dict[str, Any], set_backends: SetBackends, set_times: SetTimes, tmp_path: Path
 ) -> None:
-    install(fake("a"), fake("b"))
-    taking(0.2, 0.1, 0.1, 0.2)
+    set_backends(fake("a"), fake("b"))
+    set_times(0.2, 0.1, 0.1, 0.2)
     assert choose_attention(SHAPE, cache_folder=tmp_path).name == "b"
     assert choose_attention(replace(SHAPE, **change), cache_folder=tmp_path).name == "a"
     for shape, name in ((SHAPE, "b"), (replace(SHAPE, **change), "a")):
@@ -323,31 +322,31 @@ def test_remembers_each_shape_by_itself(
         lambda patch: patch.setattr(attention_choice, "PACKAGES", ("torch",)),
     ],
 )
-def test_measures_again_with_other_software(
+def test_other_software_is_measured_again(
     change: Callable[[pytest.MonkeyPatch], None],
-    install: Install,
-    taking: Callable[..., None],
+    set_backends: SetBackends,
+    set_times: SetTimes,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    install(fake("a"), fake("b"))
-    taking(0.2, 0.1, 0.1, 0.2)
+    set_backends(fake("a"), fake("b"))
+    set_times(0.2, 0.1, 0.1, 0.2)
     assert choose_attention(SHAPE, cache_folder=tmp_path).name == "b"
     change(monkeypatch)
     assert choose_attention(SHAPE, cache_folder=tmp_path).name == "a"
 
 
-def test_measures_again_with_another_candidate(
-    install: Install, taking: Callable[..., None], tmp_path: Path
+def test_other_candidates_are_measured_again(
+    set_backends: SetBackends, set_times: SetTimes, tmp_path: Path
 ) -> None:
-    taking(0.2, 0.1, 0.2, 0.1, 0.05)
-    install(fake("a"), fake("b"))
+    set_times(0.2, 0.1, 0.2, 0.1, 0.05)
+    set_backends(fake("a"), fake("b"))
     assert choose_attention(SHAPE, cache_folder=tmp_path).name == "b"
-    install(fake("a"), fake("b"), fake("c"))
+    set_backends(fake("a"), fake("b"), fake("c"))
     assert choose_attention(SHAPE, cache_folder=tmp_path).name == "c"
 
 
-def test_the_key_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     keys = [
@@ -372,12 +371,12 @@ def test_the_key_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         b'{"KEY": {"name": "gone", "reason": "x"}}',
     ],
 )
-def test_a_cache_that_makes_no_sense_is_rewritten(
-    content: bytes, install: Install, taking: Callable[..., None], tmp_path: Path
+def test_malformed_cache_is_rewritten(
+    content: bytes, set_backends: SetBackends, set_times: SetTimes, tmp_path: Path
 ) -> None:
     backends = (fake("a"), fake("b"))
-    install(*backends)
-    taking(0.2, 0.1)
+    set_backends(*backends)
+    set_times(0.2, 0.1)
     key = attention_choice._key(SHAPE, [*backends, REFERENCE])
     file = tmp_path / "attention.json"
     file.write_bytes(content.replace(b"KEY", key.encode()))
@@ -387,10 +386,10 @@ def test_a_cache_that_makes_no_sense_is_rewritten(
 
 
 def test_other_entries_are_kept(
-    install: Install, taking: Callable[..., None], tmp_path: Path
+    set_backends: SetBackends, set_times: SetTimes, tmp_path: Path
 ) -> None:
-    install(fake("a"), fake("b"))
-    taking(0.2, 0.1)
+    set_backends(fake("a"), fake("b"))
+    set_times(0.2, 0.1)
     file = tmp_path / "attention.json"
     file.write_text('{"another machine": {"name": "x", "reason": "y"}}')
     choose_attention(SHAPE, cache_folder=tmp_path)
@@ -399,28 +398,28 @@ def test_other_entries_are_kept(
     assert entries["another machine"] == {"name": "x", "reason": "y"}
 
 
-def test_a_folder_that_cannot_be_made_is_no_error(
-    install: Install, taking: Callable[..., None], tmp_path: Path
+def test_unwritable_folder_is_not_an_error(
+    set_backends: SetBackends, set_times: SetTimes, tmp_path: Path
 ) -> None:
-    install(fake("a"), fake("b"))
-    taking(0.2, 0.1)
+    set_backends(fake("a"), fake("b"))
+    set_times(0.2, 0.1)
     (tmp_path / "file").touch()
     choice = choose_attention(SHAPE, cache_folder=tmp_path / "file")
     assert choice.name == "b"
     assert choice.reason.startswith("2.00x as fast as a, measured, not cached: [Errno ")
 
 
-def test_a_write_that_fails_leaves_what_was_there(
-    install: Install,
-    taking: Callable[..., None],
+def test_failed_write_keeps_the_old_cache(
+    set_backends: SetBackends,
+    set_times: SetTimes,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     def fail(*arguments: Any) -> NoReturn:
         raise OSError(28, "No space left on device")
 
-    install(fake("a"), fake("b"))
-    taking(0.2, 0.1)
+    set_backends(fake("a"), fake("b"))
+    set_times(0.2, 0.1)
     (tmp_path / "attention.json").write_text("{}")
     monkeypatch.setattr(os, "replace", fail)
     choice = choose_attention(SHAPE, cache_folder=tmp_path)
@@ -431,25 +430,23 @@ def test_a_write_that_fails_leaves_what_was_there(
 @pytest.mark.parametrize(
     ("variable", "folder"), [("XDG_CACHE_HOME", "fastllama"), ("HOME", ".cache/fastllama")]
 )
-def test_the_default_folder(
+def test_default_folder(
     variable: str,
     folder: str,
-    install: Install,
-    taking: Callable[..., None],
+    set_backends: SetBackends,
+    set_times: SetTimes,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
-    install(fake("a"), fake("b"))
-    taking(0.2, 0.1)
+    set_backends(fake("a"), fake("b"))
+    set_times(0.2, 0.1)
     choose_attention(SHAPE)
     assert (tmp_path / folder / "attention.json").exists()
 
 
-def test_the_folder_of_a_user_without_a_home(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_default_folder_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def home() -> NoReturn:
         raise RuntimeError("Could not determine home directory.")
 
@@ -459,15 +456,15 @@ def test_the_folder_of_a_user_without_a_home(
     assert attention_choice._default_folder() == tmp_path / "fastllama"
 
 
-def test_a_backend_asked_for_is_taken(install: Install, tmp_path: Path) -> None:
-    install(fake("a"), fake("b"))
+def test_named_backend(set_backends: SetBackends, tmp_path: Path) -> None:
+    set_backends(fake("a"), fake("b"))
     for name in ("a", "b", "reference"):
         assert choose_attention(SHAPE, name, tmp_path) == AttentionChoice(name, "as asked for")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_reference_asked_for_is_not_tried(no_measuring: Callable[[], None]) -> None:
-    no_measuring()
+def test_named_reference_is_not_checked(forbid_measuring: Callable[[], None]) -> None:
+    forbid_measuring()
     assert choose_attention(SHAPE, "reference").name == "reference"
 
 
@@ -475,15 +472,15 @@ def test_the_reference_asked_for_is_not_tried(no_measuring: Callable[[], None]) 
     ("operator", "clause"),
     [(wrong_mask, "its output is off by"), (out_of_memory, "it raises OutOfMemoryError: CUDA")],
 )
-def test_a_backend_asked_for_that_fails_its_test_is_an_error(
-    operator: Attention, clause: str, install: Install
+def test_named_backend_that_fails_raises(
+    operator: Attention, clause: str, set_backends: SetBackends
 ) -> None:
-    install(fake("broken", operator), fake("a"))
+    set_backends(fake("broken", operator), fake("a"))
     with pytest.raises(ValueError, match=f"The attention broken was asked for, but {clause}"):
         choose_attention(SHAPE, "broken")
 
 
-def test_a_backend_asked_for_that_cannot_is_an_error() -> None:
+def test_named_unsupported_backend_raises() -> None:
     with pytest.raises(ValueError, match="cudnn was asked for") as caught:
         choose_attention(SHAPE, "cudnn")
     assert str(caught.value) == (
@@ -492,7 +489,7 @@ def test_a_backend_asked_for_that_cannot_is_an_error() -> None:
     )
 
 
-def test_a_package_asked_for_that_is_missing_says_how_to_get_it(
+def test_named_backend_without_its_package_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -511,7 +508,7 @@ def test_a_package_asked_for_that_is_missing_says_how_to_get_it(
         ("", ". "),
     ],
 )
-def test_an_unknown_name_gets_the_nearest_and_all(name: str, guess: str) -> None:
+def test_unknown_name_raises(name: str, guess: str) -> None:
     message = (
         f"There is no attention {name!r}{guess}Choose auto, flash-attn-3, flash-attn-4, "
         "flash-attn-2, cudnn, flash, reference."
@@ -522,13 +519,13 @@ def test_an_unknown_name_gets_the_nearest_and_all(name: str, guess: str) -> None
         assert str(caught.value) == message
 
 
-def test_the_operator_of_a_name(install: Install) -> None:
+def test_attention_operator(set_backends: SetBackends) -> None:
     assert attention_operator("reference") is attention
-    install(fake("a", lambda *x: torch.tensor(1.0)), fake("b", lambda *x: torch.tensor(2.0)))
+    set_backends(fake("a", lambda *x: torch.tensor(1.0)), fake("b", lambda *x: torch.tensor(2.0)))
     assert attention_operator("b")().item() == 2.0
 
 
-def test_an_operator_that_cannot_be_loaded_is_an_error_for_the_user(
+def test_attention_operator_that_cannot_be_loaded_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
@@ -537,8 +534,8 @@ def test_an_operator_that_cannot_be_loaded_is_an_error_for_the_user(
         attention_operator("flash-attn-3")
 
 
-def test_leaves_no_trace_in_the_process(
-    install: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_process_state_is_restored(
+    set_backends: SetBackends, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     class Handle:
         def remove(self) -> None:
@@ -547,25 +544,25 @@ def test_leaves_no_trace_in_the_process(
     def load(name: str) -> Callable[[], Attention]:
         def load() -> Attention:
             set_flash_implementation(name)
-            return out_of_memory if name == "FA4" else working
+            return out_of_memory if name == "FA4" else correct
 
         return load
 
     for name in ("FA3", "FA4"):
         monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, name, Handle)
-    install(*(Backend(name, lambda shape: None, load(name)) for name in ("FA3", "FA4")))
+    set_backends(*(Backend(name, lambda shape: None, load(name)) for name in ("FA3", "FA4")))
     before = torch.get_rng_state()
     assert choose_attention(SHAPE, cache_folder=tmp_path).name == "FA3"
     assert current_flash_attention_impl() is None
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_one_slow_run_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_a_median(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_choice, "_times_on_host", lambda run: [2.0, 1.0, 30.0])
-    assert attention_choice._seconds(working, SHAPE) == 2.0
+    assert attention_choice._seconds(correct, SHAPE) == 2.0
 
 
-def test_times_on_a_gpu_come_from_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_times_come_from_events(monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
 
     class Event:
@@ -585,12 +582,12 @@ def test_times_on_a_gpu_come_from_its_events(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(attention_choice, "MEASUREMENTS", 3)
     times = attention_choice._times_on_cuda(lambda: done.append("ran"))
-    # Milliseconds between the squares 0, 1, 4, 9.
+    # The events are at 0, 1, 4 and 9 ms.
     assert times == pytest.approx([0.001, 0.003, 0.005])
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_choice_is_measured_and_runs(tmp_path: Path) -> None:
+def test_choice_on_a_gpu(tmp_path: Path) -> None:
     shape = replace(SHAPE, seq_len=512, n_heads=8, head_dim=64, device=torch.device("cuda"))
     choice = choose_attention(shape, cache_folder=tmp_path)
     assert "it raises" not in choice.reason
@@ -602,33 +599,33 @@ def test_on_a_gpu_the_choice_is_measured_and_runs(tmp_path: Path) -> None:
         set_flash_implementation(None)
 
 
-def test_deterministic_mode_takes_the_first_that_works(
-    install: Install, taking: Callable[..., None], deterministic_mode: None, tmp_path: Path
+def test_deterministic_mode_takes_the_first_that_passes(
+    set_backends: SetBackends, set_times: SetTimes, deterministic_mode: None, tmp_path: Path
 ) -> None:
-    install(fake("broken", out_of_memory), fake("a"), fake("b"))
-    taking(2.0, 1.0)
+    set_backends(fake("broken", out_of_memory), fake("a"), fake("b"))
+    set_times(2.0, 1.0)
     choice = choose_attention(SHAPE, cache_folder=tmp_path)
     assert choice.name == "a"
     assert choice.reason.startswith("the first that is deterministic (broken: it raises ")
     assert not list(tmp_path.iterdir())
-    install(fake("broken", out_of_memory), fake("worse", wrong_mask))
+    set_backends(fake("broken", out_of_memory), fake("worse", wrong_mask))
     assert choose_attention(SHAPE, cache_folder=tmp_path).name == "reference"
 
 
-def test_deterministic_mode_takes_none_that_differs_from_run_to_run(
-    install: Install, deterministic_mode: None, tmp_path: Path
+def test_deterministic_mode_rejects_results_that_vary(
+    set_backends: SetBackends, deterministic_mode: None, tmp_path: Path
 ) -> None:
     draw = torch.Generator().manual_seed(0)
 
-    def restless(*inputs: Tensor) -> Tensor:
-        out = working(*inputs)
+    def varying(*inputs: Tensor) -> Tensor:
+        out = correct(*inputs)
         return out * (1 + 1e-2 * torch.rand(out.shape, generator=draw)).to(out.dtype)
 
-    install(fake("restless", restless), fake("a"))
+    set_backends(fake("varying", varying), fake("a"))
     choice = choose_attention(SHAPE, cache_folder=tmp_path)
     assert choice.name == "a"
-    assert "restless: its results differ from run to run" in choice.reason
-    with pytest.raises(ValueError, match="restless was asked for, but its results differ"):
-        choose_attention(SHAPE, "restless")
+    assert "varying: its results differ from run to run" in choice.reason
+    with pytest.raises(ValueError, match="varying was asked for, but its results differ"):
+        choose_attention(SHAPE, "varying")
     torch.use_deterministic_algorithms(False)
-    assert choose_attention(SHAPE, "restless").name == "restless"
+    assert choose_attention(SHAPE, "varying").name == "varying"

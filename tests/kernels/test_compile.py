@@ -1,6 +1,6 @@
-"""torch.compile over the operators: one graph, the same numbers, nothing copied or widened.
+"""torch.compile over the operators: one graph, the same numbers, no copies, no wider dtypes.
 
-On the CPU inductor writes C++ around the operators, which stay what Triton's interpreter runs.
+On the CPU Inductor writes C++ around the operators; Triton's interpreter runs the operators.
 """
 
 import dataclasses
@@ -16,29 +16,29 @@ from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 from fastllama_kernels import REFERENCE, TRITON
-from tests.compare import DEVICE, assert_as_exact_as, outputs_and_gradients
-from tests.kernels.operator_cases import CASES, Case
+from tests.compare import DEVICE, Operator, assert_as_exact_as, outputs_and_gradients
+from tests.kernels.operator_cases import IN_MODEL, Case
 from tests.kernels.small_model import MULTI_HEAD, loss_and_gradients, random_tokens, small_model
 
-# PyTorch warns of its own code.
+# PyTorch warns about its own code.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Three layers, the third of which is like the second.
+# The third layer can share the graph of the second.
 CONFIG = dataclasses.replace(MULTI_HEAD, n_layers=3)
 
-# As the trainer does it; and the loss and the embedding too, where inductor takes too long to try
-# on the CPU.
+# The trainer compiles the blocks. The model adds loss and embedding, for which Inductor takes too
+# long on the CPU.
 RUNS = [("blocks", "inductor"), ("model", "aot_eager" if DEVICE == "cpu" else "inductor")]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Two updates' worth of a compiled model, the second of which may compile nothing."""
+    """Two updates of a compiled model; the second may compile nothing."""
 
     gradients: list[dict[str, Tensor]]
     n_graphs: int
     sources: list[str]
-    """What inductor wrote: forwards and backwards."""
+    """The code of Inductor, forwards and backwards."""
 
 
 def batch(number: int) -> Tensor:
@@ -48,7 +48,7 @@ def batch(number: int) -> Tensor:
 
 @cache
 def eager_runs(number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Triton operators, and float64."""
+    """Triton operators, and plain PyTorch in float64."""
     plain, exact = small_model(CONFIG, TRITON), small_model(CONFIG, REFERENCE, exact=True)
     return loss_and_gradients(plain, *batch(number)), loss_and_gradients(exact, *batch(number))
 
@@ -60,7 +60,7 @@ def compiled_run(part: str, backend: str) -> Run:
     counters.clear()
     for module in model.blocks if part == "blocks" else [model]:
         module.compile(fullgraph=True, dynamic=False, backend=backend)
-    # A graph from the cache would come without its source.
+    # A cached graph has no source.
     with (
         torch._inductor.config.patch(fx_graph_cache=False),
         torch._functorch.config.patch(enable_autograd_cache=False),
@@ -73,16 +73,24 @@ def compiled_run(part: str, backend: str) -> Run:
     return Run(found, n_graphs, sources)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def assert_compiles(compiled: Operator, case: Case) -> None:
+    inputs = list(case.inputs().values())
+    results = outputs_and_gradients(compiled, inputs)
+    expected = outputs_and_gradients(case.of_inputs(case.triton), inputs)
+    assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize("case", IN_MODEL, ids=str)
 def test_operator_is_one_graph(case: Case) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(case.run, fullgraph=True, dynamic=False, backend="aot_eager")
-    pairs = [outputs_and_gradients(run, case.inputs()) for run in (compiled, case.run)]
-    assert all(torch.equal(*pair) for pair in zip(*pairs, strict=True))
+    operator = case.of_inputs(case.triton)
+    assert_compiles(
+        torch.compile(operator, fullgraph=True, dynamic=False, backend="aot_eager"), case
+    )
 
 
 @pytest.mark.parametrize(("part", "backend"), RUNS)
-def test_gradients_are_those_of_eager(part: str, backend: str) -> None:
+def test_gradients_match_eager(part: str, backend: str) -> None:
     for number, found in enumerate(compiled_run(part, backend).gradients):
         plain, truth = eager_runs(number)
         assert found.keys() == plain.keys()
@@ -92,34 +100,34 @@ def test_gradients_are_those_of_eager(part: str, backend: str) -> None:
 
 @pytest.mark.parametrize(("part", "backend"), RUNS)
 def test_blocks_share_graphs(part: str, backend: str) -> None:
-    # The first block has no stream to add to, so it is not like the others.
+    # The first block has no residual stream and so a graph of its own.
     assert compiled_run(part, backend).n_graphs == (2 if part == "blocks" else 1)
 
 
-def test_rope_turns_the_memory_of_the_projection() -> None:
-    turned = 0
+def test_rope_rotates_the_memory_of_the_projection() -> None:
+    n_rotations = 0
     for source in compiled_run(*RUNS[0]).sources:
         for name in re.findall(r"rope_\.default\(reinterpret_tensor\((\w+),", source):
             assert re.search(rf"mm\(.*out={name}\)", source)
-            turned += 1
-    assert turned == 2
+            n_rotations += 1
+    assert n_rotations == 2
 
 
-def test_scalars_stay_what_they_are() -> None:
+def test_scalars_stay_python_floats() -> None:
     sources = "\n".join(compiled_run(*RUNS[0]).sources)
-    # A tensor or a symbol in the place of eps would be float64.
+    # As a tensor or a symbol, eps would be float64.
     assert re.search(rf"rms_norm_fwd\.default\(.*, {CONFIG.eps}\)", sources)
     assert not re.search("float64|fp64|double", sources)
 
 
-def test_recomputed_rope_turns_once() -> None:
-    (case,) = (case for case in CASES if case.name == "rope")
+def test_recomputed_rope_rotates_once() -> None:
+    (case,) = (case for case in IN_MODEL if case.name == "rope")
+    operator = case.of_inputs(case.triton)
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda *inputs: checkpoint(case.run, *inputs, use_reentrant=False),
+        lambda *inputs: checkpoint(operator, *inputs, use_reentrant=False),
         fullgraph=True,
         dynamic=False,
         backend="aot_eager",
     )
-    pairs = [outputs_and_gradients(run, case.inputs()) for run in (compiled, case.run)]
-    assert all(torch.equal(*pair) for pair in zip(*pairs, strict=True))
+    assert_compiles(compiled, case)

@@ -1,7 +1,7 @@
-"""Every kernel of every recipe, compiled for GPUs that need not be there.
+"""Every kernel of every recipe, compiled for three GPUs on a machine that needs none.
 
-The interpreter runs what a compiler refuses; this is what a machine without a GPU can tell of the
-compiled code. One process compiles, without the interpreter; the tests read what it wrote.
+The interpreter also runs code that the compiler rejects. A process without the interpreter
+compiles; the tests read its table.
 """
 
 import ast
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compile_table.py"
 
 
 def compile_table(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the script without the interpreter, unless `environment` says otherwise."""
+    """Run the script without the interpreter, unless `environment` sets it."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, str(SCRIPT), *options],
@@ -41,13 +41,13 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[CompiledKernel]:
     return [CompiledKernel(**fields) for fields in json.loads(path.read_text())]
 
 
-def test_no_kernel_is_left_out(kernels: list[CompiledKernel]) -> None:
+def test_every_kernel_is_compiled(kernels: list[CompiledKernel]) -> None:
     compiled = {kernel.kernel for kernel in kernels}
     assert compiled == entry_points(Path(fastllama_kernels.__file__).parent)
 
 
 def entry_points(folder: Path) -> set[str]:
-    """Names of the functions under `@triton.jit` that no other such function calls."""
+    """Names of the `@triton.jit` functions that no other `@triton.jit` function calls."""
     defined, called = set(), set()
     for path in folder.glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
@@ -63,7 +63,7 @@ def entry_points(folder: Path) -> set[str]:
     return defined - called
 
 
-def test_nothing_is_spilled(kernels: list[CompiledKernel]) -> None:
+def test_no_register_spills(kernels: list[CompiledKernel]) -> None:
     assert_none(k for k in kernels if k.spill_store_bytes or k.spill_load_bytes)
 
 
@@ -73,43 +73,43 @@ def test_shared_memory_fits(kernels: list[CompiledKernel]) -> None:
     )
 
 
-def test_arithmetic_is_at_most_float32(kernels: list[CompiledKernel]) -> None:
+def test_no_float64(kernels: list[CompiledKernel]) -> None:
     assert_none(k for k in kernels if k.has_float64)
 
 
-def test_sums_have_one_order(kernels: list[CompiledKernel]) -> None:
+def test_no_atomics(kernels: list[CompiledKernel]) -> None:
     assert_none(k for k in kernels if k.has_atomics)
 
 
-def test_rows_are_read_128_bits_at_a_time(kernels: list[CompiledKernel]) -> None:
-    # Without an exception, because 128 bits divide the rows of all recipes; so below.
+def test_128_bit_loads(kernels: list[CompiledKernel]) -> None:
+    # No exceptions here and below: 128 bits divide the rows of every recipe.
     assert_none(k for k in kernels if not k.wide_loads)
 
 
-def test_rows_are_written_128_bits_at_a_time(kernels: list[CompiledKernel]) -> None:
+def test_128_bit_stores(kernels: list[CompiledKernel]) -> None:
     assert_none(k for k in kernels if not k.wide_stores and not writes_scalars_only(k))
 
 
 def writes_scalars_only(kernel: CompiledKernel) -> bool:
-    """Without the gradient, the cross-entropy of a row is two numbers."""
+    """Without the gradient, cross-entropy writes two numbers per row."""
     return kernel.kernel == "_cross_entropy_fwd_kernel" and not kernel.constants["WRITE_GRADIENT"]
 
 
-def test_next_rows_are_loaded_ahead(kernels: list[CompiledKernel]) -> None:
-    asked = [k for k in kernels if k.constants.get("NUM_STAGES", 1) > 1]
-    # A row that does not fit in a block is read twice, in loops that are not pipelined.
-    pipelined = [k for k in asked if k.constants["D"] <= k.constants["BLOCK"]]
+def test_next_rows_are_prefetched(kernels: list[CompiledKernel]) -> None:
+    staged = [k for k in kernels if k.constants.get("NUM_STAGES", 1) > 1]
+    # A row wider than a block is read twice, in loops without pipelining.
+    pipelined = [k for k in staged if k.constants["D"] <= k.constants["BLOCK"]]
     assert pipelined
     assert_none(k for k in pipelined if not k.async_copies)
 
 
 def assert_none(failing: Iterable[CompiledKernel]) -> None:
-    """Fail with all there is to know of each, one a line."""
+    """Fail and print each kernel on a line."""
     lines = [str(kernel) for kernel in failing]
     assert not lines, "\n".join(lines)
 
 
-def test_the_interpreter_compiles_nothing() -> None:
+def test_interpreter_cannot_compile() -> None:
     done = compile_table("--markdown", TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert done.stderr == "TRITON_INTERPRET is set, so nothing can be compiled; unset it.\n"

@@ -1,10 +1,5 @@
-"""The whole model on Triton operators, against plain PyTorch and the float64 of the papers' LLaMA.
+"""The model on Triton operators, compared with plain PyTorch and a float64 reference LLaMA."""
 
-On the CPU all uninitialised memory holds NaN meanwhile, so what a kernel fails to write shows.
-"""
-
-import sys
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -18,28 +13,20 @@ from fastllama.model.llama import Llama
 from fastllama.model.reference import ReferenceLlama
 from fastllama_kernels import REFERENCE, TRITON
 from tests.compare import DEVICE, assert_as_exact_as, randn
+from tests.kernels.operator_cases import set_chunk_length
 from tests.kernels.small_model import GROUPED, MULTI_HEAD, TIED, random_tokens, small_model
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 BATCH = (2, 4)
-"""Sequences and their tokens; the interpreter takes milliseconds for each."""
+"""B and T; the interpreter takes milliseconds per token."""
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 Kind = Literal["logits", "loss"]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    if DEVICE != "cpu":
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
-    """What a random gradient from above makes of every weight that wants one."""
+    """Gradients of the weights that require one, for a random upstream gradient."""
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     upstream = randn(*output.shape, seed=0, dtype=BFLOAT16).to(output.dtype)
     found = torch.autograd.grad(output, list(trained.values()), upstream)
@@ -47,7 +34,7 @@ def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
 
 
 def assert_model_as_exact_as_plain(config: ModelConfig, dtype: torch.dtype, kind: Kind) -> None:
-    """Hold output and gradients to the rule; the truth is the model of the papers."""
+    """Hold output and gradients to the comparator; the truth is `ReferenceLlama`."""
     tokens, targets = random_tokens(config, 2, *BATCH)
     models = [small_model(config, operators, dtype) for operators in (TRITON, REFERENCE)]
     truth = ReferenceLlama(config).to(DEVICE).double()
@@ -56,7 +43,7 @@ def assert_model_as_exact_as_plain(config: ModelConfig, dtype: torch.dtype, kind
         outputs = [*(model(tokens, targets) for model in models), truth.loss(tokens, targets)]
     else:
         outputs = [*(model(tokens) for model in models), truth(tokens)]
-    # The loss is one number, whose error can be 0 by luck: its eps is that of the arithmetic.
+    # The error of one number, the loss, can be 0 by luck, so its eps is that of the compute dtype.
     assert_as_exact_as(*(x.detach().to(dtype) for x in outputs[:2]), outputs[2].detach())
 
     actual, plain = (gradients(*pair) for pair in zip(models, outputs[:2], strict=True))
@@ -79,14 +66,13 @@ def test_output_and_gradients(config: ModelConfig, dtype: torch.dtype, kind: Kin
     assert_model_as_exact_as_plain(config, dtype, kind)
 
 
-def test_chunks_of_the_loss_that_do_not_divide_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["fastllama_kernels.linear_cross_entropy"]
-    monkeypatch.setattr(module, "chunk_length", lambda *_: 3)
+def test_loss_chunks_that_do_not_divide_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_chunk_length(3, monkeypatch)
     assert_model_as_exact_as_plain(MULTI_HEAD, FLOAT32, "loss")
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_decoding_gives_the_logits_of_the_whole(
+def test_decoding_matches_the_full_forward(
     context: type[AbstractContextManager[None]],
 ) -> None:
     tokens, cache = random_tokens(GROUPED, 2, 6), KVCache(GROUPED)
@@ -97,11 +83,11 @@ def test_decoding_gives_the_logits_of_the_whole(
         assert_as_exact_as(torch.cat(decoded, dim=1), models[1](tokens), truth(tokens))
 
 
-def test_under_autocast() -> None:
+def test_autocast() -> None:
     tokens, targets = random_tokens(GROUPED, 2, *BATCH)
 
     def loss(model: Llama) -> Tensor:
-        # Two forwards, because autocast may keep its copies of the weights for the second.
+        # Two forwards, because autocast caches its casts of the weights.
         first, second = (model(x[None], y[None]) for x, y in zip(tokens, targets, strict=True))
         return first + second
 
@@ -112,12 +98,12 @@ def test_under_autocast() -> None:
     truth = small_model(GROUPED, REFERENCE, exact=True)
     exact = gradients(truth, loss(truth))
     for name, gradient in actual.items():
-        # Of float32, but as exact as the type they were computed in.
+        # The gradients are float32 but have the precision of the autocast dtype.
         both = (x.to(BFLOAT16) for x in (gradient, plain[name]))
         assert_as_exact_as(*both, exact[name])
 
 
-def test_frozen_weights_leave_the_gradients_of_the_others_alone() -> None:
+def test_frozen_weights_change_no_other_gradient() -> None:
     tokens, targets = random_tokens(MULTI_HEAD, 2, *BATCH)
     model = small_model(MULTI_HEAD, TRITON)
     wanted = gradients(model, model(tokens, targets))

@@ -1,4 +1,4 @@
-"""What only a GPU can show of a training step: waiting, graphs, streams, stale memory, luck."""
+"""A training step on a GPU: host waits, CUDA graphs, streams, stale memory, determinism."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,16 @@ from torch import Tensor
 
 from fastllama.config import ModelConfig, OptimizerConfig
 from fastllama.model.llama import Llama
-from fastllama.optim.adamw import build_optimizer, update
+from fastllama.optim.adamw import build_optimizer
+from fastllama.optim.clipping import update
 from fastllama_kernels import TRITON
 from tests.compare import DEVICE
+from tests.kernels.gpu import captured, host_wait_is_an_error, on_side_stream
 from tests.kernels.small_model import loss_and_gradients, random_tokens, small_model
 
 pytestmark = pytest.mark.gpu
 
-# One block of keys, or the backward of attention, which is not on trial, may sum in any order.
+# A sequence is one block of keys; over several, the backward of attention sums in any order.
 CONFIG = ModelConfig(
     vocab_size=1000, n_embd=256, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64
 )
@@ -56,7 +58,7 @@ def eager_step(model: Llama) -> Callable[[Tensor], Tensor]:
 
 
 def warm_step(model: Llama) -> Callable[[Tensor], Tensor]:
-    """An update that has been done once, and that a graph can hold: its count is on the device."""
+    """An update that a CUDA graph can capture: it ran once, and its step count is on the GPU."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, capturable=True)
 
     def do_update(batch: Tensor) -> Tensor:
@@ -66,21 +68,15 @@ def warm_step(model: Llama) -> Callable[[Tensor], Tensor]:
         optimizer.zero_grad()
         return loss.detach()
 
-    # Kernels are compiled and moments allocated before a capture, on the side as PyTorch wants it.
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        do_update(batches()[0])
-    torch.cuda.current_stream().wait_stream(side)
+    # Compiles kernels and allocates the moments before a capture.
+    on_side_stream(lambda: do_update(batches()[0]))
     return do_update
 
 
 def captured_step(model: Llama) -> Callable[[Tensor], Tensor]:
-    """The same as a CUDA graph, which reads every batch where the first was."""
+    """The same as a CUDA graph; every batch is copied to where the first was."""
     do_update, batch = warm_step(model), batches()[0].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = do_update(batch)
+    graph, loss = captured(lambda: do_update(batch))
 
     def replay(new: Tensor) -> Tensor:
         batch.copy_(new)
@@ -90,36 +86,32 @@ def captured_step(model: Llama) -> Callable[[Tensor], Tensor]:
     return replay
 
 
-def test_five_updates_twice_are_the_same_bits() -> None:
+def test_five_updates_are_bit_equal() -> None:
     (losses, model), (again, twin) = (trained_with(eager_step) for _ in range(2))
     assert torch.equal(losses, again)
     assert_same_bits(dict(model.named_parameters()), dict(twin.named_parameters()))
     assert not torch.equal(model.output.weight, model_on(torch.device(DEVICE)).output.weight)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_update_does_not_wait_for_the_device() -> None:
+def test_host_never_waits() -> None:
     model = model_on(torch.device(DEVICE), torch.float32)
     do_update, (batch, other, *_) = eager_step(model), batches()
     do_update(batch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with host_wait_is_an_error():
         do_update(other)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
-def test_update_replays_from_a_graph() -> None:
+def test_cuda_graph() -> None:
     losses, _ = trained_with(warm_step)
     replayed, _ = trained_with(captured_step)
-    # The library of matrix products may choose another of its kernels in a graph.
+    # cuBLAS may choose another kernel in a graph.
     torch.testing.assert_close(replayed, losses, rtol=1e-4, atol=0)
 
 
 def test_freed_memory_is_not_read() -> None:
     model, batch = model_on(torch.device(DEVICE)), batches()[0]
     wanted = loss_and_gradients(model, *batch)
-    # The smallest first, which take the gaps; requests above 1 MB have segments of their own.
+    # Small tensors first: they fill the gaps, and tensors above 1 MB get their own segments.
     stale = [
         torch.full((size,), torch.nan, device=DEVICE)
         for size, count in ((2**7, 4096), (2**12, 1024), (2**17, 256), (2**26, 4))
@@ -130,7 +122,7 @@ def test_freed_memory_is_not_read() -> None:
     assert_same_bits(loss_and_gradients(model, *batch), wanted)
 
 
-def test_kernels_run_on_the_stream_of_the_caller() -> None:
+def test_current_stream() -> None:
     model, batch = model_on(torch.device(DEVICE)), batches()[0]
     wanted = loss_and_gradients(model, *batch)
     side, late = torch.cuda.Stream(), torch.zeros_like(batch)
@@ -145,7 +137,7 @@ def test_kernels_run_on_the_stream_of_the_caller() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_kernels_run_on_the_device_of_their_tensors() -> None:
+def test_device_of_the_tensors() -> None:
     (first, second), batch = (torch.device("cuda", index) for index in (0, 1)), batches()[0]
     with torch.cuda.device(first):
         wanted = loss_and_gradients(model_on(first), *batch.to(first))

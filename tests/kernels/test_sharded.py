@@ -1,7 +1,7 @@
-"""Triton operators in a model that FSDP2 shards over two processes, as the trainer does it.
+"""Triton operators in a model that FSDP2 shards over two ranks, as in the trainer.
 
-One launch of this file under torchrun runs all cases, on the CPU in Triton's interpreter also
-where there is a GPU, since two processes may not share one.
+One launch of this file under torchrun runs every case. It runs in Triton's interpreter, even on a
+machine with a GPU, because two ranks cannot share one.
 """
 
 import json
@@ -31,7 +31,7 @@ N_RANKS, SEQ_LEN = 2, 3
 
 @dataclass(frozen=True)
 class Case:
-    """What a run differs in."""
+    """One configuration."""
 
     model: ModelConfig = GROUPED
     dtype: str = "float32"
@@ -75,12 +75,12 @@ def failures() -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_one_process(name: str, failures: dict[str, str | None]) -> None:
+def test_gradients_match_one_process(name: str, failures: dict[str, str | None]) -> None:
     assert failures[name] is None, failures[name]
 
 
 def loss_and_gradients(case: Case, operators: Operators, world: World) -> dict[str, Tensor]:
-    """Of one update over all sequences, the same on every process."""
+    """Loss and gradients of one update over all sequences, the same on every rank."""
     training = TrainingConfig(dtype=case.dtype, activation_checkpointing=case.recompute)
     parallel = ParallelConfig(reshard_after_forward=case.reshard)
     config = Config(model=case.model, training=training, parallel=parallel)
@@ -110,7 +110,7 @@ def loss_and_gradients(case: Case, operators: Operators, world: World) -> dict[s
 
 
 def exact_loss_and_gradients(case: Case) -> dict[str, Tensor]:
-    """The same in one process, in one batch, in float64."""
+    """The same in one process and one batch, in float64."""
     model = Llama(case.model, REFERENCE)
     model.init_weights(seed=0)
     for weight in model.parameters():
@@ -124,7 +124,7 @@ def exact_loss_and_gradients(case: Case) -> dict[str, Tensor]:
 
 
 def sequences_of(case: Case) -> Tensor:
-    """Tokens and targets, by micro-batch and process."""
+    """Token ids (n_micro_batches, 2, N_RANKS, SEQ_LEN); the 2 is for tokens and targets."""
     return random_tokens(case.model, case.n_micro_batches, 2, N_RANKS, SEQ_LEN)
 
 
@@ -134,14 +134,14 @@ def check(case: Case, world: World) -> None:
     )
     exact = exact_loss_and_gradients(case)
     assert list(actual) == [name for name in exact if not name.startswith(case.frozen)]
-    # Reduced in float32, but as exact as the type they were computed in.
+    # Gradients are reduced in float32 but have the precision of the compute dtype.
     dtype = getattr(torch, case.dtype)
     for name, value in actual.items():
         assert_as_exact_as(value.to(dtype), plain[name].to(dtype), exact[name])
 
 
 def main() -> None:
-    """What is wrong with each case, or null, as JSON."""
+    """Print a JSON object: the error of each case, or null."""
     failures: dict[str, str | None] = {}
     training, parallel = TrainingConfig(device="cpu"), ParallelConfig(timeout_minutes=1)
     with distributed(Config(training=training, parallel=parallel)) as world:

@@ -1,4 +1,4 @@
-"""Every launcher as PyTorch's own checker sees it: schema, mutation, fake, torch.compile."""
+"""PyTorch's `opcheck` of every launcher: schema, mutation, fake tensors, torch.compile."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor, library
 
 import fastllama_kernels  # noqa: F401, registers the operators
 from tests.compare import DEVICE, randn
+from tests.kernels.layouts import every_other, transposed
 
 B, T, D, F, V, K = 2, 3, 6, 10, 11, 4
 HEADS = (3, 1)
@@ -32,7 +33,7 @@ def integers(*shape: int, below: int) -> Tensor:
 
 def norm(n_rows: int, dtype: torch.dtype) -> Calls:
     x, weight, rstd = numbers(n_rows, D, dtype=dtype), numbers(D, dtype=dtype), numbers(n_rows)
-    # The branch in half width beside a stream in float32.
+    # A bfloat16 branch with a float32 stream.
     wide = x.float()
     backward = [(x, stream_gradient, wide, weight, rstd) for stream_gradient in (None, wide)]
     return {
@@ -93,7 +94,7 @@ GROUPS: list[Callable[[int, torch.dtype], Calls]] = [
 
 
 def samples(n_rows: int = B, dtype: torch.dtype = torch.float32) -> Calls:
-    """Arguments of every operator, by its name; no two of the optional ones left out alike."""
+    """Arguments of every operator by name, with and without each optional argument."""
     return {name: calls for group in GROUPS for name, calls in group(n_rows, dtype).items()}
 
 
@@ -102,22 +103,19 @@ def written_to(name: str) -> bool:
 
 
 def strided(x: Any) -> Any:
-    """The same numbers, laid out by column, and every other one of a vector."""
-    if not isinstance(x, Tensor) or x.ndim == 0:
+    if not isinstance(x, Tensor):
         return x
-    return x.repeat_interleave(2)[::2] if x.ndim == 1 else x.mT.contiguous().mT
+    return every_other(x) if x.ndim == 1 else transposed(x)
 
 
-def in_other_layouts(name: str, call: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What is written to has to be contiguous, and stays."""
+def strided_call(name: str, call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Strided arguments, except one that is written to, which must be contiguous."""
     first, *others = call
     return (first if written_to(name) else strided(first), *map(strided, others))
 
 
 def strided_samples() -> Calls:
-    return {
-        name: [in_other_layouts(name, call) for call in calls] for name, calls in samples().items()
-    }
+    return {name: [strided_call(name, call) for call in calls] for name, calls in samples().items()}
 
 
 VARIANTS = {
@@ -127,7 +125,7 @@ VARIANTS = {
 }
 
 
-def test_no_operator_is_forgotten() -> None:
+def test_every_operator_has_samples() -> None:
     assert sorted(samples()) == REGISTERED
 
 
@@ -139,12 +137,12 @@ def test_opcheck(variant: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in REGISTERED if not written_to(name)])
-def test_layout_of_inputs_changes_nothing(name: str) -> None:
+def test_strided_inputs(name: str) -> None:
     operator = getattr(torch.ops.fastllama, name)
     for plain, call in zip(samples()[name], strided_samples()[name], strict=True):
-        wanted, results = operator(*plain), operator(*call)
+        expected, results = operator(*plain), operator(*call)
         if isinstance(results, Tensor):
-            wanted, results = (wanted,), (results,)
-        for result, same in zip(results, wanted, strict=True):
+            expected, results = (expected,), (results,)
+        for result, plain_result in zip(results, expected, strict=True):
             assert result.is_contiguous()
-            torch.testing.assert_close(result, same)
+            torch.testing.assert_close(result, plain_result)

@@ -1,4 +1,4 @@
-"""200 updates on Triton operators stay as near the exact curve as those of plain PyTorch do."""
+"""The loss curve of 200 updates on Triton operators is as exact as one on plain PyTorch."""
 
 from contextlib import nullcontext
 
@@ -12,7 +12,7 @@ from fastllama_kernels import REFERENCE, TRITON, Operators
 from tests.compare import DEVICE, assert_as_exact_as
 
 N_UPDATES = 200
-# A token takes the interpreter a tenth of a second.
+# The interpreter takes a tenth of a second per token.
 BATCH_SIZE, SEQ_LEN = (1, 2) if DEVICE == "cpu" else (8, 32)
 CONFIG = ModelConfig(
     vocab_size=16, n_embd=12, n_layers=1, n_heads=2, multiple_of=10, max_seq_len=SEQ_LEN
@@ -20,7 +20,7 @@ CONFIG = ModelConfig(
 
 
 def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sequences in which each token follows from the one before it."""
+    """Sequences in which each token determines the next."""
     tokens = [torch.randint(16, (BATCH_SIZE, 1), generator=generator)]
     for _ in range(SEQ_LEN):
         tokens.append((5 * tokens[-1] + 3) % 16)
@@ -30,9 +30,9 @@ def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def reorder_channels(model: Llama, seed: int) -> None:
-    """Give every channel of the residual stream another place: the same function, exactly.
+    """Permute the channels of the residual stream, which leaves the function the same.
 
-    Sums over the channels, all but those of attention, then run in another order.
+    All sums over channels then run in another order, except those of attention.
     """
     order = torch.randperm(CONFIG.n_embd, generator=torch.Generator().manual_seed(seed))
     for name, weight in model.named_parameters():
@@ -47,7 +47,7 @@ def losses(
     order: int | None = None,
     autocast: torch.dtype | None = None,
 ) -> Tensor:
-    """The loss before each update, in `dtype`."""
+    """The loss before each update, with weights in `dtype`."""
     with torch.device(DEVICE):
         model = Llama(CONFIG, operators)
     model.init_weights(seed=0)
@@ -72,10 +72,10 @@ def losses(
     [None, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
     ids=["float32", "bfloat16"],
 )
-def test_curve_is_within_the_spread_of_plain_ones(autocast: torch.dtype | None) -> None:
+def test_curve_is_as_exact_as_plain_pytorch(autocast: torch.dtype | None) -> None:
     truth = losses(REFERENCE, torch.float64)
-    # One curve has no spread. These four differ in the order of their sums alone, which is the
-    # freedom that Triton's kernels take too; the rule then allows twice the worst of them.
+    # These four curves differ only in the order of their sums. Triton's kernels have another order
+    # too, so the comparator allows twice the error of the worst curve.
     plain = [
         losses(REFERENCE, torch.float32, order=order, autocast=autocast)
         for order in (None, 1, 2, 3)
@@ -83,5 +83,5 @@ def test_curve_is_within_the_spread_of_plain_ones(autocast: torch.dtype | None) 
     worst = max(plain, key=lambda curve: (curve - truth).abs().max().item())
     actual = losses(TRITON, torch.float32, autocast=autocast)
     assert_as_exact_as(actual, worst, truth)
-    # Curves that learn nothing agree as well.
+    # Two models that learn nothing would agree too.
     assert truth[-20:].mean() < truth[:20].mean() / 3
