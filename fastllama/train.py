@@ -15,7 +15,7 @@ from fastllama.checkpoints.state import TrainState
 from fastllama.config import Config
 from fastllama.data.loader import BatchLoader
 from fastllama.distributed.fsdp import set_last_micro_batch
-from fastllama.optim.adamw import update
+from fastllama.optim.clipping import update
 from fastllama.optim.schedule import learning_rate
 from fastllama.run_folder import RunFolder
 from fastllama.training.session import Session

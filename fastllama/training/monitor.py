@@ -11,7 +11,7 @@ from fastllama.checkpoints.state import TrainProgress
 from fastllama.logs.clocks import Clock, DeviceClock
 from fastllama.logs.recorder import Recorder
 from fastllama.logs.results import LateScalars, UpdateResult
-from fastllama.optim.adamw import SKIP_REASONS
+from fastllama.optim.clipping import SKIP_REASONS
 from fastllama.training.session import Session
 from fastllama.training.skipped_steps import SkippedSteps
 

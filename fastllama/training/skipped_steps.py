@@ -1,7 +1,7 @@
 """Skipped updates: counting them, recording their batches, stopping the run or rewinding it.
 
-`fastllama.optim.adamw.update` decides on the device whether an update is skipped. This file decides
-on the host what follows.
+`fastllama.optim.clipping.update` decides on the device whether an update is skipped. This file
+decides on the host what follows.
 
 PaLM (Chowdhery et al. 2022, section 5.1) rewound by hand: it restarted from a checkpoint before a
 loss spike and skipped the batches up to the spike's end. The batches were not bad by themselves,

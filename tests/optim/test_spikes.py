@@ -12,7 +12,8 @@ import torch
 import fastllama.train as trainer
 from fastllama.cli import main
 from fastllama.config import OptimizerConfig
-from fastllama.optim.adamw import build_optimizer, update
+from fastllama.optim.adamw import build_optimizer
+from fastllama.optim.clipping import update
 from fastllama.optim.spikes import WARM_UP, WINDOW, SpikeDetector
 from tests.workspace import Workspace
 

@@ -25,7 +25,8 @@ from fastllama.distributed.fsdp import set_last_micro_batch, shard_model
 from fastllama.distributed.world import World, build_mesh
 from fastllama.model.activation_checkpointing import checkpoint_activations
 from fastllama.model.llama import Llama
-from fastllama.optim.adamw import build_optimizer, update
+from fastllama.optim.adamw import build_optimizer
+from fastllama.optim.clipping import update
 from fastllama.planning.memory import (
     TrafficPlan,
     activation_bytes,
