@@ -14,20 +14,19 @@ import fastllama.train as trainer
 from fastllama.cli import main
 
 # Runs the command and executes `{each_update}` before each optimizer step, after the backward.
-# `step` is then the number of the update.
 CHILD = """
 import os, signal, sys
 import fastllama.train
 from fastllama.cli import main
 
-original, step = fastllama.train.update, int(sys.argv[1])
+original, step = fastllama.train.update, 0
 def update(optimizer, loss, *rest):
     global step
     step += 1
     {each_update}
     return original(optimizer, loss, *rest)
 fastllama.train.update = update
-main(sys.argv[2:])
+main(sys.argv[1:])
 """
 
 
@@ -36,17 +35,14 @@ def train(*args: object) -> None:
     main(["train", *map(str, args)])
 
 
-def train_in_child(
-    *args: object, each_update: str = "", done: int = 0
-) -> subprocess.CompletedProcess[str]:
+def train_in_child(*args: object, each_update: str = "") -> subprocess.CompletedProcess[str]:
     """Run `fastllama train` in a new process, with a line of code before each optimizer step.
 
-    The line sees the loss of the update as `loss` and the number of the update as `step`; `done` is
-    the update that the run resumes after.
+    The line may use `step`, the updates of this process counted from 1, and replace `loss`.
     """
     code = CHILD.format(each_update=each_update)
     return subprocess.run(
-        [sys.executable, "-c", code, str(done), "train", *map(str, args)],
+        [sys.executable, "-c", code, "train", *map(str, args)],
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""Results of updates, from the device to the rows of the log."""
+"""Results of updates, from a simulated GPU to the rows of the log."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,10 @@ from tests.sessions import bare_session
 
 
 class Device:
-    """A GPU and its host, each with its own time in seconds. Events record the GPU's time."""
+    """A simulated GPU and its host, each with its own time in seconds.
+
+    `torch.cuda.Event` records the GPU's time, and `time.perf_counter` is the host's.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.host = self.busy_until = 100.0
@@ -33,20 +36,22 @@ class Device:
                 device.host = max(device.host, self.reached)
 
             def elapsed_time(self, end: "Event") -> float:
-                assert device.host >= end.reached, "CUDA does not know yet"
+                assert device.host >= end.reached, "the event is not complete yet"
                 return (end.reached - self.reached) * 1000
 
         monkeypatch.setattr(time, "perf_counter", lambda: self.host)
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unheard of")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "no known GPU")
 
     def launch(self, seconds: float) -> None:
+        """Launch kernels that take this long."""
         self.busy_until = max(self.host, self.busy_until) + seconds
-        # The host runs at most a quarter of an update ahead: then the ring has no free buffer.
+        # The host runs at most a quarter of an update ahead: then the loader's ring of buffers is
+        # full.
         self.host = max(self.host, self.busy_until - 2.5)
 
 
-def test_rows_next_to_side_jobs_show_the_pace_of_the_device(
+def test_rows_report_device_time_without_side_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device(monkeypatch)
@@ -61,7 +66,7 @@ def test_rows_next_to_side_jobs_show_the_pace_of_the_device(
     monitor = UpdateMonitor(session, progress)
     for step in range(1, 9):
         if step == 6:
-            # The data arrives 3 seconds after the device has finished the updates before.
+            # The data arrives 3 seconds after the device has finished all earlier updates.
             device.host = device.busy_until + 3.0
         device.launch(10.0)
         progress.step = step

@@ -23,17 +23,17 @@ def test_validation_is_due_at_intervals_and_at_the_end() -> None:
     assert not any(validation_due(step, never) for step in range(1, 101))
 
 
-def test_waits_for_a_sample_grow() -> None:
-    # Waits of 8, 12, 18, 27, then 40.5, which is rounded to the even 40 and passes the end.
+def test_sample_intervals_grow() -> None:
+    # Intervals of 8, 12, 18 and 27. The next one, 40.5 rounded to 40, ends after the last update.
     assert [step for step in range(1, 101) if sample_due(step, CONFIG)] == [8, 20, 38, 65, 100]
     never = dataclasses.replace(CONFIG, logging=LoggingConfig(sample_interval=0))
     assert not any(sample_due(step, never) for step in range(1, 101))
 
 
-def test_checkpoints_follow_tokens_and_not_updates() -> None:
+def test_checkpoint_is_due_at_multiples_of_tokens() -> None:
     assert [step for step in range(1, 101) if checkpoint_due(step, CONFIG)] == [25, 50, 75, 100]
     uneven = dataclasses.replace(CONFIG, checkpoint=CheckpointConfig(interval_tokens=1_990))
-    # Tokens 1,990, 3,980, … fall inside updates of 100; the update that passes one is due.
+    # The multiples 1,990, 3,980, … lie inside an update of 100 tokens, and that update is due.
     assert [step for step in range(1, 101) if checkpoint_due(step, uneven)] == [20, 40, 60, 80, 100]
     never = dataclasses.replace(CONFIG, checkpoint=CheckpointConfig(interval_tokens=0))
     assert not any(checkpoint_due(step, never) for step in range(1, 101))

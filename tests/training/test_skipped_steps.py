@@ -1,6 +1,7 @@
-"""Refused updates: every rank refuses them, and what they were trained on is kept."""
+"""Skipped updates: the count, the record of their batches, rewinding, and all ranks skipping."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,40 +14,76 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import fastllama.train as trainer
-from fastllama.cli import main
 from fastllama.config import load_recipe
 from fastllama.data.dataset import open_dataset
 from fastllama.model.llama import Llama
 from fastllama.training.skipped_steps import batch_record
+from tests.runs import make_losses_nan, rows, train, train_in_child
 from tests.workspace import Workspace
 
 LAYOUTS = {"2 shards": (2, 1), "2 replicas": (2, 2), "2 replicas of 2 shards": (4, 2)}
 """Ranks and replicas."""
-FAULTS = ("gradient of the last rank", "loss of all")
+FAULTS = ("NaN gradient on the last rank", "NaN loss on all ranks")
+QUIET = ("--logging.sample-interval", "0", "--training.eval-interval", "0")
 
 
-def test_the_batch_of_a_refused_update_is_kept(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, real, step = tmp_path / "run", trainer.update, 0
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def saved_progress(run: Path) -> dict[str, Any]:
+    """The progress in the newest checkpoint."""
+    content = json.loads((run / "checkpoints" / "latest" / "progress.json").read_text())
+    return dict(content["progress"])
+
+
+def record_inputs(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The inputs of every micro-batch trained on from now on."""
     seen: list[torch.Tensor] = []
     forward = Llama.forward
 
-    def remember(self: Any, inputs: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        if self.training and step == 3:
+    def recording_forward(self: Any, inputs: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        if self.training:
             seen.append(inputs.clone())
         return forward(self, inputs, *rest, **options)
 
-    def update(optimizer: Any, loss: Any, *rest: Any) -> Any:
-        nonlocal step
-        step += 1
-        return real(optimizer, loss * float("nan") if step == 4 else loss, *rest)
+    monkeypatch.setattr(Llama, "forward", recording_forward)
+    return seen
 
-    monkeypatch.setattr(Llama, "forward", remember)
-    monkeypatch.setattr(trainer, "update", update)
-    arguments = ["train", str(workspace.recipe), "--run-dir", str(run)]
-    main([*arguments, "--logging.sample-interval", "0", "--training.eval-interval", "0"])
-    (bad,) = map(json.loads, (run / "bad-updates.jsonl").read_text().splitlines())
+
+def test_nan_loss_is_skipped_and_counted(workspace: Workspace, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    nan = "loss = loss * float('nan') if step == 4 else loss"
+    done = train_in_child(workspace.recipe, "--run-dir", run, each_update=nan)
+    assert done.returncode == 0, done.stderr
+    assert "positions 24 to 31 of the data order" in " ".join(done.stdout.split())
+    assert [row["skipped_steps"] for row in rows(run)] == ["0"] * 3 + ["1"] * 7
+    # A row has the loss of the forward, before the fault.
+    assert all(math.isfinite(float(row["loss"])) for row in rows(run))
+
+
+def test_too_many_skipped_updates_in_a_row_end_the_run(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    infinite = "loss = loss * float('inf') if step > 5 else loss"
+    options = ["--run-dir", run, "--training.max-bad-updates", 3]
+    done = train_in_child(workspace.recipe, *options, each_update=infinite)
+    assert done.returncode == 1
+    assert "The last 3 updates were all skipped" in done.stderr
+    assert "positions 56 to 63 of the data order" in done.stderr
+    assert "The weights are those of update 5" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (run / "checkpoints" / "latest").resolve().name == "step-00000005"
+
+
+def test_batch_of_a_skipped_update_is_recorded(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = tmp_path / "run", record_inputs(monkeypatch)
+    make_losses_nan(monkeypatch, [4])
+    train(workspace.recipe, "--run-dir", run, *QUIET)
+    (bad,) = json_lines(run / "bad-updates.jsonl")
     assert bad["step"] == 4
     assert bad["reason"] == "the loss or the gradient norm is not finite"
     assert bad["grad_norm"] > 0
@@ -54,26 +91,25 @@ def test_the_batch_of_a_refused_update_is_kept(
     assert len(bad["sequences"]) == 8
     assert len(bad["texts"]) == 4
     tokenizer = Tokenizer.from_file(str(workspace.tokenizer))
-    trained = torch.cat(seen)
-    assert len(trained) == 8
-    for text, inputs in zip(bad["texts"], trained, strict=False):
-        # The text ends with one token more, the last target.
+    # Update 4 is micro-batches 13 to 16, of 2 sequences each.
+    batch = torch.cat(seen[12:16])
+    assert len(batch) == 8
+    for text, inputs in zip(bad["texts"], batch, strict=False):
+        # The text has one token more than the inputs, the last target.
         assert text.startswith(tokenizer.decode(inputs.tolist(), skip_special_tokens=False)[:-1])
 
 
-def test_batches_of_updates_that_are_done_again_move_aside(
-    workspace: Workspace, tmp_path: Path
-) -> None:
+def test_records_of_repeated_updates_are_moved(workspace: Workspace, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    main(["train", str(workspace.recipe), "--run-dir", str(run)])
+    train(workspace.recipe, "--run-dir", run)
     lines = [json.dumps({"step": step}) + "\n" for step in (4, 12)]
     (run / "bad-updates.jsonl").write_text("".join(lines))
-    main(["train", "--resume", str(run), "--training.training-tokens", "2816"])
+    train("--resume", run, "--training.training-tokens", 11 * 256)
     assert (run / "bad-updates.jsonl").read_text() == lines[0]
     assert (run / "superseded-bad-updates.jsonl").read_text() == lines[1]
 
 
-def test_later_epochs_find_their_sequences(workspace: Workspace) -> None:
+def test_batch_records_of_an_epoch_name_every_sequence(workspace: Workspace) -> None:
     config = load_recipe(workspace.recipe)
     dataset = open_dataset(config)
     n_sequences = dataset.train.n_sequences(config.model.max_seq_len)
@@ -84,51 +120,28 @@ def test_later_epochs_find_their_sequences(workspace: Workspace) -> None:
     assert sorted(sequences[:n_sequences]) == list(range(n_sequences))
 
 
-def refuse(monkeypatch: pytest.MonkeyPatch, calls: range) -> None:
-    """Have these of the updates that are tried go wrong, counted from 1."""
-    real, call = trainer.update, 0
-
-    def update(optimizer: Any, loss: Any, *rest: Any) -> Any:
-        nonlocal call
-        call += 1
-        return real(optimizer, loss * float("nan") if call in calls else loss, *rest)
-
-    monkeypatch.setattr(trainer, "update", update)
-
-
-def test_goes_back_and_on_with_other_data(
+def test_rewind_resumes_with_the_data_after_the_series(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, seen = tmp_path / "run", []
-    forward = Llama.forward
-
-    def remember(self: Any, inputs: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        if self.training:
-            seen.append(inputs.clone())
-        return forward(self, inputs, *rest, **options)
-
-    monkeypatch.setattr(Llama, "forward", remember)
-    refuse(monkeypatch, range(7, 10))
-    arguments = ["train", str(workspace.recipe), "--run-dir", str(run)]
-    arguments += ["--logging.sample-interval", "0", "--training.eval-interval", "0"]
-    main([*arguments, "--training.rewind-after", "3"])
-    # Back from update 9 to the checkpoint of update 5, and on after position 72 = 9 x 8.
-    progress = json.loads((run / "checkpoints/latest/progress.json").read_text())["progress"]
+    run, seen = tmp_path / "run", record_inputs(monkeypatch)
+    make_losses_nan(monkeypatch, range(7, 10))
+    train(workspace.recipe, "--run-dir", run, *QUIET, "--training.rewind-after", 3)
+    # After update 9, at position 9 x 8 = 72, the run rewinds to the checkpoint of update 5.
+    progress = saved_progress(run)
     assert (progress["step"], progress["position"]) == (10, 72 + 5 * 8)
     assert (progress["skipped_steps"], progress["skipped_in_a_row"]) == (3, 0)
     config = load_recipe(workspace.recipe)
     dataset = open_dataset(config)
-    wanted = batch_record(80, config, dataset)["sequences"]
-    # Of 4 micro-batches an update; nine were done before.
+    expected = batch_record(80, config, dataset)["sequences"]
+    # The tenth update that was computed, of 4 micro-batches.
     batch = torch.cat(seen[9 * 4 : 10 * 4])
-    assert [dataset.train.read(index, 32).tolist()[:-1] for index in wanted] == batch.tolist()
-    # Neither the good update 6 nor the refused ones are in the weights.
+    assert [dataset.train.read(index, 32).tolist()[:-1] for index in expected] == batch.tolist()
+    # AdamW's count has neither the discarded update 6 nor the skipped updates 7 to 9.
     state = load_file(next((run / "checkpoints/latest").glob("*.safetensors")))
     assert state["optimizer.step.norm.weight"].item() == 10
-    rows = [json.loads(row)["step"] for row in (run / "metrics.jsonl").read_text().splitlines()]
-    assert rows == list(range(1, 11))
-    again = (run / "superseded-metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in again] == [6, 7, 8, 9]
+    assert [row["step"] for row in json_lines(run / "metrics.jsonl")] == list(range(1, 11))
+    superseded = json_lines(run / "superseded-metrics.jsonl")
+    assert [row["step"] for row in superseded] == [6, 7, 8, 9]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +151,7 @@ def test_goes_back_and_on_with_other_data(
         (range(7, 100), "after 3 rewinds to"),
     ],
 )
-def test_gives_up_where_going_back_does_not_help(
+def test_rewind_gives_up(
     calls: range,
     message: str,
     workspace: Workspace,
@@ -146,16 +159,15 @@ def test_gives_up_where_going_back_does_not_help(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    refuse(monkeypatch, calls)
-    arguments = ["train", str(workspace.recipe), "--run-dir", str(tmp_path / "run")]
-    arguments += ["--logging.sample-interval", "0", "--training.eval-interval", "0"]
-    with pytest.raises(SystemExit) as stopped:
-        main([*arguments, "--training.rewind-after", "3"])
-    assert stopped.value.code == 1
+    make_losses_nan(monkeypatch, calls)
+    options = ["--run-dir", tmp_path / "run", *QUIET, "--training.rewind-after", 3]
+    with pytest.raises(SystemExit) as stop:
+        train(workspace.recipe, *options)
+    assert stop.value.code == 1
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_all_ranks_refuse_what_one_does(workspace: Workspace, tmp_path: Path) -> None:
+def test_all_ranks_skip_together(workspace: Workspace, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, __file__, str(workspace.recipe), str(tmp_path)],
         capture_output=True,
@@ -164,66 +176,64 @@ def test_all_ranks_refuse_what_one_does(workspace: Workspace, tmp_path: Path) ->
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
-    layouts = json.loads(done.stdout.splitlines()[-1])
-    back = layouts.pop("back over 2 replicas of 2 shards")
-    assert (back["step"], back["position"], back["skipped_steps"]) == (10, 72 + 5 * 8, 3)
-    for layout, found in layouts.items():
-        one, all_of_them = (found[fault] for fault in FAULTS)
-        assert [row["skipped_steps"] for row in one] == [0] * 3 + [1] * 7, layout
-        # To the bit: a rank that had applied its part would train on with another model.
-        assert [row["loss"] for row in one] == [row["loss"] for row in all_of_them], layout
-        assert one[-1]["loss"] < one[0]["loss"] - 0.5
+    results = json.loads(done.stdout.splitlines()[-1])
+    progress = results["rewound"]
+    assert (progress["step"], progress["position"]) == (10, 72 + 5 * 8)
+    assert progress["skipped_steps"] == 3
+    assert results["layouts"].keys() == LAYOUTS.keys()
+    for layout, by_fault in results["layouts"].items():
+        one_rank, all_ranks = (by_fault[fault] for fault in FAULTS)
+        assert [row["skipped_steps"] for row in one_rank] == [0] * 3 + [1] * 7, layout
+        # Bit-equal: a rank that had applied its part would train another model from then on.
+        assert [row["loss"] for row in one_rank] == [row["loss"] for row in all_ranks], layout
+        assert one_rank[-1]["loss"] < one_rank[0]["loss"] - 0.5
 
 
 def train_layouts(recipe: Path, folder: Path) -> dict[str, Any]:
-    """The rows of a training over each layout with each fault in its fourth update."""
+    """Train over each layout with each fault in update 4, and once with a rewind.
+
+    Returns:
+        "layouts": the rows by layout and fault; "rewound": the progress of the rewound run.
+    """
     from tests.ranks import launch
 
-    found: dict[str, Any] = {}
+    def run_ranks(run: Path, world_size: int, fault: str, *options: str) -> None:
+        outcome = launch(
+            world_size,
+            ["train", recipe, "--run-dir", run, *options],
+            run.with_suffix(".log"),
+            prepare=lambda rank: inject(fault, is_last_rank=rank == world_size - 1),
+        )
+        if set(outcome.codes) != {0}:
+            raise RuntimeError(outcome.printed)
+
+    by_layout: dict[str, Any] = {}
     for layout, (world_size, replicate) in LAYOUTS.items():
-        found[layout] = {}
+        by_layout[layout] = {}
         for fault in FAULTS:
             run = folder / f"{layout} {fault}".replace(" ", "-")
-            arguments = ["train", recipe, "--run-dir", run, "--training.eval-interval", "0"]
-            arguments += ["--logging.sample-interval", "0", "--parallel.replicate", str(replicate)]
-            outcome = launch(
-                world_size,
-                arguments,
-                run.with_suffix(".log"),
-                prepare=lambda rank, fault=fault, last=world_size - 1: poison(fault, rank == last),
-            )
-            if set(outcome.codes) != {0}:
-                raise RuntimeError(outcome.printed)
-            rows = (run / "metrics.jsonl").read_text().splitlines()
-            found[layout][fault] = [json.loads(row) for row in rows]
-    run = folder / "back"
-    arguments = ["train", recipe, "--run-dir", run, "--parallel.replicate", "2"]
-    outcome = launch(
-        4,
-        [*arguments, "--training.rewind-after", "3"],
-        run.with_suffix(".log"),
-        prepare=lambda rank: poison("loss of all in a row", False),
-    )
-    if set(outcome.codes) != {0}:
-        raise RuntimeError(outcome.printed)
-    progress = json.loads((run / "checkpoints/latest/progress.json").read_text())["progress"]
-    return found | {"back over 2 replicas of 2 shards": progress}
+            run_ranks(run, world_size, fault, *QUIET, "--parallel.replicate", str(replicate))
+            by_layout[layout][fault] = json_lines(run / "metrics.jsonl")
+    run = folder / "rewound"
+    options = ["--parallel.replicate", "2", "--training.rewind-after", "3"]
+    run_ranks(run, 4, "NaN loss in updates 7 to 9", *options)
+    return {"layouts": by_layout, "rewound": saved_progress(run)}
 
 
-def poison(fault: str, is_last_rank: bool) -> None:
-    """Have the fourth update of this rank go wrong, or the seventh and two after it."""
-    real, step = trainer.update, 0
+def inject(fault: str, is_last_rank: bool) -> None:
+    """Put a fault into the updates of this rank: update 4, or updates 7 to 9."""
+    original, step = trainer.update, 0
+    nan_losses = {"NaN loss on all ranks": [4], "NaN loss in updates 7 to 9": [7, 8, 9]}
 
     def update(optimizer: Any, loss: Any, *rest: Any) -> Any:
         nonlocal step
         step += 1
-        bad = {"loss of all": range(4, 5), "loss of all in a row": range(7, 10)}
-        if step in bad.get(fault, ()):
+        if step in nan_losses.get(fault, ()):
             loss = loss * float("nan")
-        elif step == 4 and is_last_rank:
+        elif fault == "NaN gradient on the last rank" and step == 4 and is_last_rank:
             gradient = optimizer.param_groups[0]["params"][0].grad.to_local()
             gradient.view(-1)[0] = float("nan")
-        return real(optimizer, loss, *rest)
+        return original(optimizer, loss, *rest)
 
     trainer.update = update
 
