@@ -13,7 +13,7 @@ import grimp
 ROOT = Path(__file__).parents[1]
 SVG = ROOT / "docs" / "architecture.svg"
 
-WIDTH, ROW_HEIGHT, BOX_WIDTH, BOX_HEIGHT = 1000, 80, 224, 52
+WIDTH, ROW_HEIGHT, BOX_WIDTH, BOX_HEIGHT = 1100, 80, 224, 52
 ROOMS = {
     "cli": (0.5, "one file a command"),
     "train": (0.3, "an update, and the loop"),
@@ -29,12 +29,13 @@ ROOMS = {
     "data": (0.8, "documents to batches on the device"),
     "planning": (0.46, "FLOPs, memory, bounds"),
     "config": (0.46, "options, recipes, their rules"),
-    "atomic": (0.74, "atomic file writes, locks"),
-    "errors": (0.46, "failures that end a run"),
+    "atomic": (0.68, "atomic file writes, locks"),
+    "errors": (0.42, "failures that end a run"),
+    "typed_json": (0.87, "typed reading of JSON"),
     "fastllama_kernels": (0.16, "one file an operator"),
 }
 """The centre of each room as a fraction of the width, and its caption."""
-FOUNDATION = ("config", "atomic", "errors")
+FOUNDATION = ("config", "atomic", "errors", "typed_json")
 TOKEN_PATH = ("data", "train", "model", "fastllama_kernels", "optim", "logs", "checkpoints")
 """Rooms in the order in which a token, its loss and its weights pass through them."""
 

@@ -1,0 +1,68 @@
+"""Reads the project's JSON files into typed values. Every error names the file and the field."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+MAX_BYTES = 2**28
+"""Size above which a file is not read: none of ours comes near it."""
+
+
+class DamagedFileError(ValueError):
+    """A file does not hold what the project writes into it."""
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Read `path` as a value of `kind`: a dataclass, or a list, tuple or dict of typed values.
+
+    Types must match exactly: "1" and 1.5 are no integers, and true is none either. A dataclass with
+    `__pydantic_config__ = ConfigDict(extra="forbid")` rejects unknown fields.
+
+    Raises:
+        DamagedFileError: the file is too large, not JSON, or has a field of another type; the
+            message names the file and the field.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise DamagedFileError(f"{path} is larger than {MAX_BYTES} bytes")
+    return parse_json(content, kind, str(path))
+
+
+def parse_json(content: bytes | str, kind: type[T], source: str) -> T:
+    """Parse JSON as a value of `kind`; `source` names it in errors.
+
+    Raises:
+        DamagedFileError: as for `read_json`.
+    """
+    try:
+        value: T = _adapter(kind).validate_json(content, strict=True)
+    except ValidationError as error:
+        raise DamagedFileError(f"{source}: {_first_problem(error)}") from None
+    return value
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One clause about the first field that is wrong, with at most 60 characters of its value."""
+    problem = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(map(str, problem["loc"]))
+    message = problem["msg"][:1].lower() + problem["msg"][1:]
+    if problem["type"] == "json_invalid":
+        return message
+    found = "" if problem["type"] == "missing" else f", not {_shortened(problem['input'])}"
+    return f"{field}: {message}{found}" if field else f"{message}{found}"
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
