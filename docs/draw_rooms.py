@@ -29,7 +29,7 @@ ROOMS = {
     "data": (0.8, "documents to batches on the device"),
     "planning": (0.46, "FLOPs, memory, bounds"),
     "config": (0.46, "options, recipes, their rules"),
-    "atomic": (0.68, "atomic file writes, locks"),
+    "atomic": (0.65, "atomic file writes, locks"),
     "errors": (0.42, "failures that end a run"),
     "typed_json": (0.87, "typed reading of JSON"),
     "fastllama_kernels": (0.16, "one file an operator"),

@@ -1,8 +1,9 @@
 """Reads the project's JSON files into typed values. Every error names the file and the field."""
 
+from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -41,14 +42,14 @@ def parse_json(content: bytes | str, kind: type[T], source: str) -> T:
         DamagedFileError: as for `read_json`.
     """
     try:
-        value: T = _adapter(kind).validate_json(content, strict=True)
+        value: T = _adapter(cast(Hashable, kind)).validate_json(content, strict=True)
     except ValidationError as error:
         raise DamagedFileError(f"{source}: {_first_problem(error)}") from None
     return value
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
