@@ -50,7 +50,7 @@ def parse_json(content: bytes | str, kind: type[T], source: str) -> T:
 
 @cache
 def _adapter(kind: Hashable) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+    return TypeAdapter(cast(Any, kind))
 
 
 def _first_problem(error: ValidationError) -> str:
