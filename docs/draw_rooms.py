@@ -31,11 +31,12 @@ ROOMS = {
     "config": (0.46, "options, recipes, their rules"),
     "atomic": (0.65, "atomic file writes, locks"),
     "errors": (0.42, "failures that end a run"),
+    "printable": (0.19, "text safe for a terminal"),
     "typed_json": (0.87, "typed reading of JSON"),
     "fastllama_kernels": (0.16, "one file an operator"),
 }
 """The centre of each room as a fraction of the width, and its caption."""
-FOUNDATION = ("config", "atomic", "errors", "typed_json")
+FOUNDATION = ("config", "atomic", "errors", "printable", "typed_json")
 TOKEN_PATH = ("data", "train", "model", "fastllama_kernels", "optim", "logs", "checkpoints")
 """Rooms in the order in which a token, its loss and its weights pass through them."""
 
