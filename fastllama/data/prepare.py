@@ -34,6 +34,7 @@ from fastllama.data.documents import (
     find_files,
     read_documents,
 )
+from fastllama.data.encoding import Encoder
 from fastllama.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Shard, Split
 from fastllama.data.shards import SplitProgress, SplitWriter
 from fastllama.data.tokenizer import (
@@ -255,6 +256,7 @@ def _encode(
 ) -> None:
     """Append all remaining documents. Record progress every `COMMIT_SECONDS` and at the end."""
     sizes = [path.stat().st_size for path in job.files]
+    encoder = Encoder(job.tokenizer, job.end_token_id)
     started = committed = time.monotonic()
     tokens_before = progress.tokens
     with _progress_bar(console) as bar:
@@ -273,7 +275,7 @@ def _encode(
                 _reject_malformed(batch)
             documents = list(malformed.documents(batch))
             progress.skipped = malformed.count
-            _append(documents, job, writers)
+            _append(documents, encoder, job.validation_fraction, writers)
             progress.position = batch[-1].next
             now = time.monotonic()
             # Before the first document there is nothing to lose. `read_documents` reports an input
@@ -329,17 +331,18 @@ def _reject_malformed(batch: list[Document | Malformed]) -> None:
             )
 
 
-def _append(documents: list[Document], job: Job, writers: dict[str, SplitWriter]) -> None:
-    # Without the special tokens of the tokenizer's own template. The loop adds the end token.
-    encodings = job.tokenizer.encode_batch_fast(
-        [document.text for document in documents], add_special_tokens=False
-    )
+def _append(
+    documents: list[Document],
+    encoder: Encoder,
+    validation_fraction: float,
+    writers: dict[str, SplitWriter],
+) -> None:
+    encoded = encoder.encode([document.text for document in documents])
     ids: dict[str, list[int]] = {name: [] for name in writers}
-    for document, encoding in zip(documents, encodings, strict=True):
+    for document, document_ids in zip(documents, encoded, strict=True):
         data = document.text.encode()
-        name = _split_of(data, job.validation_fraction)
-        ids[name] += encoding.ids
-        ids[name].append(job.end_token_id)
+        name = _split_of(data, validation_fraction)
+        ids[name] += document_ids
         writers[name].progress.documents += 1
         writers[name].progress.text_bytes += len(data)
     for name, writer in writers.items():
