@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import torch
 
 from fastllama import __version__
 from fastllama.atomic import LOCK_FILE, locked, write_atomic
-from fastllama.config import Config, config_from_dict
+from fastllama.config import Config, config_from_dict, validate_values
+from fastllama.config.recipes import read_toml
 from fastllama.data.dataset import Dataset
 
 
@@ -70,14 +70,22 @@ class RunFolder:
             ValueError: the folder holds no run, or its configuration cannot be read.
         """
         try:
-            values = tomllib.loads(self.config.read_text())
+            values = read_toml(self.config)
         except (FileNotFoundError, NotADirectoryError):
+            run = self.path.parent.parent
+            if (run / "config.toml").is_file():
+                raise ValueError(
+                    f"{self.path} is a checkpoint; give its run folder {run}."
+                ) from None
             raise ValueError(
                 f"{self.path} is not a run folder: it has no config.toml; see the folder runs."
             ) from None
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{self.config} cannot be read as TOML: {error}.") from None
-        return config_from_dict(values, source=str(self.config))
+        config = config_from_dict(values, source=str(self.config))
+        try:
+            validate_values(config)
+        except ValueError as error:
+            raise ValueError(f"{self.config}: {error}") from None
+        return config
 
     @contextmanager
     def locked(self) -> Iterator[None]:

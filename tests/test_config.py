@@ -11,7 +11,6 @@ from fastllama.config import (
     config_from_dict,
     known_keys,
     load_recipe,
-    takes_booleans,
     validate,
 )
 
@@ -105,6 +104,11 @@ def test_extends_may_not_go_in_circles(tmp_path: Path) -> None:
         ),
         ("[model]\nmax_lr = 2", r"unknown option model\.max_lr; did you mean optimizer\.max_lr\?"),
         ("max_lr = 2", r"unknown option max_lr; did you mean optimizer\.max_lr\?"),
+        ("[training]\nlr = 2", r"option training\.lr; did you mean optimizer\.max_lr\?"),
+        ("[model]\nhidden_size = 2", r"model\.hidden_size; did you mean model\.n_embd\?"),
+        ("model = 2", r"model is a group of options, \[model\], not a value"),
+        (f"[model]\nn_embd = 1{5000 * '0'}", r"recipe\.toml cannot be read as TOML"),
+        (f"a = {10_000 * '['}", r"recipe\.toml cannot be read as TOML"),
         ("[xyzzy]", r"unknown option xyzzy\.$"),
         ("[modle]\nn_layers = 2", r"unknown option modle"),
     ],
@@ -122,7 +126,7 @@ def test_names_a_missing_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("model__n_layers", 2.0, r"test: model\.n_layers must be an integer, not 2\.0"),
+        ("model__n_layers", 2.5, r"test: model\.n_layers must be an integer, not 2\.5"),
         ("model__n_layers", True, r"model\.n_layers must be an integer, not True"),
         ("model__n_kv_heads", "2", r"must be an integer or left out, not '2'"),
         ("model__theta", "big", r"must be a number, not 'big'"),
@@ -136,6 +140,43 @@ def test_names_a_missing_recipe(tmp_path: Path) -> None:
 def test_refuses_a_value_of_another_type(option: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         with_options(**{option: value})
+
+
+def test_a_whole_number_may_have_an_exponent(tmp_path: Path) -> None:
+    path = write(tmp_path / "recipe.toml", "[training]\ntraining_tokens = 1.28e9\nz_loss = 1e0")
+    training = load_recipe(path).training
+    assert training.training_tokens == 1_280_000_000
+    assert isinstance(training.training_tokens, int)
+    assert isinstance(training.z_loss, float)
+
+
+def test_a_recipe_is_utf8_with_or_without_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes("[logging]\nsample_prompt = 'é'".encode("utf-8-sig"))
+    assert load_recipe(path).logging.sample_prompt == "é"
+    path.write_bytes("[logging]\nsample_prompt = 'é'".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"recipe\.toml is not UTF-8 text: byte 27 is 0xe9"):
+        load_recipe(path)
+
+
+def test_a_run_folder_is_not_a_recipe(tmp_path: Path) -> None:
+    write(tmp_path / "config.toml", "")
+    with pytest.raises(ValueError, match=f"run folder, not a recipe; resume .*--resume {tmp_path}"):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("training__seed", 2**63, "training.seed must be at most 9223372036854775807, and it is"),
+        ("training__eval_interval", 10**400, "eval_interval must be at most .* about 10\\^400"),
+        ("logging__sample_prompt", "caf\udce9", r"sample_prompt = 'caf\\udce9' is not valid UTF-8"),
+        ("data__path", "a\0b", r"data.path = 'a\\x00b' contains a NUL character"),
+    ],
+)
+def test_refuses_a_value_that_no_file_can_hold(option: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate(with_options(**{option: value}))
 
 
 def test_a_number_may_be_written_as_an_integer() -> None:
@@ -200,17 +241,6 @@ NUMBERS = [
 def test_zero_turns_off_what_may_be_0() -> None:
     options = {option: 0 for option in RANGES["0 or more"].split()}
     validate(with_options(**options))
-
-
-def test_knows_which_options_are_true_or_false() -> None:
-    assert [name for name in known_keys() if takes_booleans(name)] == [
-        "model.tied_embeddings",
-        "training.compile",
-        "training.deterministic",
-        "parallel.reshard_after_forward",
-        "logging.tensorboard",
-    ]
-    assert not any(map(takes_booleans, ("compile", "training.compiles", "trainng.compile", "")))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -35,3 +35,27 @@ def test_whoever_is_refused_leaves_the_folder_to_the_other(tmp_path: Path) -> No
         with pytest.raises(ValueError, match="another process"), run.locked():
             pass
         assert (run.path / ".lock").exists()
+
+
+def test_checkpoint_given_as_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    checkpoint = tmp_path / "checkpoints" / "step-00000004"
+    with pytest.raises(ValueError, match=f"is a checkpoint; give its run folder {tmp_path}"):
+        RunFolder(checkpoint).load_config()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[model]\nn_heads = 0", "model.n_heads must be at least 1, not 0"),
+        (b"[training]\neval_interval = 1" + 400 * b"0", "training.eval_interval must be at most"),
+        (b"[training]\neval_interval = 1" + 5000 * b"0", "cannot be read as TOML"),
+        (b"# \xff", "is not UTF-8 text: byte 2 is 0xff"),
+        (b"[model]\nx = 1", "unknown option model.x"),
+    ],
+)
+def test_damaged_configuration_is_named(tmp_path: Path, text: bytes, message: str) -> None:
+    run = RunFolder(tmp_path)
+    run.config.write_bytes(text)
+    with pytest.raises(ValueError, match=f"^{run.config}.*{message}"):
+        run.load_config()

@@ -6,7 +6,7 @@ tokenizers only after its options are parsed, so that help and usage errors appe
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fastllama import __version__
 from fastllama.cli import (
@@ -95,14 +95,22 @@ def run_command(args: list[str]) -> None:
         if tuple(args[:n_words]) == name:
             command.run(args[n_words:])
             return
+    group = [name for name in COMMANDS if len(name) > 1 and name[0] == args[0]]
+    if group and (len(args) == 1 or args[1] in ("--help", "-h", "help")):
+        print(f"usage: fastllama {args[0]} COMMAND [OPTIONS]\n\n{forms_of(group)}")
+        return
     raise UsageError(f"There is no command {' '.join(args[:2])!r}; see fastllama --help.")
 
 
 def help_text() -> str:
     """The text of `fastllama --help`."""
-    forms = [
+    return HELP.format(commands=forms_of(COMMANDS))
+
+
+def forms_of(names: Iterable[tuple[str, ...]]) -> str:
+    """The lines of the help text for these commands."""
+    return "\n".join(
         f"  fastllama {' '.join(name)} {arguments}\n      {summary}"
-        for name, command in COMMANDS.items()
-        for arguments, summary in command.forms.items()
-    ]
-    return HELP.format(commands="\n".join(forms))
+        for name in names
+        for arguments, summary in COMMANDS[name].forms.items()
+    )

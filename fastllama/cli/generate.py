@@ -1,5 +1,6 @@
 """`fastllama generate`."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fastllama.cli.command import Command
+from fastllama.cli.errors import UsageError
 from fastllama.cli.parsing import parse
 from fastllama.inference.sampling import Sampling
 
@@ -18,7 +20,7 @@ class GenerateOptions:
     run: tyro.conf.Positional[Path]
     """Run folder, or one checkpoint inside it."""
     prompt: str = ""
-    """Text to continue; an empty prompt starts a document."""
+    """Text to continue; - reads it from standard input. An empty prompt starts a document."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA when there is a GPU."""
@@ -31,14 +33,32 @@ def run(args: list[str]) -> None:
     from fastllama.inference.generate import generate_text, load_run
 
     options.sampling.validate()
+    prompt = prompt_of(options)
     loaded = load_run(options.run, choose_device(options.device))
-    print(options.prompt, end="", flush=True)
+    print(prompt, end="", flush=True)
     pieces = generate_text(
-        loaded.model, loaded.tokenizer, options.prompt, options.sampling, loaded.end_token
+        loaded.model, loaded.tokenizer, prompt, options.sampling, loaded.end_token
     )
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def prompt_of(options: GenerateOptions) -> str:
+    """The prompt, from standard input where it is `-`.
+
+    Raises:
+        UsageError: standard input is not UTF-8.
+    """
+    if options.prompt != "-":
+        return options.prompt
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"Standard input is not UTF-8 text: byte {error.start} is "
+            f"0x{error.object[error.start]:02x}; convert it first, as with iconv."
+        ) from None
 
 
 COMMAND = Command(run, {"runs/NAME --prompt TEXT": "continue a text with a trained model"})

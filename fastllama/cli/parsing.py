@@ -1,20 +1,37 @@
 """Arguments to options with tyro, and the cases where its own rules do not fit."""
 
 import contextlib
+import dataclasses
+import difflib
 import io
 import itertools
+import os
+import re
+import typing
+from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import tyro
 
 from fastllama.cli.errors import UsageError
-from fastllama.config import Config, load_recipe, nearest_key, takes_booleans
+from fastllama.config import Config, known_keys, load_recipe, nearest_key
+from fastllama.config.recipes import has_type
 
 Options = TypeVar("Options")
 
 ConfigOptions = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 """A `Config` among the options of a command: `--group.field VALUE`, also for booleans."""
+
+RUN_OPTIONS = {
+    "out_dir": "run-dir",
+    "output_dir": "run-dir",
+    "resume_from": "resume",
+    "resume_from_checkpoint": "resume",
+    "run": "run-dir",
+    "run_name": "run-dir",
+}
+"""Options of `train` outside of the configuration, by the names that other trainers give them."""
 
 
 def split_options(args: list[str]) -> list[str]:
@@ -46,9 +63,11 @@ def without_debug(args: list[str]) -> list[str]:
 
 def split_recipe(args: list[str]) -> tuple[Path | None, list[str]]:
     """The recipe, if `args` starts with one, and the arguments after it."""
-    if args and not args[0].startswith("-"):
-        return Path(args[0]), args[1:]
-    return None, args
+    if not args or args[0].startswith("-"):
+        return None, args
+    if re.match(r"[\w.-]+=", args[0]):
+        raise UsageError(f"{args[0]!r} is not a recipe{_with_dashes(args[0])}")
+    return Path(args[0]).expanduser(), args[1:]
 
 
 def asks_help(args: list[str]) -> bool:
@@ -79,12 +98,14 @@ def parse(
         UsageError: a value of another type, a missing argument, or an unknown option; the message
             names the nearest known option.
     """
+    hints = option_types(kind)
+    _refuse_bytes_that_are_not_utf8(args, hints)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             options, unknown = tyro.cli(
                 kind,
-                args=with_python_booleans(args),
+                args=as_tyro_spells(args, hints),
                 prog=prog,
                 default=default,
                 return_unknown_args=True,
@@ -94,20 +115,96 @@ def parse(
             raise
         raise UsageError(f"{unbox(printed.getvalue())}; see {prog} --help.") from None
     if unknown:
-        name = unknown[0].split("=")[0]
-        if "." in name:
-            raise UsageError(f"Unknown option {name}{nearest_key(name[2:].replace('-', '_'))}")
-        raise UsageError(f"Unknown option {name}; see {prog} --help.")
+        raise UsageError(_unknown_option(unknown[0], hints, prog))
     return cast(Options, options)  # tyro types it like `default`, None included
 
 
-def with_python_booleans(args: list[str]) -> list[str]:
-    """Spell `true` and `false` as tyro reads them, after the boolean options of `Config`."""
+def option_types(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """The type of each option of a dataclass by its name, as in `group.max-seq-len`."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            # The groups of a configuration are prefixes; other nested options have none.
+            found |= option_types(hint, f"{name}." if kind is Config else prefix)
+        else:
+            found[prefix + name.replace("_", "-")] = hint
+    return found
+
+
+def as_tyro_spells(args: list[str], hints: dict[str, Any]) -> list[str]:
+    """`args` with values as tyro reads them: booleans, whole numbers, paths under `~`."""
     spelt = list(args)
     for place, (option, value) in enumerate(itertools.pairwise(args), 1):
-        if takes_booleans(option.removeprefix("--").replace("-", "_")):
-            spelt[place] = {"true": "True", "false": "False"}.get(value, value)
+        if option.startswith("--"):
+            name = option.removeprefix("--").replace("_", "-")
+            spelt[place] = _spelt(value, name, hints.get(name))
     return spelt
+
+
+def _spelt(value: str, name: str, hint: Any) -> str:
+    if value in ("true", "false") and _takes(hint, True):
+        return value.capitalize()
+    if _takes(hint, 1) and not _takes(hint, 1.0):
+        return whole_number(value)
+    is_path = name == "input" or _takes(hint, Path())
+    return os.path.expanduser(value) if is_path else value
+
+
+def _takes(hint: Any, value: Any) -> bool:
+    """Whether an option with the type `hint`, which may be a tuple of values, takes `value`."""
+    if hint is None or typing.get_origin(hint) is tuple:
+        return False
+    return has_type(value, hint)
+
+
+def whole_number(text: str) -> str:
+    """`1e9`, `1.28e3`, `2**19` and `1_000` as digits; any other text as it is."""
+    if power := re.fullmatch(r"(\d{1,9})\*\*(\d{1,3})", text):
+        return str(int(power[1]) ** int(power[2]))
+    if re.fullmatch(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE]\+?\d{1,3})?", text):
+        number = Decimal(text)
+        if number == number.to_integral_value():
+            return str(int(number))
+    return text
+
+
+def _refuse_bytes_that_are_not_utf8(args: list[str], hints: dict[str, Any]) -> None:
+    """Raise UsageError for text that a terminal with another encoding has sent."""
+    for option, value in itertools.pairwise(args):
+        name = option.removeprefix("--").replace("_", "-")
+        if hints.get(name) is str:
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise UsageError(
+                    f"The text of --{name}, {value!r}, is not valid UTF-8; type it in a UTF-8 "
+                    "terminal, or convert it first, as with iconv."
+                ) from None
+
+
+def _unknown_option(arg: str, hints: dict[str, Any], prog: str) -> str:
+    """A sentence about an argument that is no option, with what is most likely meant."""
+    if not arg.startswith("-"):
+        return f"{arg!r} is no option of {prog}{_with_dashes(arg)}"
+    name = arg.split("=")[0]
+    plain = name.lstrip("-").replace("-", "_")
+    if "model.n-embd" in hints:
+        near = difflib.get_close_matches(plain.replace("_", "-"), ["run-dir", "resume"], n=1)
+        if plain in RUN_OPTIONS or near:
+            return f"Unknown option {name}; did you mean --{RUN_OPTIONS.get(plain) or near[0]}?"
+        return f"Unknown option {name}{nearest_key(plain)}"
+    near = difflib.get_close_matches(plain.replace("_", "-"), hints, n=1)
+    guess = f"; did you mean --{near[0]}?" if near else f"; see {prog} --help."
+    return f"Unknown option {name}{guess}"
+
+
+def _with_dashes(arg: str) -> str:
+    """The rest of a sentence: how to write `name=value` as an option, or a pointer to the help."""
+    name, equals, value = arg.partition("=")
+    key = name.replace("-", "_")
+    if equals and key in known_keys():
+        return f"; options have dashes: --{key.replace('_', '-')} {value}"
+    return nearest_key(key) if equals else "; see --help."
 
 
 def unbox(text: str) -> str:

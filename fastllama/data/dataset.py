@@ -41,7 +41,12 @@ def open_dataset(config: Config) -> Dataset:
     """
     if not config.data.path:
         raise ValueError("data.path is empty; give the folder that `fastllama prepare` wrote.")
-    folder = Path(config.data.path)
+    folder = Path(config.data.path).expanduser()
+    if config.data.path.startswith("~") and not folder.exists():
+        raise ValueError(
+            f"data.path = {config.data.path} is {folder}, in your home folder, and does not exist: "
+            "make it with fastllama prepare"
+        )
     manifest = Manifest.load(folder)
     manifest.check_files(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.json")

@@ -32,3 +32,5 @@ class Sampling:
             raise ValueError(f"--top-k must be at least 1, not {self.top_k}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be greater than 0 and at most 1, not {self.top_p}.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be at least 0 and less than 2^63, not {self.seed}.")

@@ -1,10 +1,13 @@
 """Arguments for which tyro's own rules do not fit."""
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
 
-from fastllama.cli.parsing import split_options
+from fastllama.cli import main
+from fastllama.cli.parsing import split_options, whole_number
 from fastllama.cli.train import parse_train
 from tests.cli.refusal import refusal
 from tests.workspace import Workspace
@@ -35,3 +38,86 @@ def test_true_and_false_stay_strings_in_string_options(workspace: Workspace) -> 
     assert (config.logging.sample_prompt, config.data.path) == ("true", "false")
     assert config.training.compile is config.logging.tensorboard is True
     assert config.parallel.reshard_after_forward is False
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["training.batch_size=4"], "options have dashes: --training.batch-size 4"),
+        (["{recipe}", "training.batch_size=4"], "have dashes: --training.batch-size 4"),
+        (["{recipe}", "--batch_size", "4"], "--batch_size; did you mean training.batch_size?"),
+        (["{recipe}", "--lr", "1e-3"], "did you mean optimizer.max_lr?"),
+        (["{recipe}", "--learning-rate", "1e-3"], "did you mean optimizer.max_lr?"),
+        (["{recipe}", "--max_steps", "5"], "did you mean training.training_tokens?"),
+        (["{recipe}", "--output_dir", "x"], "did you mean --run-dir?"),
+        (["{recipe}", "--resum", "x"], "did you mean --resume?"),
+        (["{recipe}", "--model.hidden-size", "8"], "did you mean model.n_embd?"),
+        (["{recipe}", "runs/x"], "'runs/x' is no option"),
+        (["{recipe}", "--training.seed", str(10**30)], "training.seed must be at most"),
+        (["{recipe}", "--logging.sample-prompt", "caf\udce9"], "is not valid UTF-8"),
+    ],
+)
+def test_a_newcomer_is_told_our_name(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    given = [arg.format(recipe=workspace.recipe) for arg in args]
+    assert message in refusal(capsys, "train", *given)
+
+
+@pytest.mark.parametrize(
+    ("text", "digits"),
+    [
+        ("1e9", "1000000000"),
+        ("1.28e3", "1280"),
+        ("2**19", "524288"),
+        ("1_000", "1000"),
+        ("5.0", "5"),
+        ("-3", "-3"),
+        ("1.5", "1.5"),
+        ("1e-3", "1e-3"),
+        ("2**x", "2**x"),
+        ("", ""),
+    ],
+)
+def test_whole_numbers(text: str, digits: str) -> None:
+    assert whole_number(text) == digits
+
+
+def test_whole_numbers_of_any_command(workspace: Workspace) -> None:
+    args = ["--training.training-tokens", "1.28e3", "--training.tokens-per-update=2**8"]
+    options, _ = parse_train([str(workspace.recipe), *split_options(args)])
+    training = options.config.training
+    assert (training.training_tokens, training.tokens_per_update) == (1280, 256)
+
+
+def test_home_folder(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    _, path = parse_train([str(workspace.recipe), *split_options(["--run-dir=~/runs/a"])])
+    assert path == Path("/home/ada/runs/a")
+    args = [str(workspace.recipe), "--logging.sample-prompt", "~/x"]
+    assert parse_train(args)[0].config.logging.sample_prompt == "~/x"
+
+
+@pytest.mark.parametrize("args", [["data"], ["data", "--help"], ["data", "-h"]])
+def test_the_first_word_of_a_command_explains_itself(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(args)
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: fastllama data COMMAND")
+    assert "fastllama data check data/NAME" in printed
+    assert "fastllama train" not in printed
+
+
+def test_prompt_that_is_not_utf8(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = refusal(capsys, "generate", "gone", "--prompt", "caf\udce9")
+    assert "The text of --prompt" in message
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    message = refusal(capsys, "generate", "gone", "--prompt", "-")
+    assert "Standard input is not UTF-8 text: byte 3 is 0xe9" in message
+
+
+def test_seed_out_of_range(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--seed must be at least 0" in refusal(capsys, "generate", "gone", "--seed", "2**63")

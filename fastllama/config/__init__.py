@@ -1,0 +1,35 @@
+"""The options of a run: typed groups, TOML recipes, and the rules between values.
+
+Standard library only, so that the command line answers at once.
+"""
+
+from fastllama.config.names import known_keys, nearest_key
+from fastllama.config.options import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+from fastllama.config.recipes import config_from_dict, load_recipe
+from fastllama.config.rules import validate, validate_values
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "TrainingConfig",
+    "config_from_dict",
+    "known_keys",
+    "load_recipe",
+    "nearest_key",
+    "validate",
+    "validate_values",
+]

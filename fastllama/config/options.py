@@ -1,0 +1,241 @@
+"""The options of a run, in typed groups.
+
+A field is a user's choice; a property follows from fields. Defaults are here. A recipe overrides
+them, and the command line overrides a recipe.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the LLaMA."""
+
+    vocab_size: int = 8192
+    """Rows of the embedding and the output projection; at least the tokenizer's entries."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    n_layers: int = 12
+    """Decoder blocks."""
+    n_heads: int = 12
+    """Query heads; the head width is n_embd / n_heads."""
+    n_kv_heads: int | None = None
+    """Key/value heads (grouped-query attention); None means n_heads."""
+    multiple_of: int = 256
+    """The feed-forward width is rounded up to a multiple of this."""
+    ffn_multiplier: float = 1.0
+    """Scales the feed-forward width of 8/3 n_embd before rounding."""
+    eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    dropout: float = 0.0
+    """Probability of dropping an element of each residual branch."""
+    max_seq_len: int = 1024
+    """Tokens in a training sequence."""
+    tied_embeddings: bool = False
+    """Use the embedding as the output projection."""
+    logit_softcap: float | None = None
+    """Soft bound c of the logits, c * tanh(logits / c), as in Gemma 2; None does not bound them."""
+    rope_scaling_factor: float = 1.0
+    """Llama 3 scaling of the rotary frequencies; 1 does not scale."""
+    rope_low_freq_factor: float = 1.0
+    """Llama 3 scaling: wavelengths above context / this are divided by the factor."""
+    rope_high_freq_factor: float = 4.0
+    """Llama 3 scaling: wavelengths below context / this do not change."""
+    rope_original_max_seq_len: int = 8192
+    """Llama 3 scaling: the context that both factors refer to."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, with None resolved."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Width of the SwiGLU hidden layer, by the rule in Meta's LLaMA code."""
+        hidden = int(self.ffn_multiplier * int(8 * self.n_embd / 3))
+        return self.multiple_of * math.ceil(hidden / self.multiple_of)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Token shards to train on."""
+
+    path: str = ""
+    """Folder written by `fastllama prepare`."""
+    tokenizer: str = ""
+    """A tokenizer.json that the data must have been prepared with; empty accepts any."""
+    prefetch: int = 4
+    """Micro-batches to read ahead."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    max_lr: float = 3e-4
+    """Learning rate after warm-up."""
+    min_lr: float = 3e-5
+    """Learning rate at the end."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape of the decay from max_lr to min_lr; wsd holds max_lr, then decays."""
+    warmup_iterations: int = 100
+    """Updates over which the learning rate rises linearly from 0."""
+    decay_fraction: float = 0.2
+    """Fraction of the updates over which wsd decays."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of the matrices; norms and embeddings are not decayed."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 never clips."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How much is trained, how it is computed, and when it stops."""
+
+    # Batches.
+    batch_size: int = 4
+    """Sequences in one micro-batch of one device."""
+    tokens_per_update: int = 2**19
+    """Tokens in one optimizer update over all devices; micro-batches accumulate to it."""
+    training_tokens: int = 1_000_000_000
+    """Tokens of the whole run."""
+    seed: int = 1337
+    """Seed of the weights, the data order, dropout and the samples."""
+
+    # The loss.
+    z_loss: float = 0.0
+    """Weight of the mean squared log-normalizer in the training loss; PaLM uses 1e-4."""
+    label_smoothing: float = 0.0
+    """Share of the training loss that is spread evenly over the vocabulary."""
+
+    # Validation.
+    eval_interval: int = 250
+    """Updates between validations; 0 never validates."""
+    eval_tokens: int = 2**20
+    """Tokens of one validation, at most the whole held-out split."""
+
+    # Computation.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute type; parameters, moments and reductions are float32."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA if there is a GPU."""
+    compile: bool = True
+    """torch.compile the model."""
+    compile_scope: Literal["block", "model"] = "block"
+    """Compile the blocks, which share two graphs, or the whole model."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What a block saves: all; attention and matmuls except gate_up; or its inputs only."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Operators of the model: Triton kernels or plain PyTorch; auto takes Triton on CUDA."""
+    attention: Literal[
+        "auto", "flash-attn-3", "flash-attn-4", "flash-attn-2", "cudnn", "flash", "reference"
+    ] = "auto"
+    """Attention backend; auto measures the installed ones once and takes the fastest."""
+    deterministic: bool = False
+    """Compute the same bits in every run of this configuration; slower on CUDA."""
+
+    # Skipped updates.
+    spike_z_score: float = 0.0
+    """Skip updates whose loss or gradient norm is this many deviations above its mean; 0 is off."""
+    max_bad_updates: int = 10
+    """Stop after this many skipped updates in a row."""
+    rewind_after: int = 0
+    """After this many skipped updates in a row, rewind, and continue past their data; 0 is off."""
+
+    # Stopping.
+    max_wall_time: float = 0.0
+    """Minutes after which the run saves and stops with exit code 85; 0 sets no limit."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """FSDP2 over the processes torchrun starts."""
+
+    replicate: int = 1
+    """Replicas of the model (HSDP), each sharded over a group of processes; 1 shards over all."""
+    reshard_after_forward: Literal["auto", True, False] = "auto"
+    """Free gathered parameters after the forward, to save memory; auto asks the memory plan."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients are summed over micro-batches and devices."""
+    timeout_minutes: float = 10.0
+    """Minutes that a collective may wait before the run ends."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run can resume from."""
+
+    interval_tokens: int = 250_000_000
+    """Tokens between checkpoints; 0 saves only at the end."""
+    keep_last: int = 3
+    """Number of newest checkpoints to keep; older ones are removed."""
+    keep_every_tokens: int = 0
+    """Also keep, for good, the first checkpoint at or after each multiple of this; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run logs."""
+
+    log_interval: int = 10
+    """Updates between log rows."""
+    sample_interval: int = 32
+    """Updates before the second sample; 0 never samples."""
+    sample_growth: float = 1.5
+    """Factor by which the interval between samples grows each time."""
+    sample_prompt: str = "The "
+    """Text that the samples continue."""
+    sample_tokens: int = 64
+    """Tokens in a sample."""
+    tensorboard: bool = True
+    """Also write TensorBoard events."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def n_updates(self) -> int:
+        """Optimizer updates that cover `training_tokens`."""
+        return math.ceil(self.training.training_tokens / self.training.tokens_per_update)
+
+    @property
+    def sequences_per_update(self) -> int:
+        """Sequences in one optimizer update over all devices."""
+        return self.training.tokens_per_update // self.model.max_seq_len
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches each of `world_size` devices accumulates into one update."""
+        return self.sequences_per_update // (self.training.batch_size * world_size)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The groups as TOML can hold them; a field that is None is left out."""
+        return {
+            group: {key: value for key, value in fields.items() if value is not None}
+            for group, fields in dataclasses.asdict(self).items()
+        }

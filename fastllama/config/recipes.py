@@ -1,0 +1,133 @@
+"""Recipes: TOML with `extends`, read into typed options."""
+
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from fastllama.config.names import unknown_key
+from fastllama.config.options import Config
+
+Group = TypeVar("Group")
+
+
+def load_recipe(path: Path) -> Config:
+    """Read a TOML recipe and what it extends.
+
+    Raises:
+        ValueError: the file is missing, is not TOML, extends itself, or has an unknown key or a
+            value of another type.
+    """
+    return config_from_dict(_read_with_base(path, seen=()), source=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file of UTF-8 text, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8 or not TOML; the message names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(
+            f"{path} is not UTF-8 text: byte {error.start} is 0x{byte:02x}; save it as UTF-8."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        # A plain ValueError: Python refuses integers of more than 4,300 digits.
+        raise ValueError(f"{path} cannot be read as TOML: {error}.") from None
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ValueError(f"{path} extends itself; remove one `extends` of the cycle.")
+    if (path / "config.toml").is_file():
+        raise ValueError(f"{path} is a run folder, not a recipe; resume it with --resume {path}.")
+    try:
+        values = read_toml(path)
+    except FileNotFoundError:
+        raise ValueError(f"There is no recipe {path}; see the folder configs.") from None
+    except OSError as error:
+        raise ValueError(f"The recipe {path} cannot be read: {error.strerror}.") from None
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: extends must be the path of one recipe, not {base!r}.")
+    return _merge(_read_with_base(path.parent / base, (*seen, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in values.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> Config:
+    """Build a `Config` from nested dictionaries; `source` names them in errors.
+
+    Raises:
+        ValueError: an unknown key, with the nearest known one, or a value of another type.
+    """
+    groups = typing.get_type_hints(Config)
+    built = {}
+    for name, group in values.items():
+        if name not in groups:
+            raise ValueError(f"{source}: {unknown_key(name)}")
+        if not isinstance(group, dict):
+            raise ValueError(f"{source}: {name} is a group of options, [{name}], not a value.")
+        built[name] = _group_from_dict(groups[name], name, group, source)
+    return Config(**built)
+
+
+def _group_from_dict(
+    group: type[Group], group_name: str, values: dict[str, Any], source: str
+) -> Group:
+    hints = typing.get_type_hints(group)
+    converted = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"{source}: {unknown_key(key, group_name)}")
+        converted[key] = _whole(value, hints[key])
+        if not has_type(converted[key], hints[key]):
+            raise ValueError(
+                f"{source}: {group_name}.{key} must be {_type_name(hints[key])}, not {value!r}."
+            )
+    return group(**converted)
+
+
+def _whole(value: Any, hint: Any) -> Any:
+    """A whole number such as 1e9 as an integer, where the option takes integers only."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return int(value) if is_whole and has_type(1, hint) and not has_type(1.0, hint) else value
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether an option with the type `hint` takes `value`."""
+    if typing.get_origin(hint) is Literal:
+        # 1 == True, but 1 is not a boolean.
+        return any(value == known and type(value) is type(known) for known in typing.get_args(hint))
+    if isinstance(hint, types.UnionType):
+        return any(has_type(value, option) for option in typing.get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(_literal_name(value) for value in typing.get_args(hint))
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_type_name(option) for option in typing.get_args(hint))
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(
+        hint, "left out"
+    )
+
+
+def _literal_name(value: str | bool) -> str:
+    return value if isinstance(value, str) else str(value).lower()

@@ -1,0 +1,197 @@
+"""Rules of the values of options and between them, checked before anything is loaded."""
+
+import dataclasses
+import math
+from typing import Any
+
+from fastllama.config.options import Config, ModelConfig, TrainingConfig
+
+
+def validate(config: Config, world_size: int = 1) -> None:
+    """Reject values that cannot work on `world_size` processes.
+
+    Raises:
+        ValueError: one sentence with the values and the remedy.
+    """
+    validate_values(config)
+    _validate_replicas(config, world_size)
+    _validate_batches(config, world_size)
+
+
+def validate_values(config: Config) -> None:
+    """Reject values that cannot work on any number of processes.
+
+    Raises:
+        ValueError: one sentence with the values and the remedy.
+    """
+    for group in dataclasses.fields(config):
+        for key, value in vars(getattr(config, group.name)).items():
+            _validate_representable(f"{group.name}.{key}", value)
+    _validate_ranges(config)
+    _validate_model(config.model)
+    _validate_optimizer(config)
+    _validate_skipped_steps(config.training)
+
+
+MAX_INTEGER = 2**63 - 1
+"""Largest integer that PyTorch, NumPy and the files of a run all hold."""
+
+
+def _validate_representable(name: str, value: Any) -> None:
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        size = f"about 10^{math.floor(value.bit_length() * math.log10(2))}"
+        raise ValueError(f"{name} must be at most {MAX_INTEGER}, and it is {size}.")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{name} = {value!r} is not valid UTF-8; type it in a UTF-8 terminal, or rename "
+                "the file or folder."
+            ) from None
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{name} = {value!r} contains a NUL character; remove it.")
+
+
+_AT_LEAST_ONE = (
+    "model.vocab_size",
+    "model.n_embd",
+    "model.n_layers",
+    "model.n_heads",
+    "model.multiple_of",
+    "model.max_seq_len",
+    "model.rope_original_max_seq_len",
+    "data.prefetch",
+    "training.batch_size",
+    "training.tokens_per_update",
+    "training.training_tokens",
+    "training.eval_tokens",
+    "training.max_bad_updates",
+    "parallel.replicate",
+    "checkpoint.keep_last",
+    "logging.log_interval",
+    "logging.sample_growth",
+    "logging.sample_tokens",
+    "model.rope_scaling_factor",
+)
+_POSITIVE = (
+    "model.ffn_multiplier",
+    "model.eps",
+    "model.theta",
+    "model.rope_low_freq_factor",
+    "model.rope_high_freq_factor",
+    "optimizer.max_lr",
+    "optimizer.adam_eps",
+    "parallel.timeout_minutes",
+)
+_NOT_NEGATIVE = (
+    "optimizer.min_lr",
+    "optimizer.weight_decay",
+    "optimizer.warmup_iterations",
+    "optimizer.grad_clip",
+    "training.z_loss",
+    "training.eval_interval",
+    "training.seed",
+    "training.spike_z_score",
+    "training.rewind_after",
+    "training.max_wall_time",
+    "checkpoint.interval_tokens",
+    "checkpoint.keep_every_tokens",
+    "logging.sample_interval",
+)
+_FRACTIONS = (
+    "model.dropout",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.decay_fraction",
+    "training.label_smoothing",
+)
+
+
+def _validate_ranges(config: Config) -> None:
+    rules = (
+        (_AT_LEAST_ONE, "at least 1", lambda value: value >= 1),
+        (_POSITIVE, "greater than 0", lambda value: value > 0),
+        (_NOT_NEGATIVE, "0 or more", lambda value: value >= 0),
+        (_FRACTIONS, "at least 0 and less than 1", lambda value: 0 <= value < 1),
+    )
+    for names, wording, holds in rules:
+        for name in names:
+            group, _, key = name.partition(".")
+            value = getattr(getattr(config, group), key)
+            if not (math.isfinite(value) and holds(value)):
+                raise ValueError(f"{name} must be {wording}, not {value}.")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    if model.n_embd % model.n_heads:
+        raise ValueError(
+            f"model.n_heads = {model.n_heads} does not divide model.n_embd = {model.n_embd}; "
+            "choose a width that is a multiple of the heads."
+        )
+    if model.head_dim % 2:
+        raise ValueError(
+            f"model.n_embd / model.n_heads = {model.head_dim} is odd, and rotary embeddings rotate "
+            "pairs; choose an even head width."
+        )
+    if model.n_kv_heads is not None and model.n_kv_heads < 1:
+        raise ValueError(f"model.n_kv_heads must be at least 1, not {model.n_kv_heads}.")
+    if model.n_heads % model.kv_heads:
+        raise ValueError(
+            f"model.n_kv_heads = {model.kv_heads} does not divide model.n_heads = "
+            f"{model.n_heads}; each key/value head serves the same number of query heads."
+        )
+    if model.logit_softcap is not None and not 0 < model.logit_softcap < math.inf:
+        raise ValueError(
+            f"model.logit_softcap must be greater than 0, not {model.logit_softcap}; leave it out "
+            "for unbounded logits."
+        )
+    if model.rope_scaling_factor > 1 and model.rope_low_freq_factor >= model.rope_high_freq_factor:
+        raise ValueError(
+            f"model.rope_low_freq_factor = {model.rope_low_freq_factor} must be less than "
+            f"model.rope_high_freq_factor = {model.rope_high_freq_factor}."
+        )
+
+
+def _validate_optimizer(config: Config) -> None:
+    optimizer = config.optimizer
+    if optimizer.schedule != "constant" and optimizer.min_lr > optimizer.max_lr:
+        raise ValueError(
+            f"optimizer.min_lr = {optimizer.min_lr} is greater than optimizer.max_lr = "
+            f"{optimizer.max_lr}; swap them or lower min_lr."
+        )
+    if optimizer.warmup_iterations >= config.n_updates:
+        raise ValueError(
+            f"optimizer.warmup_iterations = {optimizer.warmup_iterations} leaves nothing of the "
+            f"{config.n_updates} updates of this run; lower it or raise training.training_tokens."
+        )
+
+
+def _validate_replicas(config: Config, world_size: int) -> None:
+    replicate = config.parallel.replicate
+    if world_size % replicate:
+        raise ValueError(
+            f"parallel.replicate = {replicate} does not divide the {world_size} processes; each "
+            "replica is a group of the same size, so choose a divisor, such as the number of nodes."
+        )
+
+
+def _validate_skipped_steps(training: TrainingConfig) -> None:
+    if training.rewind_after > training.max_bad_updates:
+        raise ValueError(
+            f"training.rewind_after = {training.rewind_after} is never reached: the run stops "
+            f"after training.max_bad_updates = {training.max_bad_updates}; lower it, or raise "
+            "training.max_bad_updates."
+        )
+
+
+def _validate_batches(config: Config, world_size: int) -> None:
+    training, sequence = config.training, config.model.max_seq_len
+    micro_batch = training.batch_size * sequence * world_size
+    if training.tokens_per_update % micro_batch:
+        raise ValueError(
+            f"training.tokens_per_update = {training.tokens_per_update} is not a multiple of "
+            f"batch_size x max_seq_len x devices = {training.batch_size} x {sequence} x "
+            f"{world_size} = {micro_batch}; the nearest that is: "
+            f"{max(1, round(training.tokens_per_update / micro_batch)) * micro_batch}."
+        )
