@@ -1,13 +1,16 @@
-"""Kills trainings at the worst moments, and sees that each goes on as if nothing had happened.
+"""Injects faults into trainings, and checks that each one resumes bit-identically.
 
     python -m tests.faults --kills 50 --seed 0
 
 A training of 1 to 4 ranks is killed again and again: at named points inside an update, a copy, a
-write, a rename or a removal, and at random moments; now one rank, now all at once. Its disk is full
-for a while, and bits of its newest checkpoint flip. After each blow every checkpoint that was said
-to be saved must still be whole (but for the one that was damaged on purpose), the next start must
-go on from the newest whole one, and in the end every loss and every weight must be, to the bit,
-those of a training that was left alone. Prints a line a blow; exits with 1 if one went wrong.
+write, a rename or a removal, and at random moments. Either one rank is killed or all at once.
+Sometimes the disk is full for one write, or a bit of the newest checkpoint flips.
+
+After each fault, three things must hold. Every checkpoint reported as saved is whole, except one
+damaged on purpose. The next start resumes from the newest whole checkpoint. At the end all losses,
+weights and moments are bit-equal to those of an uninterrupted training.
+
+Prints a line per fault. Exits with 1 if a check failed.
 """
 
 import argparse
@@ -27,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import Outcome, forked, launch  # first: it sets the threads of PyTorch
+from tests.ranks import Outcome, forked, launch  # first, because it sets PyTorch's threads
 
 # isort: split
 from safetensors.torch import load_file
@@ -44,12 +47,13 @@ from fastllama.checkpoints.state import TrainState
 from tests.workspace import make_workspace
 
 N_UPDATES = 30
-UPDATES_A_CHECKPOINT = 3
+UPDATES_PER_CHECKPOINT = 3
 OPTIONS = (
     *("--training.training-tokens", str(N_UPDATES * 256)),
     *("--training.eval-interval", "0"),
-    *("--training.spike-z-score", "6"),  # statistics of past updates, which have to be exact too
-    *("--checkpoint.interval-tokens", str(UPDATES_A_CHECKPOINT * 256)),
+    # The statistics of past updates must resume bit-identically too.
+    *("--training.spike-z-score", "6"),
+    *("--checkpoint.interval-tokens", str(UPDATES_PER_CHECKPOINT * 256)),
     *("--checkpoint.keep-last", "2"),
     *("--logging.sample-interval", "0"),
 )
@@ -59,65 +63,67 @@ LAYOUTS = {
     "4": (4, ()),
     "2 x 2": (4, ("--parallel.replicate", "2")),
 }
+"""Ranks, and the options of the layout."""
 
-Strike = Callable[..., None]
-"""Called at a point each time it is passed; acts at the time that was drawn. It is told how to
-leave things half done first."""
+Trigger = Callable[..., None]
+"""Called at each visit of a point. At one visit it causes the fault, after calling its argument,
+which leaves the work at this point half done."""
 
 
-def before_update(strike: Strike) -> None:
+def before_update(trigger: Trigger) -> None:
     original = fastllama.train.update
 
     def update(*args: Any) -> Any:
-        strike()
+        trigger()
         return original(*args)
 
     fastllama.train.update = update
 
 
-def after_update(strike: Strike) -> None:
+def after_update(trigger: Trigger) -> None:
     original = fastllama.train.update
 
     def update(*args: Any) -> Any:
         result = original(*args)
-        strike()
+        trigger()
         return result
 
     fastllama.train.update = update
 
 
-def half_a_log_row(strike: Strike) -> None:
+def half_a_log_row(trigger: Trigger) -> None:
     original = fastllama.logs.sinks.append
 
     def append(path: Path, text: str) -> None:
-        strike(lambda: original(path, text[: len(text) // 2]))
+        trigger(lambda: original(path, text[: len(text) // 2]))
         original(path, text)
 
     fastllama.logs.sinks.append = append
 
 
-def half_staged(strike: Strike) -> None:
+def half_staged(trigger: Trigger) -> None:
     original = TrainState.tensors
 
-    class Struck(dict[str, Any]):
+    class TriggeringDict(dict[str, Any]):
         def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
             for number, item in enumerate(super().items()):
                 if number == len(self) // 2:
-                    strike()
+                    trigger()
                 yield item
 
-    TrainState.tensors = lambda state: Struck(original(state))  # type: ignore[method-assign]
+    TrainState.tensors = lambda state: TriggeringDict(original(state))  # type: ignore[method-assign]
 
 
-def half_a_shard(strike: Strike) -> None:
+def half_a_shard(trigger: Trigger) -> None:
     original = filesystem.FileSystem.create_stream
 
-    class Struck:
+    class TriggeringStream:
         def __init__(self, stream: Any) -> None:
             self._stream = stream
 
         def write(self, content: bytes) -> None:
-            strike(lambda: (self._stream.write(content[: len(content) // 2]), self._stream.flush()))
+            half = content[: len(content) // 2]
+            trigger(lambda: (self._stream.write(half), self._stream.flush()))
             self._stream.write(content)
 
         def __getattr__(self, name: str) -> Any:
@@ -126,67 +132,67 @@ def half_a_shard(strike: Strike) -> None:
     @contextmanager
     def create_stream(self: Any, path: Any, mode: str) -> Iterator[Any]:
         with original(self, path, mode) as stream:
-            yield Struck(stream)
+            yield TriggeringStream(stream)
 
     filesystem.FileSystem.create_stream = create_stream
 
 
-def before_checksums(strike: Strike) -> None:
+def before_checksums(trigger: Trigger) -> None:
     original = fastllama.checkpoints.writing.describe
 
     def describe(folder: Path, pattern: str) -> Any:
         if pattern.startswith("shard"):
-            strike()
+            trigger()
         return original(folder, pattern)
 
     fastllama.checkpoints.writing.describe = describe
 
 
-def half_a_json(name: str) -> Callable[[Strike], None]:
-    def point(strike: Strike) -> None:
+def half_a_json(name: str) -> Callable[[Trigger], None]:
+    def install(trigger: Trigger) -> None:
         original = fastllama.checkpoints.writing.write_atomic
 
         def write_atomic(path: Path, content: str) -> None:
             if path.name == name:
                 aside = path.with_name(f".{path.name}.partial")
-                strike(lambda: aside.write_text(content[: len(content) // 2]))
+                trigger(lambda: aside.write_text(content[: len(content) // 2]))
             original(path, content)
 
         fastllama.checkpoints.writing.write_atomic = write_atomic
 
-    return point
+    return install
 
 
-def at_rename(pattern: str, after: bool) -> Callable[[Strike], None]:
-    def point(strike: Strike) -> None:
+def at_rename(pattern: str, after: bool) -> Callable[[Trigger], None]:
+    def install(trigger: Trigger) -> None:
         original = os.replace
 
         def replace(source: Any, target: Any) -> None:
-            concerns = re.fullmatch(pattern, Path(target).name) is not None
-            if concerns and not after:
-                strike()
+            matches = re.fullmatch(pattern, Path(target).name) is not None
+            if matches and not after:
+                trigger()
             original(source, target)
-            if concerns and after:
-                strike()
+            if matches and after:
+                trigger()
 
         os.replace = replace
 
-    return point
+    return install
 
 
-def half_removed(strike: Strike) -> None:
+def half_removed(trigger: Trigger) -> None:
     original = shutil.rmtree
 
     def rmtree(path: Path, ignore_errors: bool = False) -> None:
         if str(path).endswith(".removed"):
-            strike(lambda: next(iter(path.iterdir())).unlink())
+            trigger(lambda: next(iter(path.iterdir())).unlink())
         original(path, ignore_errors=ignore_errors)
 
     shutil.rmtree = rmtree  # type: ignore[assignment]
 
 
 def train_while_writing() -> None:
-    """Have a shard take longer than an update, so that training goes on meanwhile; draw no plot."""
+    """Make writing a shard take longer than an update, so that they overlap; draw no plot."""
     original = filesystem.FileSystem.create_stream
 
     @contextmanager
@@ -201,13 +207,14 @@ def train_while_writing() -> None:
 
 @dataclass(frozen=True)
 class Point:
-    """A moment that can be struck."""
+    """A point of the code at which a fault can happen."""
 
-    install: Callable[[Strike], None]
-    passes: int
-    """The most often it is passed by one rank in a checkpoint's time, about."""
+    install: Callable[[Trigger], None]
+    """Makes the code call a trigger at this point."""
+    visits: int
+    """About the most visits by one rank until the next checkpoint is saved."""
     main_only: bool
-    """Whether only the main rank passes it."""
+    """Whether only the main rank visits it."""
 
 
 POINTS = {
@@ -226,33 +233,35 @@ POINTS = {
     "before a removal": Point(at_rename(r".*\.removed", after=False), 1, True),
     "half removed": Point(half_removed, 1, True),
 }
-FULL_DISK = ("half a shard", "before checksums", "half a manifest.json", "before the rename")
+FULL_DISK_POINTS = ("half a shard", "before checksums", "half a manifest.json", "before the rename")
 FILES = ("shard", "progress.json", "manifest.json", "latest")
 
 
 @dataclass(frozen=True)
-class Blow:
-    """One thing that goes wrong."""
+class Fault:
+    """One fault."""
 
     kind: str
     """kill one, kill all, random moment, full disk, or flipped bit."""
-    point: str
-    time: int = 0
+    where: str
+    """A name of `POINTS`; for a random moment the seconds, for a flipped bit one of `FILES`."""
+    visit: int = 0
+    """The visit of the point that causes the fault, from 1."""
     rank: int = 0
 
     def prepare(self, rank: int) -> None:
-        """Set the trap in a rank that is about to train."""
+        """Install the trigger in a rank that is about to train."""
         train_while_writing()
-        if self.point in POINTS and rank == self.rank:
-            POINTS[self.point].install(self._strike())
+        if self.where in POINTS and rank == self.rank:
+            POINTS[self.where].install(self._trigger())
 
-    def _strike(self) -> Strike:
-        passed = 0
+    def _trigger(self) -> Trigger:
+        visits = 0
 
-        def strike(leave_half: Callable[[], object] = lambda: None) -> None:
-            nonlocal passed
-            passed += 1
-            if passed != self.time:
+        def trigger(leave_half: Callable[[], object] = lambda: None) -> None:
+            nonlocal visits
+            visits += 1
+            if visits != self.visit:
                 return
             leave_half()
             if self.kind == "full disk":
@@ -261,11 +270,11 @@ class Blow:
                 os.killpg(0, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        return strike
+        return trigger
 
 
-def draw_blows(draw: random.Random) -> Iterator[tuple[str, str]]:
-    """Without end: each point in turn struck twice, and in between what has no point."""
+def draw_faults(draw: random.Random) -> Iterator[tuple[str, str]]:
+    """Kinds and places of faults, without end: every point twice, mixed with the other kinds."""
     while True:
         names = draw.sample(list(POINTS), len(POINTS))
         files = draw.sample(FILES, len(FILES))
@@ -277,24 +286,24 @@ def draw_blows(draw: random.Random) -> Iterator[tuple[str, str]]:
             if number % 4 == 1:
                 yield "flipped bit", files[number // 4]
             if number % 5 == 2:
-                yield "full disk", draw.choice(FULL_DISK)
+                yield "full disk", draw.choice(FULL_DISK_POINTS)
 
 
-def aim(kind: str, point: str, world_size: int, draw: random.Random) -> Blow:
-    """Choose the time a point is passed at and the rank it strikes."""
-    if point not in POINTS:
-        return Blow(kind, point)
-    where = POINTS[point]
-    rank = 0 if where.main_only else draw.randrange(world_size)
-    return Blow(kind, point, time=draw.randint(1, where.passes), rank=rank)
+def draw_visit(kind: str, where: str, world_size: int, draw: random.Random) -> Fault:
+    """Choose the rank and the visit of the point that cause the fault."""
+    if where not in POINTS:
+        return Fault(kind, where)
+    point = POINTS[where]
+    rank = 0 if point.main_only else draw.randrange(world_size)
+    return Fault(kind, where, visit=draw.randint(1, point.visits), rank=rank)
 
 
 def flip_bit(run: Path, name: str, draw: random.Random) -> Path | None:
-    """Damage a file of the newest checkpoint; the checkpoint, unless it stays whole."""
+    """Flip a bit of the newest checkpoint; return the checkpoint, or None if it stays whole."""
     checkpoints = run / "checkpoints"
     newest = complete_checkpoints(checkpoints)[0]
     if name == "latest":
-        # A bit of a link is a bit of the name it points at.
+        # The content of a link is the name that it points at.
         (checkpoints / "latest").unlink()
         (checkpoints / "latest").symlink_to("sTep-00000000")
         return None
@@ -306,12 +315,13 @@ def flip_bit(run: Path, name: str, draw: random.Random) -> Path | None:
 
 
 def losses(run: Path) -> dict[int, str]:
+    """Loss and gradient norm of every update, as text."""
     with open(run / "metrics.csv", newline="") as file:
         return {int(row["step"]): row["loss"] + row["grad_norm"] for row in csv.DictReader(file)}
 
 
 def last_tensors(run: Path) -> list[tuple[str, bytes]]:
-    """Name and bits of every tensor of the last checkpoint, shard after shard."""
+    """Names and bits of all tensors of the newest checkpoint, in the order of its shards."""
     return [
         (name, tensor.numpy().tobytes())
         for path in sorted((run / "checkpoints/latest").glob("shard*"))
@@ -319,151 +329,153 @@ def last_tensors(run: Path) -> list[tuple[str, bytes]]:
     ]
 
 
-class BrokenPromiseError(Exception):
-    """A promise that was not kept."""
+class CheckFailedError(Exception):
+    """A training did not keep a guarantee."""
 
 
-def require(kept: bool, promise: str) -> None:
-    if not kept:
-        raise BrokenPromiseError(promise)
+def check(holds: bool, failure: str) -> None:
+    if not holds:
+        raise CheckFailedError(failure)
 
 
 @dataclass
 class Training:
-    """One run folder and all that happens to it."""
+    """One run folder, and the checkpoints that it must have."""
 
     folder: Path
     recipe: Path
     layout: str
-    whole: int = 0
-    """The update of the newest checkpoint that has to be there."""
-    lost: int = 0
-    """The update of the newest checkpoint that was damaged on purpose."""
+    newest_step: int = 0
+    """The update of the newest whole checkpoint."""
+    damaged_step: int = 0
+    """The update of a newer checkpoint that was damaged on purpose; 0 for none."""
 
-    def start(self, blow: Blow | None = None) -> Outcome:
-        """Train until the blow falls or the end; check what is printed and what is on disk."""
+    def start(self, fault: Fault | None = None) -> Outcome:
+        """Train until the fault or the end; check the output and the checkpoints."""
         world_size, options = LAYOUTS[self.layout]
         log = self.folder.with_suffix(".log")
         log.unlink(missing_ok=True)
+        at_random_moment = fault is not None and fault.kind == "random moment"
         outcome = launch(
             world_size,
             ["train", self.recipe, "--run-dir", self.folder, *OPTIONS, *options],
             log,
-            prepare=blow.prepare if blow else lambda rank: train_while_writing(),
-            kill_after=float(blow.point.split()[0])
-            if blow and blow.kind == "random moment"
-            else None,
+            prepare=fault.prepare if fault else lambda rank: train_while_writing(),
+            kill_after=float(fault.where.split()[0]) if fault and at_random_moment else None,
         )
         resumed = re.search(r"resuming after update (\d+)", outcome.printed)
         started = " starting of " in outcome.printed
         if resumed or started:
             step = int(resumed[1]) if resumed else 0
-            require(step == self.whole, f"went on from {step}, not {self.whole}")
-            told = f"step-{self.lost:08d}" in outcome.printed
-            require(not self.lost or told, "said nothing of the damage")
-            self.lost = 0
+            check(step == self.newest_step, f"resumed from {step}, not {self.newest_step}")
+            reported = f"step-{self.damaged_step:08d}" in outcome.printed
+            check(not self.damaged_step or reported, "the damage was not reported")
+            self.damaged_step = 0
         self._check_checkpoints(outcome)
         return outcome
 
     def _check_checkpoints(self, outcome: Outcome) -> None:
         paths = complete_checkpoints(self.folder / "checkpoints")
-        for path in paths:
-            damage = None if step_of(path) == self.lost else find_damage(path)
-            require(damage is None, f"not whole: {damage}")
-        steps = [step_of(path) for path in paths if step_of(path) != self.lost]
-        said = [int(step) for step in re.findall(r"saved \S*step-(\d+) ", outcome.printed)]
-        newest = max(steps, default=0)
-        expected = max([self.whole, *said])
-        require(newest >= expected, f"lost {expected}, newest is {newest}")
-        self.whole = newest
+        undamaged = [path for path in paths if step_of(path) != self.damaged_step]
+        for path in undamaged:
+            damage = find_damage(path)
+            check(damage is None, f"not whole: {damage}")
+        saved = [int(step) for step in re.findall(r"saved \S*step-(\d+) ", outcome.printed)]
+        newest = max(map(step_of, undamaged), default=0)
+        expected = max([self.newest_step, *saved])
+        check(newest >= expected, f"lost checkpoint {expected}, newest is {newest}")
+        self.newest_step = newest
 
-    def suffer(self, blow: Blow, draw: random.Random) -> str:
-        """Let one blow fall; say what came of it."""
-        if blow.kind == "flipped bit":
-            damaged = flip_bit(self.folder, blow.point, draw)
-            if damaged is None:
-                return "nothing lost"
-            require(find_damage(damaged) is not None, "the flipped bit was not found")
-            self.lost = step_of(damaged)
-            left = complete_checkpoints(self.folder / "checkpoints")[1:]
-            self.whole = step_of(left[0]) if left else 0
-            return f"update {self.lost} damaged, {self.whole} is whole"
-        before = self.whole
-        outcome = self.start(blow)
-        if blow.kind == "full disk":
-            require(set(outcome.codes) == {0}, f"ended with {outcome.codes}: {outcome.printed}")
-            refused = re.search(
-                r"step-(\d+) could not be written: .*No space left", outcome.printed
-            )
-            require(refused is not None, "said nothing of the full disk")
-            return f"update {int(refused[1])} refused, trained on to {self.whole}"  # type: ignore[index]
+    def inject(self, fault: Fault, draw: random.Random) -> str:
+        """Cause a fault; return one phrase about its effect."""
+        if fault.kind == "flipped bit":
+            return self._flip_bit(fault.where, draw)
+        before = self.newest_step
+        outcome = self.start(fault)
+        if fault.kind == "full disk":
+            check(set(outcome.codes) == {0}, f"ended with {outcome.codes}: {outcome.printed}")
+            lost = re.search(r"step-(\d+) could not be written: .*No space left", outcome.printed)
+            check(lost is not None, "the full disk was not reported")
+            return f"checkpoint {int(lost[1])} lost, trained until {self.newest_step}"  # type: ignore[index]
         if set(outcome.codes) == {0}:
-            return f"finished before it, at {self.whole}"
-        signalled = -signal.SIGKILL in outcome.codes
-        require(signalled, f"ended with {outcome.codes}: {outcome.printed}")
-        return f"codes {' '.join(map(str, outcome.codes))}: {before} -> {self.whole}"
+            return f"finished before the fault, at {self.newest_step}"
+        killed = -signal.SIGKILL in outcome.codes
+        check(killed, f"ended with {outcome.codes}: {outcome.printed}")
+        return f"codes {' '.join(map(str, outcome.codes))}: {before} -> {self.newest_step}"
 
-    def finish(self, undisturbed: Path) -> None:
-        """Train to the end; compare with a training that was left alone."""
+    def _flip_bit(self, name: str, draw: random.Random) -> str:
+        damaged = flip_bit(self.folder, name, draw)
+        if damaged is None:
+            return "nothing lost"
+        check(find_damage(damaged) is not None, "the flipped bit was not found")
+        self.damaged_step = step_of(damaged)
+        older = complete_checkpoints(self.folder / "checkpoints")[1:]
+        self.newest_step = step_of(older[0]) if older else 0
+        return f"checkpoint {self.damaged_step} damaged, {self.newest_step} is whole"
+
+    def finish(self, uninterrupted: Path) -> None:
+        """Train to the end, and compare with an uninterrupted training."""
         outcome = self.start()
-        require(set(outcome.codes) == {0}, f"ended with {outcome.codes}: {outcome.printed}")
-        require(losses(self.folder) == losses(undisturbed), "other losses than undisturbed")
-        require(last_tensors(self.folder) == last_tensors(undisturbed), "other weights or moments")
-        ours, theirs = (
-            read_progress(run / "checkpoints/latest") for run in (self.folder, undisturbed)
+        check(set(outcome.codes) == {0}, f"ended with {outcome.codes}: {outcome.printed}")
+        check(losses(self.folder) == losses(uninterrupted), "different losses")
+        check(last_tensors(self.folder) == last_tensors(uninterrupted), "different weights")
+        found, expected = (
+            read_progress(run / "checkpoints/latest") for run in (self.folder, uninterrupted)
         )
-        require(ours == theirs, f"other progress: {ours}, not {theirs}")
-        names = {path.name for path in (self.folder / "checkpoints").glob(".*")}
-        require(not names, f"left behind {names}")
+        check(found == expected, f"different progress: {found}, not {expected}")
+        leftovers = {path.name for path in (self.folder / "checkpoints").glob(".*")}
+        check(not leftovers, f"left behind {leftovers}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=50, help="how many, at least")
+    parser.add_argument("--kills", type=int, default=50, help="kills, at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        sys.exit(0 if strike_all(Path(folder), **vars(arguments)) else 1)
+        sys.exit(0 if inject_all(Path(folder), **vars(arguments)) else 1)
 
 
-def strike_all(folder: Path, kills: int, seed: int, layouts: list[str]) -> bool:
-    """Strike trainings of each layout in turn until enough were killed; whether all went well."""
+def inject_all(folder: Path, kills: int, seed: int, layouts: list[str]) -> bool:
+    """Inject faults into trainings of each layout in turn; return whether all checks passed."""
     draw = random.Random(seed)
-    print(f"seed {seed}; training, ranks, blow, point, time and rank, what came of it")
+    print(f"seed {seed}; training, ranks, fault, place, visit and rank, effect")
     forked(lambda: make_workspace(folder))
-    undisturbed: dict[str, Path] = {}
-    blows = draw_blows(draw)
-    held: list[tuple[str, str]] = []  # until there is a checkpoint to damage
+    uninterrupted: dict[str, Path] = {}
+    faults = draw_faults(draw)
+    # Flipped bits, until the training has a checkpoint.
+    postponed: list[tuple[str, str]] = []
     killed = failed = runs = 0
     began = time.monotonic()
     while killed < kills:
         layout = layouts[runs % len(layouts)]
-        if layout not in undisturbed:
-            undisturbed[layout] = folder / f"undisturbed-{len(undisturbed)}"
-            Training(undisturbed[layout], folder / "tiny.toml", layout).start()
+        if layout not in uninterrupted:
+            uninterrupted[layout] = folder / f"uninterrupted-{len(uninterrupted)}"
+            Training(uninterrupted[layout], folder / "tiny.toml", layout).start()
         runs += 1
         training = Training(folder / f"run-{runs}", folder / "tiny.toml", layout)
         try:
-            while training.whole < N_UPDATES - 2 * UPDATES_A_CHECKPOINT and killed < kills:
-                drawn = held.pop() if held and training.whole else next(blows)
-                if drawn[0] == "flipped bit" and not training.whole:
-                    held.append(drawn)
+            while training.newest_step < N_UPDATES - 2 * UPDATES_PER_CHECKPOINT and killed < kills:
+                has_checkpoint = training.newest_step > 0
+                drawn = postponed.pop() if postponed and has_checkpoint else next(faults)
+                if drawn[0] == "flipped bit" and not has_checkpoint:
+                    postponed.append(drawn)
                     continue
-                blow = aim(*drawn, LAYOUTS[layout][0], draw)
-                where = f"time {blow.time} rank {blow.rank}" if blow.time else ""
+                fault = draw_visit(*drawn, LAYOUTS[layout][0], draw)
+                visit = f"visit {fault.visit} rank {fault.rank}" if fault.visit else ""
                 print(
-                    f"{runs:3}  {layout:5}  {blow.kind:13}  {blow.point:20}  {where:14}", end="  "
+                    f"{runs:3}  {layout:5}  {fault.kind:13}  {fault.where:20}  {visit:15}", end="  "
                 )
-                came = training.suffer(blow, draw)
-                killed += came.startswith("codes")
-                print(came, flush=True)
-            training.finish(undisturbed[layout])
-            print(f"{runs:3}  {layout:5}  went on to the end: losses, weights, moments bit-equal")
+                effect = training.inject(fault, draw)
+                killed += effect.startswith("codes")
+                print(effect, flush=True)
+            training.finish(uninterrupted[layout])
+            print(f"{runs:3}  {layout:5}  finished: losses, weights, moments bit-equal")
             shutil.rmtree(training.folder)
-        except BrokenPromiseError as broken:
+        except CheckFailedError as failure:
             failed += 1
-            print(f"FAILED: {broken}", flush=True)
+            print(f"FAILED: {failure}", flush=True)
     seconds = time.monotonic() - began
     print(f"{killed} kills of {runs} trainings in {seconds:.0f} s, {failed} failed; seed {seed}")
     return not failed

@@ -1,6 +1,6 @@
-"""Trainings of several processes in seconds: ranks forked from a parent that has imported PyTorch.
+"""Launches ranks in a fraction of a second: forks them from a parent that has imported PyTorch.
 
-Import this where no thread was started yet: in a script of its own, not in pytest's process.
+A fork copies only one thread. Import this in a script that has started no threads, not in pytest.
 """
 
 import os
@@ -22,8 +22,9 @@ import fastllama.data.prepare
 import fastllama.train
 
 GRACE_SECONDS = 1.0
-"""Time the other ranks have to react to the end of one, until they are killed as well."""
+"""Time for the other ranks to exit by themselves after one has failed; then they are killed."""
 LIMIT_SECONDS = 60.0
+"""Time for a launch; then all ranks are killed."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Outcome:
     codes: tuple[int, ...]
     """Exit code of each rank; negative for a signal."""
     printed: str
-    """Everything all of them wrote."""
+    """stdout and stderr of all ranks."""
 
 
 def launch(
@@ -45,11 +46,12 @@ def launch(
 ) -> Outcome:
     """Run `fastllama ARGUMENTS` as `world_size` ranks, each after `prepare(rank)`.
 
-    When a rank fails, or after `kill_after` seconds, all are killed.
+    The ranks share an operating-system process group, so that one signal reaches all. They are
+    killed after `kill_after` seconds, and `GRACE_SECONDS` after one of them fails.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        port = free_socket.getsockname()[1]
     sys.stdout.flush()
     ranks: list[int] = []
     for rank in range(world_size):
@@ -92,7 +94,7 @@ def _run_rank(
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not sys.exit: what the parent would do at its end is not the child's to do.
+        # os._exit, because sys.exit would run the parent's exit handlers in the child.
         os._exit(code)
 
 
@@ -117,10 +119,10 @@ def _wait(ranks: list[int], kill_after: float | None) -> tuple[int, ...]:
 
 
 def forked(compute: Callable[[], object]) -> None:
-    """Call `compute` in a child, so that the threads it starts are not the parent's.
+    """Call `compute` in a child process, so that the parent stays without threads.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: `compute` failed.
     """
     child = os.fork()
     if child == 0:

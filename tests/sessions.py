@@ -18,7 +18,7 @@ from fastllama.training.setup import Start
 def bare_session(
     config: Config, world: World, dataset: Dataset | None = None, run: Path = Path("no-run")
 ) -> Session:
-    """A silent session of `config`; without a `dataset` it cannot read batches."""
+    """A session of `config` that prints nothing. Without a `dataset` it cannot read batches."""
     return Session(
         config=config,
         given=config,
@@ -33,7 +33,7 @@ def bare_session(
 
 
 def resolved_session(config: Config, world: World, dataset: Dataset | None = None) -> Session:
-    """A silent session with `parallel.reshard_after_forward` resolved."""
+    """A session that prints nothing, with `parallel.reshard_after_forward` resolved."""
     return bare_session(resolve_resharding(config, world)[0], world, dataset)
 
 

@@ -1,4 +1,4 @@
-"""The held-out loss is the mean over tokens, whatever the batches it was computed in."""
+"""The held-out loss: a mean over tokens, whatever the batch size."""
 
 import dataclasses
 import math
@@ -16,13 +16,13 @@ from tests.workspace import Workspace
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_is_the_mean_over_the_first_sequences(workspace: Workspace, batch_size: int) -> None:
+def test_mean_over_the_first_sequences(workspace: Workspace, batch_size: int) -> None:
     config = load_recipe(workspace.recipe)
     training = dataclasses.replace(config.training, batch_size=batch_size, eval_tokens=8 * 32)
     config = dataclasses.replace(config, training=training)
     dataset = open_dataset(config)
     assert dataset.validation is not None
-    # 8 sequences do not fill batches of 3: the last one has ignored rows.
+    # 8 sequences do not fill batches of 3: the last batch has a row of ignored targets.
     assert dataset.validation.n_sequences(32) > 8
     model = Llama(config.model, REFERENCE)
     model.init_weights(seed=0)
@@ -33,14 +33,14 @@ def test_is_the_mean_over_the_first_sequences(workspace: Workspace, batch_size: 
         losses.append(-logits.log_softmax(-1)[torch.arange(32), tokens[1:]].mean().item())
     with distributed(config) as world:
         found = validation_loss(model, dataset.validation, config, world)
-    # float32 rounding of a loss near 6.
+    # The tolerance is for float32 rounding of a loss near 6.
     assert found == pytest.approx(sum(losses) / 8, rel=1e-6)
     assert model.training
 
 
-def test_bits_per_byte_counts_the_bytes_of_the_text(workspace: Workspace) -> None:
+def test_bits_per_byte(workspace: Workspace) -> None:
     dataset = open_dataset(load_recipe(workspace.recipe))
     split = dataset.manifest.splits["validation"]
-    # One nat a token over the whole split, in bits, over its bytes.
+    # One nat per token over the whole split, in bits, divided by the split's bytes.
     expected = split.tokens / math.log(2) / split.text_bytes
     assert bits_per_byte(1.0, dataset) == pytest.approx(expected)

@@ -1,3 +1,5 @@
+"""The trained model against the reference model; initial weights, cache, dropout, loss options."""
+
 import dataclasses
 import math
 from pathlib import Path
@@ -10,13 +12,14 @@ from fastllama.config import ModelConfig, OptimizerConfig, load_recipe
 from fastllama.model.kv_cache import KVCache
 from fastllama.model.llama import Llama
 from fastllama.model.reference import ReferenceLlama
-from fastllama.optim.adamw import build_optimizer, update
+from fastllama.optim.adamw import build_optimizer
+from fastllama.optim.clipping import update
 from fastllama_kernels import REFERENCE
 from tests.compare import randn
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
-# eps is of the size of the activations, so that one in the wrong place shows.
+# eps is as large as the activations, so that an eps in the wrong place shows.
 SMALL = ModelConfig(
     vocab_size=50,
     n_embd=64,
@@ -28,7 +31,7 @@ SMALL = ModelConfig(
     eps=1e-2,
 )
 GROUPED = dataclasses.replace(SMALL, n_kv_heads=2)
-# With these, of the 8 frequencies some are kept, some divided and some interpolated.
+# The 8 frequencies cover all three cases: unchanged, divided and interpolated.
 SCALED = dataclasses.replace(
     SMALL, rope_scaling_factor=8.0, rope_original_max_seq_len=64, rope_high_freq_factor=4.0
 )
@@ -37,7 +40,7 @@ CONFIGS = {
     "grouped": GROUPED,
     "tied": dataclasses.replace(SMALL, tied_embeddings=True),
     "scaled rope": SCALED,
-    # Of the size of the first logits, so that it bends them.
+    # As large as the first logits, so that it changes them.
     "softcap": dataclasses.replace(SMALL, logit_softcap=0.5),
 }
 
@@ -64,22 +67,22 @@ def test_agrees_with_the_reference_model(config: ModelConfig) -> None:
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     with torch.no_grad():
         for seed, (name, parameter) in enumerate(parameters.items()):
-            # All ones would hide a norm taken for another.
+            # With all ones, swapped norms would not show.
             if "norm" in name:
                 parameter.copy_(1 + 0.1 * randn(config.n_embd, seed=seed, device="cpu"))
     reference.load_packed(parameters)
     tokens, targets = random_tokens(config, 2, 2, config.max_seq_len)
 
-    logits, wanted = model(tokens), reference(tokens)
-    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-10)
+    logits, expected = model(tokens), reference(tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
     loss = model(tokens, targets)
     torch.testing.assert_close(loss, reference.loss(tokens, targets), rtol=0, atol=1e-10)
 
     upstream = randn(*logits.shape, seed=0, device="cpu")
     gradients = gradients_by_name(model, logits, upstream)
-    apart = gradients_by_name(reference, wanted, upstream)
+    separate = gradients_by_name(reference, expected, upstream)
     packed = {
-        name: torch.cat([apart[part] for part in parts])
+        name: torch.cat([separate[part] for part in parts])
         for name, parts in reference.packed_names().items()
     }
     assert gradients.keys() == packed.keys()
@@ -88,10 +91,10 @@ def test_agrees_with_the_reference_model(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_first_loss_of_a_recipe_is_that_of_guessing(recipe: Path) -> None:
+def test_first_loss_of_recipes_is_near_ln_vocab_size(recipe: Path) -> None:
     config = load_recipe(recipe).model
-    # Deviations are set per fan-in, so depth, feed-forward width and the length of the vocabulary
-    # can be cut until the largest recipe fits in 1 GB.
+    # Standard deviations are set per fan-in, so depth, feed-forward width and vocabulary can be
+    # reduced until the largest recipe fits in 1 GB.
     config = dataclasses.replace(
         config,
         n_layers=2,
@@ -103,11 +106,12 @@ def test_first_loss_of_a_recipe_is_that_of_guessing(recipe: Path) -> None:
     tokens, targets = random_tokens(config, 2, 1, 128)
     with torch.no_grad():
         loss = model(tokens, targets).item()
-    # The logits' deviation of 1/4 costs 1/32; the mean over 128 tokens wanders by 1/4 / 128^1/2.
+    # Logits of standard deviation 1/4 add 1/32. The mean over 128 tokens has standard deviation
+    # 1/4 / 128^1/2 = 0.02.
     assert loss == pytest.approx(math.log(config.vocab_size), abs=0.1)
 
 
-def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+def test_initial_weights_depend_on_seed_and_name_only() -> None:
     first, second = Llama(SMALL, REFERENCE), Llama(GROUPED, REFERENCE)
     torch.manual_seed(1)
     first.init_weights(seed=0)
@@ -115,21 +119,23 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     state = torch.get_rng_state()
     second.init_weights(seed=0)
     assert torch.equal(torch.get_rng_state(), state)
-    ours, theirs = dict(first.named_parameters()), dict(second.named_parameters())
-    for name, weight in ours.items():
+    first_weights, second_weights = dict(first.named_parameters()), dict(second.named_parameters())
+    for name, weight in first_weights.items():
+        # The two models differ in the shape of qkv.
         if "qkv" not in name:
-            assert torch.equal(weight, theirs[name])
-    matrices = [weight for weight in ours.values() if weight.ndim == 2]
+            assert torch.equal(weight, second_weights[name])
+    matrices = [weight for weight in first_weights.values() if weight.ndim == 2]
     assert len({weight.flatten()[0].item() for weight in matrices}) == len(matrices)
     second.init_weights(seed=1)
-    assert not torch.equal(ours["embedding.weight"], theirs["embedding.weight"])
+    embedding = "embedding.weight"
+    assert not torch.equal(first_weights[embedding], second_weights[embedding])
 
 
-def test_initial_deviations_are_those_of_the_table() -> None:
+def test_initial_standard_deviations() -> None:
     config = dataclasses.replace(SMALL, n_embd=128, n_layers=2, vocab_size=256)
     parameters = dict(build(config).named_parameters())
     residual = 1 / math.sqrt(2 * config.n_layers)
-    wanted = {
+    expected = {
         "embedding": 0.02,
         "output": 128**-0.5 / 4,
         "blocks.1.attention.qkv": 128**-0.5,
@@ -137,21 +143,22 @@ def test_initial_deviations_are_those_of_the_table() -> None:
         "blocks.1.mlp.gate_up": 128**-0.5,
         "blocks.1.mlp.down": config.ffn_hidden**-0.5 * residual,
     }
-    # A sample deviation of 2^14 values and more is off by 1/2^7.5 of itself: 3 times that.
-    actual = {name: parameters[f"{name}.weight"].std().item() for name in wanted}
-    assert actual == pytest.approx(wanted, rel=0.017)
+    # The standard deviation of 2^14 values has a relative standard error of 2^-7.5. The tolerance
+    # is 3 standard errors.
+    actual = {name: parameters[f"{name}.weight"].std().item() for name in expected}
+    assert actual == pytest.approx(expected, rel=0.017)
     assert all((weight == 1).all() for name, weight in parameters.items() if "norm" in name)
 
 
-@pytest.mark.parametrize("pieces", [[1] * 24, [10, 1, 5, 1, 7]], ids=["one by one", "in pieces"])
-def test_cache_changes_nothing(pieces: list[int]) -> None:
+@pytest.mark.parametrize("lengths", [[1] * 24, [10, 1, 5, 1, 7]], ids=["one by one", "in pieces"])
+def test_cache_gives_the_same_logits(lengths: list[int]) -> None:
     model, tokens = build(GROUPED), random_tokens(GROUPED, 2, 24)
     cache = KVCache(GROUPED)
-    logits = [model(piece, cache=cache) for piece in tokens.split(pieces, dim=1)]
+    logits = [model(piece, cache=cache) for piece in tokens.split(lengths, dim=1)]
     torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens), rtol=0, atol=1e-12)
 
 
-def test_a_token_changes_no_earlier_logits() -> None:
+def test_model_is_causal() -> None:
     model, tokens = build(GROUPED), random_tokens(GROUPED, 1, 24)
     before = model(tokens)
     tokens[0, 13] += 1
@@ -159,19 +166,17 @@ def test_a_token_changes_no_earlier_logits() -> None:
     assert changed.tolist() == [False] * 13 + [True] * 11
 
 
-def test_dropout_acts_in_training_alone() -> None:
+def test_dropout_in_training_mode_only() -> None:
     tokens = random_tokens(SMALL, 1, 24)
-    plain, dropping = build(SMALL), build(dataclasses.replace(SMALL, dropout=0.5))
-    wanted = plain(tokens)
-    assert not torch.allclose(dropping(tokens), wanted)
-    assert torch.equal(dropping.eval()(tokens), wanted)
-    assert torch.equal(plain.eval()(tokens), wanted)
+    plain, with_dropout = build(SMALL), build(dataclasses.replace(SMALL, dropout=0.5))
+    expected = plain(tokens)
+    assert not torch.allclose(with_dropout(tokens), expected)
+    assert torch.equal(with_dropout.eval()(tokens), expected)
+    assert torch.equal(plain.eval()(tokens), expected)
 
 
 @pytest.mark.parametrize("softcap", [None, 0.5])
-def test_z_loss_and_label_smoothing_are_part_of_the_training_loss_only(
-    softcap: float | None,
-) -> None:
+def test_z_loss_and_label_smoothing_in_training_mode_only(softcap: float | None) -> None:
     config = dataclasses.replace(GROUPED, logit_softcap=softcap)
     plain = build(config)
     model = Llama(config, REFERENCE, z_loss=0.1, label_smoothing=0.2).double()
@@ -180,14 +185,15 @@ def test_z_loss_and_label_smoothing_are_part_of_the_training_loss_only(
     tokens, targets = random_tokens(config, 2, 2, config.max_seq_len)
     logits = plain(tokens)
     log_z = logits.logsumexp(-1)
-    likelihood = log_z.mean() - logits.gather(-1, targets[..., None]).mean()
+    nll = log_z.mean() - logits.gather(-1, targets[..., None]).mean()
+    # The cross entropy with the uniform distribution.
     uniform = (log_z - logits.mean(-1)).mean()
-    wanted = 0.8 * likelihood + 0.2 * uniform + 0.1 * log_z.square().mean()
-    torch.testing.assert_close(model(tokens, targets), wanted, rtol=0, atol=1e-12)
-    torch.testing.assert_close(model.eval()(tokens, targets), likelihood, rtol=0, atol=1e-12)
+    expected = 0.8 * nll + 0.2 * uniform + 0.1 * log_z.square().mean()
+    torch.testing.assert_close(model(tokens, targets), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.eval()(tokens, targets), nll, rtol=0, atol=1e-12)
 
 
-def test_learns_a_batch_by_heart() -> None:
+def test_overfits_one_batch() -> None:
     config = dataclasses.replace(GROUPED, n_layers=2, eps=1e-5, max_seq_len=64)
     model = build(config, torch.float32)
     optimizer = build_optimizer(model, OptimizerConfig(max_lr=3e-3))
