@@ -1,28 +1,16 @@
 """Generates text with a trained model, one token at a time, over a key/value cache."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fastllama.checkpoints.reading import (
-    find_damage,
-    find_difference,
-    load_tensors,
-    newest_checkpoint,
-    read_identity,
-)
-from fastllama.checkpoints.state import MODEL, model_tensors
-from fastllama.data.tokenizer import load_tokenizer
+from fastllama.inference.load import LoadedRun as LoadedRun
+from fastllama.inference.load import load_run as load_run
 from fastllama.inference.sampling import Sampling
 from fastllama.model.kv_cache import KVCache
 from fastllama.model.llama import Llama
-from fastllama.run_folder import RunFolder
-from fastllama_kernels import REFERENCE
-from fastllama_kernels.attention import attention_without_cudnn
 
 
 def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -98,53 +86,3 @@ def generate_text(
             shown = text
     if new:
         yield tokenizer.decode(new, skip_special_tokens=False)[len(shown) :]
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """A trained model in evaluation mode, and its tokenizer."""
-
-    model: Llama
-    tokenizer: Tokenizer
-    end_token: int
-
-
-def load_run(path: Path, device: torch.device) -> LoadedRun:
-    """Load the newest whole checkpoint of a run folder, or one checkpoint inside it.
-
-    Only the weights are read and checked, not AdamW's moments, two thirds of a checkpoint.
-
-    Raises:
-        ValueError: there is no run or checkpoint, or the checkpoint is damaged.
-    """
-    run = RunFolder(path)
-    around = RunFolder(path.resolve().parent.parent)
-    is_checkpoint = not run.exists and around.exists
-    if is_checkpoint:
-        run = around
-    config = run.load_config()
-    checkpoint: Path | None
-    if is_checkpoint:
-        checkpoint = path
-        damage = find_damage(path, wanted=MODEL) or find_difference(path, identity={})
-        if damage is not None:
-            raise ValueError(
-                f"The checkpoint is damaged: {damage}; use another one of {path.parent}."
-            )
-    else:
-        checkpoint, _ = newest_checkpoint(run.checkpoints, identity={}, wanted=MODEL)
-    if checkpoint is None:
-        raise ValueError(f"{path} has no complete checkpoint yet; train on, or wait for the first.")
-    with torch.device("meta"):
-        # cuDNN would build a new plan for every token, because the number of keys changes.
-        model = Llama(config.model, replace(REFERENCE, attention=attention_without_cudnn))
-    if device.type == "cuda":
-        # Parameters only: the rotary tables stay float32.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, config.training.dtype))
-    model.to_empty(device=device)
-    model.tie_weights()
-    model.init_rotary()
-    load_tensors(checkpoint, model_tensors(model))
-    end_token = read_identity(checkpoint)["data.end_token_id"]
-    return LoadedRun(model.eval(), load_tokenizer(run.tokenizer), end_token)
