@@ -18,7 +18,7 @@ from fastllama.checkpoints.folder import describe
 from fastllama.checkpoints.reading import find_damage, newest_checkpoint
 from fastllama.checkpoints.state import MODEL
 from fastllama.cli import main
-from fastllama.inference.generate import load_run
+from fastllama.inference.load import load_run
 from tests.runs import losses, train
 from tests.workspace import Workspace
 

@@ -18,7 +18,7 @@ from fastllama.data.batch import sequences_at
 from fastllama.data.dataset import open_dataset
 from fastllama.data.prepare import prepare
 from fastllama.data.stream import TokenStream
-from fastllama.inference.generate import load_run
+from fastllama.inference.load import load_run
 from fastllama.model.llama import Llama
 from fastllama.run_folder import RunFolder
 from fastllama_kernels import REFERENCE
