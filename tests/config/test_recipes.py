@@ -1,0 +1,119 @@
+"""Recipes: `extends`, types, and errors that name the file."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastllama.config import Config, ModelConfig, load_recipe
+from tests.config.with_options import with_options
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_recipe_overrides_its_base(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write(
+        tmp_path / "base" / "first.toml", "[model]\nn_embd = 64\nn_layers = 2\n[data]\npath = 'd'"
+    )
+    write(tmp_path / "base" / "second.toml", "extends = 'first.toml'\n[model]\nn_layers = 3")
+    third = write(
+        tmp_path / "third.toml", "extends = 'base/second.toml'\n[model]\nn_heads = 4\ntheta = 500"
+    )
+    model = ModelConfig(n_embd=64, n_layers=3, n_heads=4, theta=500)
+    data = dataclasses.replace(Config().data, path="d")
+    assert load_recipe(third) == Config(model=model, data=data)
+
+
+def test_cycle_of_extends_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "a.toml", "extends = 'b.toml'")
+    write(tmp_path / "b.toml", "extends = 'a.toml'")
+    with pytest.raises(ValueError, match=r"a\.toml extends itself"):
+        load_recipe(tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends = 3", r"recipe\.toml: extends must be the path of one recipe, not 3"),
+        ("extends = 'gone.toml'", r"no recipe .*gone\.toml"),
+        ("[model", r"recipe\.toml cannot be read as TOML"),
+        (
+            "[model]\nn_layer = 2",
+            r"recipe\.toml: unknown option model\.n_layer; did you mean model\.n_layers\?",
+        ),
+        ("[model]\nmax_lr = 2", r"unknown option model\.max_lr; did you mean optimizer\.max_lr\?"),
+        ("max_lr = 2", r"unknown option max_lr; did you mean optimizer\.max_lr\?"),
+        ("[training]\nlr = 2", r"option training\.lr; did you mean optimizer\.max_lr\?"),
+        ("[model]\nhidden_size = 2", r"model\.hidden_size; did you mean model\.n_embd\?"),
+        ("model = 2", r"model is a group of options, \[model\], not a value"),
+        (f"[model]\nn_embd = 1{5000 * '0'}", r"recipe\.toml cannot be read as TOML"),
+        (f"a = {10_000 * '['}", r"recipe\.toml cannot be read as TOML"),
+        ("[xyzzy]", r"unknown option xyzzy\.$"),
+        ("[modle]\nn_layers = 2", r"unknown option modle"),
+    ],
+)
+def test_recipe_errors(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path / "recipe.toml", text))
+
+
+def test_missing_recipe_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no recipe .*gone\.toml"):
+        load_recipe(tmp_path / "gone.toml")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("model__n_layers", 2.5, r"test: model\.n_layers must be an integer, not 2\.5"),
+        ("model__n_layers", True, r"model\.n_layers must be an integer, not True"),
+        ("model__n_kv_heads", "2", r"must be an integer or left out, not '2'"),
+        ("model__theta", "big", r"must be a number, not 'big'"),
+        ("model__theta", False, r"must be a number, not False"),
+        ("model__tied_embeddings", 1, r"must be true or false, not 1"),
+        ("data__path", 3, r"must be a string, not 3"),
+        ("training__dtype", "float16", r"must be one of bfloat16, float32, not 'float16'"),
+        ("parallel__reshard_after_forward", 1, r"must be one of auto, true, false, not 1"),
+    ],
+)
+def test_value_of_another_type_is_an_error(option: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_options(**{option: value})
+
+
+def test_whole_number_with_exponent(tmp_path: Path) -> None:
+    path = write(tmp_path / "recipe.toml", "[training]\ntraining_tokens = 1.28e9\nz_loss = 1e0")
+    training = load_recipe(path).training
+    assert training.training_tokens == 1_280_000_000
+    assert isinstance(training.training_tokens, int)
+    assert isinstance(training.z_loss, float)
+
+
+def test_recipe_is_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes("[logging]\nsample_prompt = 'é'".encode("utf-8-sig"))
+    assert load_recipe(path).logging.sample_prompt == "é"
+    path.write_bytes("[logging]\nsample_prompt = 'é'".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"recipe\.toml is not UTF-8 text: byte 27 is 0xe9"):
+        load_recipe(path)
+
+
+def test_run_folder_as_recipe_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "config.toml", "")
+    with pytest.raises(ValueError, match=f"run folder, not a recipe; resume .*--resume {tmp_path}"):
+        load_recipe(tmp_path)
+
+
+def test_integer_for_a_number() -> None:
+    assert with_options(optimizer__grad_clip=1).optimizer.grad_clip == 1
+
+
+@pytest.mark.parametrize("value", ["auto", True, False])
+def test_reshard_after_forward_values(value: str | bool) -> None:
+    config = with_options(parallel__reshard_after_forward=value)
+    assert config.parallel.reshard_after_forward == value

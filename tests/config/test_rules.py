@@ -1,0 +1,147 @@
+"""Rules: ranges of values, and values that contradict each other."""
+
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastllama.config import Config, config_from_dict, load_recipe, validate
+from tests.config.with_options import with_options
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+# An update of the quickstart is two micro-batches, so at most two processes can share it.
+WORLD_SIZES = {"quickstart": (1, 2)}
+
+
+def test_defaults_are_valid() -> None:
+    validate(Config())
+    assert config_from_dict({}, source="test") == Config()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid(recipe: Path) -> None:
+    for world_size in WORLD_SIZES.get(recipe.stem, (1, 8)):
+        validate(load_recipe(recipe), world_size)
+
+
+RANGES = {
+    "at least 1": """
+        model__vocab_size model__n_embd model__n_layers model__n_heads model__n_kv_heads
+        model__multiple_of model__max_seq_len model__rope_original_max_seq_len
+        model__rope_scaling_factor data__prefetch training__batch_size training__tokens_per_update
+        training__training_tokens training__eval_tokens training__max_bad_updates
+        parallel__replicate checkpoint__keep_last
+        logging__log_interval logging__sample_growth logging__sample_tokens
+    """,
+    "greater than 0": """
+        model__ffn_multiplier model__eps model__theta optimizer__max_lr optimizer__adam_eps
+        parallel__timeout_minutes
+    """,
+    "0 or more": """
+        optimizer__min_lr optimizer__weight_decay optimizer__warmup_iterations
+        optimizer__grad_clip training__eval_interval training__seed training__max_wall_time
+        training__spike_z_score training__z_loss
+        checkpoint__interval_tokens checkpoint__keep_every_tokens logging__sample_interval
+    """,
+    "at least 0 and less than 1": """
+        model__dropout optimizer__beta1 optimizer__beta2 optimizer__decay_fraction
+        training__label_smoothing
+    """,
+}
+NEAREST_OUTSIDE: dict[str, list[float]] = {
+    "at least 1": [0],
+    "greater than 0": [0],
+    "0 or more": [-1],
+    "at least 0 and less than 1": [-0.001, 1],
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wording"),
+    [
+        (option, value, wording)
+        for wording, options in RANGES.items()
+        for option in options.split()
+        for value in NEAREST_OUTSIDE[wording]
+    ],
+)
+def test_value_out_of_range_is_an_error(option: str, value: float, wording: str) -> None:
+    name = option.replace("__", r"\.")
+    with pytest.raises(ValueError, match=rf"{name} must be {wording}, not {value}\."):
+        validate(with_options(**{option: value}))
+
+
+FLOATS = [
+    f"{group}__{name}"
+    for group, kind in typing.get_type_hints(Config).items()
+    for name, hint in typing.get_type_hints(kind).items()
+    if hint is float
+]
+
+
+def test_zero_is_in_range() -> None:
+    options = {option: 0 for option in RANGES["0 or more"].split()}
+    validate(with_options(**options))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("option", FLOATS)
+def test_nonfinite_number_is_an_error(option: str, value: float) -> None:
+    # With scaling, because its two factors are checked against each other only then.
+    options = {"model__rope_scaling_factor": 8.0, option: value}
+    with pytest.raises(ValueError, match=option.replace("__", r"\.")):
+        validate(with_options(**options))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("training__seed", 2**63, "training.seed must be at most 9223372036854775807, and it is"),
+        ("training__eval_interval", 10**400, "eval_interval must be at most .* about 10\\^400"),
+        ("logging__sample_prompt", "caf\udce9", r"sample_prompt = 'caf\\udce9' is not valid UTF-8"),
+        ("data__path", "a\0b", r"data.path = 'a\\x00b' contains a NUL character"),
+    ],
+)
+def test_unrepresentable_value_is_an_error(option: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate(with_options(**{option: value}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model__n_heads": 7}, r"n_heads = 7 does not divide model\.n_embd = 768"),
+        ({"model__n_heads": 256}, r"model\.n_embd / model\.n_heads = 3 is odd"),
+        ({"model__logit_softcap": 0.0}, r"logit_softcap must be greater than 0, not 0\.0"),
+        ({"model__logit_softcap": float("inf")}, r"logit_softcap must be .*, not inf"),
+        ({"model__n_kv_heads": 5}, r"n_kv_heads = 5 does not divide model\.n_heads = 12"),
+        (
+            {"model__rope_scaling_factor": 8.0, "model__rope_low_freq_factor": 4.0},
+            r"rope_low_freq_factor = 4\.0 must be less than model\.rope_high_freq_factor = 4\.0",
+        ),
+        ({"optimizer__min_lr": 1.0}, r"min_lr = 1\.0 is greater than optimizer\.max_lr = 0\.0003"),
+        ({"training__training_tokens": 2**19}, r"warmup_iterations = 100 leaves nothing of the 1 "),
+        (
+            {"training__batch_size": 3},
+            r"= 524288 is not a multiple of .* = 3 x 1024 x 1 = 3072; .*: 525312\.",
+        ),
+    ],
+)
+def test_contradicting_values_are_an_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate(with_options(**options))
+
+
+def test_tokens_per_update_must_be_a_multiple_of_all_micro_batches() -> None:
+    config = with_options(training__tokens_per_update=2**14)
+    validate(config, world_size=4)
+    with pytest.raises(ValueError, match=r"4 x 1024 x 8 = 32768; .*: 32768\."):
+        validate(config, world_size=8)
+
+
+def test_replicas_must_divide_the_processes() -> None:
+    config = with_options(parallel__replicate=2)
+    validate(config, world_size=8)
+    with pytest.raises(ValueError, match=r"replicate = 2 does not divide the 3 processes"):
+        validate(config, world_size=3)
