@@ -1,4 +1,4 @@
-"""A tiny corpus, its tokenizer and shards, and a recipe for a model that trains in seconds."""
+"""A small corpus with its tokenizer and shards, and a recipe that trains in seconds."""
 
 import random
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ tensorboard = false
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder with everything a run needs."""
+    """The paths that a run needs, all below `path`."""
 
     path: Path
     recipe: Path
@@ -58,6 +58,7 @@ class Workspace:
 
 
 def make_workspace(path: Path) -> Workspace:
+    """Create the corpus of 80 random texts, and prepare it."""
     draw = random.Random(0)
     words = ["def", "return", "self", "class", "import", "naïve", "x = 1\n", "(", ")", ":", "\n"]
     corpus = path / "corpus"
