@@ -18,10 +18,11 @@ import tomli_w
 import torch
 
 from fastllama import __version__
-from fastllama.atomic import LOCK_FILE, locked, write_atomic
-from fastllama.config import Config, config_from_dict, validate_values
+from fastllama.atomic import LOCK_FILE, locked, report_once, set_aside, write_atomic
+from fastllama.config import Config, ModelConfig, config_from_dict, validate_values
 from fastllama.config.recipes import read_toml
 from fastllama.data.dataset import Dataset
+from fastllama.typed_json import DamagedFileError, read_json
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,14 @@ class RunFolder:
         Raises:
             ValueError: the folder holds no run, or its configuration cannot be read.
         """
-        try:
-            values = read_toml(self.config)
-        except (FileNotFoundError, NotADirectoryError):
+        if not self.exists:
             run = self.path.parent.parent
             if (run / "config.toml").is_file():
-                raise ValueError(
-                    f"{self.path} is a checkpoint; give its run folder {run}."
-                ) from None
+                raise ValueError(f"{self.path} is a checkpoint; give its run folder {run}.")
             raise ValueError(
                 f"{self.path} is not a run folder: it has no config.toml; see the folder runs."
-            ) from None
-        config = config_from_dict(values, source=str(self.config))
+            )
+        config = config_from_dict(read_toml(self.config), source=str(self.config))
         try:
             validate_values(config)
         except ValueError as error:
@@ -91,13 +88,13 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the lock of the run, and create its folder.
 
-        A folder that was created here is removed on exit if it is still empty.
+        On exit, remove the folder if it was created here and is still empty.
 
         Raises:
-            ValueError: another process holds the lock.
+            ValueError: another process holds the lock, or the path is not a folder.
         """
         created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
+        _make_folder(self.path, "choose another --run-dir")
         with locked(self.path):
             try:
                 yield
@@ -107,14 +104,24 @@ class RunFolder:
 
     def _remove_if_empty(self, folders: list[Path]) -> None:
         with suppress(OSError):
-            if os.listdir(self.path) == [LOCK_FILE]:
-                (self.path / LOCK_FILE).unlink()
+            if set(os.listdir(self.path)) <= {LOCK_FILE}:
+                (self.path / LOCK_FILE).unlink(missing_ok=True)
                 for folder in folders:
                     folder.rmdir()
 
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether the run ever saved a checkpoint that is still here, damaged ones included."""
+        patterns = ("step-*", "passed-over-step-*")
+        return any(any(self.checkpoints.glob(pattern)) for pattern in patterns)
+
     def refuse_other_options(self, config: Config) -> None:
-        """Raise ValueError if the folder holds a run with options other than `config`."""
-        if not self.exists:
+        """Raise ValueError if the folder holds a run with options other than `config`.
+
+        The options of a run without a checkpoint may change: a start that failed, say for lack of
+        memory, has nothing to resume.
+        """
+        if not (self.exists and self.has_checkpoints):
             return
         before, now = self.load_config().to_dict(), config.to_dict()
         for group, options in now.items():
@@ -127,27 +134,51 @@ class RunFolder:
                     )
 
     def create(self, config: Config, tokenizer: Path) -> None:
-        """Write options, tokenizer and environment of a new or resumed run."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        """Write options, tokenizer and environment of a new or resumed run.
+
+        Other options of a start that saved no checkpoint are set aside.
+
+        Raises:
+            ValueError: `checkpoints` is not a folder.
+            OSError: a file cannot be written.
+        """
+        _make_folder(self.checkpoints, "move it away, or mount the disk that it links to")
         write_atomic(self.tokenizer, tokenizer.read_bytes())
         self._record_session()
+        if self.exists and not self.has_checkpoints and self.load_config() != config:
+            set_aside(self.config)
         write_atomic(self.config, resolved_toml(config))
 
     def _record_session(self) -> None:
         path = self.path / "environment.json"
-        sessions = json.loads(path.read_text()) if path.exists() else []
+        sessions: list[dict[str, Any]] = []
+        if os.path.lexists(path):
+            try:
+                sessions = read_json(path, list[dict[str, Any]])
+            except (DamagedFileError, OSError) as error:
+                aside = set_aside(path)
+                report_once(str(path), f"Not used: {error}. It is kept as {aside.name}.")
         write_atomic(path, json.dumps([*sessions, environment()], indent=2) + "\n")
 
 
-def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What may not change in a run: its model, its data, and the order of its data.
+def _make_folder(path: Path, remedy: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{path} is not a folder, or is inside a file; {remedy}.") from None
 
-    Dropout may change: it has no weights.
-    """
-    model = {f"model.{name}": value for name, value in dataclasses.asdict(config.model).items()}
-    del model["model.dropout"]
+
+def model_identity(model: ModelConfig) -> dict[str, Any]:
+    """The options that shape a model. Dropout is left out, because it has no weights."""
+    options = {f"model.{name}": value for name, value in dataclasses.asdict(model).items()}
+    del options["model.dropout"]
+    return options
+
+
+def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """The options that all sessions of a run share: its model, its data, and its data order."""
     return {
-        **model,
+        **model_identity(config.model),
         "training.seed": config.training.seed,
         "training.tokens_per_update": config.training.tokens_per_update,
         "data.fingerprint": dataset.manifest.fingerprint(),
@@ -166,7 +197,11 @@ def environment() -> dict[str, Any]:
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [sys.executable, *sys.argv],
+        # As in a shell's $'…' where a byte is not UTF-8: JSON has no other place for it.
+        "command": [
+            os.fsencode(part).decode(errors="backslashreplace")
+            for part in (sys.executable, *sys.argv)
+        ],
         "fastllama": __version__,
         "git": git_revision(),
         "python": platform.python_version(),

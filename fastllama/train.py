@@ -100,17 +100,18 @@ def run_updates(state: TrainState, loader: BatchLoader, stop: StopSignal, jobs: 
 def train(config: Config, run: RunFolder, console: Console, *, resume: bool = False) -> bool:
     """Train `config` in the folder `run`, from its newest checkpoint if it has one.
 
-    With `resume` the options may differ from those that the run was started with, except where a
-    change would give its progress another meaning. `console` should print text without markup.
+    With `resume` the options may differ from the run's earlier ones, except those of
+    `run_identity`. `console` should print text without markup.
 
     Returns:
         Whether all updates are done; False when a signal or `training.max_wall_time` stopped it.
 
     Raises:
         ValueError: options, data, device and run folder do not fit together. Nothing was written.
-        TrainingFailedError: update after update was skipped, the device has too little memory, or
-            an operator has no deterministic implementation and `training.deterministic` is set.
-        OSError: the last checkpoint could not be written. The one before it is whole.
+        TrainingFailedError: too many updates in a row were skipped, the device has too little
+            memory, or an operator has no deterministic implementation and `training.deterministic`
+            is set.
+        OSError: the last checkpoint could not be written. The previous one is whole.
     """
     began = time.perf_counter()
     deadline = began + 60 * (config.training.max_wall_time or math.inf)

@@ -1,1 +1,1 @@
-"""Checkpoints: what is in one, writing, reading."""
+"""Checkpoints: their contents, their folder, writing and reading."""

@@ -1,7 +1,7 @@
-"""The folder of checkpoints: their names, their checksums, and which of them are kept.
+"""The folder of checkpoints: names, checksums, and which checkpoints are kept.
 
     checkpoints/step-00000512/
-        shard-00001-model-….safetensors   of rank 0, one or more; any number of ranks reads them
+        shard-00001-model-….safetensors   one or more per rank; any number of ranks can read them
         progress.json                     step, position in the data, counters, identity
         manifest.json                     size and SHA-256 of each file; written last
     checkpoints/latest -> step-00000512
@@ -69,17 +69,17 @@ def point_latest(checkpoint: Path) -> None:
 
 
 def mend_latest(newest: Path) -> None:
-    """Point `latest` at the newest whole checkpoint, if a kill came between it and its link."""
+    """Point `latest` at the newest whole checkpoint, if a kill came between rename and link."""
     if dist.get_rank() == 0 and newest.with_name("latest").resolve() != newest.resolve():
-        # A finished run may lie on a read-only disk by now.
+        # A finished run may be on a read-only disk by now.
         with contextlib.suppress(OSError):
             point_latest(newest)
 
 
 def remove_old(newest: Path, config: Config) -> None:
-    """Remove, oldest first, the checkpoints before `newest` that `config.checkpoint` does not keep.
+    """Remove checkpoints older than `newest` that `config.checkpoint` does not keep, oldest first.
 
-    Later ones than `newest` stay.
+    Newer checkpoints stay.
     """
     paths = [path for path in reversed(complete_checkpoints(newest.parent)) if path <= newest]
     kept = {*paths[-config.checkpoint.keep_last :], *permanent(paths, config)}

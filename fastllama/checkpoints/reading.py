@@ -1,4 +1,4 @@
-"""Reading checkpoints: which one is whole, which one belongs to the run, and its tensors."""
+"""Reading checkpoints: finding damage, finding the newest one of a run, loading tensors."""
 
 import json
 import warnings
@@ -28,7 +28,7 @@ def newest_checkpoint(
     """
     paths = [complete_checkpoints(folder)]
     if dist.is_initialized():
-        # On a shared file system a node may still list a folder that another one has removed.
+        # On a shared file system a node may still list a folder that another node has removed.
         dist.broadcast_object_list(paths)
     unusable: dict[Path, str] = {}
     foreign = None
@@ -50,9 +50,9 @@ def newest_checkpoint(
 def find_damage(path: Path, wanted: str = "") -> str | None:
     """Check a checkpoint against its manifest; return what is wrong, or None.
 
-    The contents of a file count only if it may hold a tensor whose name begins with `wanted`; of
-    other files only the size counts. All ranks of a run call this together: each reads a share of
-    the files, and all return the same.
+    Checksums are compared for files that may hold a tensor whose name begins with `wanted`. Of
+    other files only the sizes are compared. All ranks of a run call this together: each reads a
+    share of the files, and all return the same.
     """
     if not dist.is_initialized():
         return _find_damage_in_share(path, 0, 1, wanted)
@@ -76,7 +76,7 @@ def _find_damage_in_share(path: Path, rank: int, size: int, wanted: str) -> str 
         return f"{manifest} is missing or unreadable"
     if unlisted:
         return f"{path / min(unlisted)} is not in {manifest.name}"
-    # Dealt out in the order of their sizes, so that the shares are equal.
+    # Dealt out in order of size, so that all ranks read about as much.
     for name in names[rank::size]:
         try:
             whole = (path / name).stat().st_size == entries[name]["bytes"]
@@ -104,7 +104,7 @@ def _may_hold(file: Path, wanted: str) -> bool:
 
 
 def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
-    """Why an undamaged checkpoint does not belong to a run with `identity`, or None."""
+    """Return why an undamaged checkpoint does not belong to a run with `identity`, or None."""
     try:
         saved, _ = _read(path)
     except (OSError, ValueError, KeyError, TypeError):
@@ -131,7 +131,7 @@ def _read(path: Path) -> tuple[dict[str, Any], TrainProgress]:
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place, however they are sharded, with the values saved by their names.
+    """Load the saved values into `tensors` in place, by name; they may be sharded in any way.
 
     Raises:
         ValueError: the checkpoint lacks a tensor, or it cannot be read.

@@ -1,4 +1,4 @@
-"""What an update changes, and therefore what a checkpoint holds."""
+"""The state that updates change and checkpoints hold, and its names on disk."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ MODEL = "model."
 
 @dataclass
 class TrainProgress:
-    """How far a run has come. With weights and moments it is all that a resumed run needs."""
+    """The progress of a run. Resuming needs this, the weights and the moments."""
 
     step: int = 0
     """Optimizer updates done, skipped ones included."""
@@ -47,7 +47,7 @@ class TrainState:
 def checkpoint_name(parameter: str) -> str:
     """The name of a parameter of `Llama` in a checkpoint.
 
-    Names on disk stay when a module moves: each norm was once a module of the block.
+    Names on disk stay when a module moves. Both norms were modules of the block before.
     """
     return parameter.replace("attention.norm.", "attention_norm.").replace("mlp.norm.", "mlp_norm.")
 

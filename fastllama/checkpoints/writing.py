@@ -40,13 +40,13 @@ Result = TypeVar("Result")
 FILE_BYTES = 128 * 2**20
 """Size of one file of a rank, unless a single tensor is larger.
 
-PyTorch's writer serialises a whole file with Python's lock held and two copies in memory. Training
-launches no kernel in that time.
+While PyTorch's writer serialises a file, it holds two copies in memory and Python's global lock, so
+training launches no kernel.
 """
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run, one at a time. Every rank has one and calls it alike."""
+    """Writes the checkpoints of a run, one at a time. Every rank has one; all call it together."""
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class CheckpointWriter:
         self._is_main = dist.get_rank() == 0
 
     def save(self, tensors: dict[str, Tensor], progress: TrainProgress) -> None:
-        """Wait for the save before, copy the tensors to host memory, and start to write them.
+        """Wait for the previous save, copy the tensors to host memory, and start writing them.
 
-        When this returns, `tensors` and `progress` may change.
+        After the return the caller may change `tensors` and `progress`.
         """
         start = time.perf_counter()
         self.wait()
@@ -137,7 +137,7 @@ class CheckpointWriter:
             str(aside), fqn_to_index_mapping=file_numbers(staged), save_distributed=True
         )
         try:
-            # Of equal replicas the planner lets one write. The files are durable when this returns.
+            # The planner lets one replica write. `save` returns when the files are durable.
             with own_stream(self._device):
                 dcp.save(staged, storage_writer=writer, process_group=self._group)
         except CheckpointException as error:
@@ -148,7 +148,7 @@ class CheckpointWriter:
         self._on_main(lambda: self._complete(aside, final, progress, files))
 
     def _make_room(self, aside: Path) -> None:
-        # Without its parents: a run folder that was deleted is not made anew.
+        # Without parents, so that a deleted run folder does not reappear.
         self._folder.mkdir(exist_ok=True)
         for pattern in (".step-*.partial", ".step-*.removed"):
             for leftover in self._folder.glob(pattern):
@@ -166,7 +166,7 @@ class CheckpointWriter:
 
     def _tidy(self, newest: Path) -> None:
         try:
-            # Before anything older is removed.
+            # The new checkpoint must be durable before an older one is removed.
             fsync_folder(self._folder)
             point_latest(newest)
             remove_old(newest, self._config)
@@ -198,7 +198,7 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # What was staged is good, whatever ended the run.
+        # The staged copy is valid, whatever ended the run.
         if self._thread is not None:
             self._thread.join()
 
@@ -225,7 +225,7 @@ def _n_shards(tensor: Tensor) -> int:
 
 
 def own_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Keep the thread's waits inside from including the kernels of training on `device`."""
+    """Keep the thread inside from waiting for the kernels of training on `device`."""
     if device.type != "cuda":
         return contextlib.nullcontext()
     # PyTorch's writer waits for the current stream every 10 MB, even for tensors in host memory.

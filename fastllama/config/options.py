@@ -43,9 +43,9 @@ class ModelConfig:
     rope_scaling_factor: float = 1.0
     """Llama 3 scaling of the rotary frequencies; 1 does not scale."""
     rope_low_freq_factor: float = 1.0
-    """Llama 3 scaling: wavelengths above context / this are divided by the factor."""
+    """Llama 3 scaling: divides frequencies of wavelengths above context / this by the factor."""
     rope_high_freq_factor: float = 4.0
-    """Llama 3 scaling: wavelengths below context / this do not change."""
+    """Llama 3 scaling: keeps frequencies of wavelengths below context / this."""
     rope_original_max_seq_len: int = 8192
     """Llama 3 scaling: the context that both factors refer to."""
 
@@ -122,7 +122,7 @@ class TrainingConfig:
     z_loss: float = 0.0
     """Weight of the mean squared log-normalizer in the training loss; PaLM uses 1e-4."""
     label_smoothing: float = 0.0
-    """Share of the training loss that is spread evenly over the vocabulary."""
+    """Probability that the training targets spread evenly over the vocabulary."""
 
     # Validation.
     eval_interval: int = 250

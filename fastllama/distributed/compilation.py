@@ -1,4 +1,4 @@
-"""torch.compile: the compiled modules, the time the first update may take, and later graphs."""
+"""torch.compile: which modules are compiled, the first update's timeout, and later graphs."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def compile_model(model: Llama, config: Config) -> None:
 
 
 class CompileWatch:
-    """Gives the first update time to compile, and reports graphs that are compiled later."""
+    """Extends the timeout of the first update, and reports graphs that are compiled later."""
 
     def __init__(self, config: Config, world: World, console: Console, began: float) -> None:
         """`began` is the start of the run, by time.perf_counter."""

@@ -1,8 +1,8 @@
 """Deterministic runs: PyTorch's deterministic mode for the duration of a training.
 
-Two runs of one configuration, on the same devices and as many of them, then produce the same bits.
-Our own parts need no mode: kernels use no atomics, data order and random numbers are computed, and
-collectives reduce in the fixed order of the library's ring.
+Two runs of one configuration on equal devices, and as many of them, then produce the same bits. Our
+own code needs no mode: kernels use no atomics, data order and random numbers are functions of the
+seed, and collectives reduce in the fixed order of the library's ring.
 """
 
 import os
@@ -22,7 +22,7 @@ _WORKSPACES = (":4096:8", ":16:8")
 
 
 def fix_cublas_workspace() -> None:
-    """Give cuBLAS one workspace a stream, before CUDA starts.
+    """Set a deterministic cuBLAS workspace. Call it before CUDA starts.
 
     Raises:
         ValueError: the environment sets a workspace that is not deterministic.

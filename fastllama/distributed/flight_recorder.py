@@ -5,14 +5,14 @@ from pathlib import Path
 
 DUMP_VARIABLE = "TORCH_FR_DUMP_TEMP_FILE"
 
-# A variable with its older names, which torch still reads, and its value.
+# Each setting: the name of its variable, an older name that torch also reads, and the value.
 _COLLECTIVES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"
 _DUMP = ("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"
 _DUMP_NAMES = (DUMP_VARIABLE, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 
 
 def record_collectives(folder: Path) -> str:
-    """Make the next process group record. Variables that the user has set stay.
+    """Make the next process group record its collectives. Variables set by the user stay.
 
     Returns:
         The path of the dumps; torch appends the rank.

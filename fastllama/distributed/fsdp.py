@@ -1,4 +1,4 @@
-"""FSDP2: the model sharded over the processes; one process is the same case."""
+"""FSDP2: shards the model over the processes. A single process runs the same code."""
 
 import dataclasses
 from functools import partial
@@ -40,7 +40,7 @@ def shard_model(model: Llama, config: Config, world: World) -> None:
     reshard = config.parallel.reshard_after_forward
     assert reshard != "auto"
     for block in model.blocks:
-        # The backward begins with the last block, so freeing it would only gather it again at once.
+        # The backward begins with the last block: if freed, it would be gathered again at once.
         shard(block, reshard_after_forward=reshard and block is not model.blocks[-1])
     # The same holds for the embedding, the final norm and the output projection.
     shard(model, reshard_after_forward=False)
@@ -65,7 +65,7 @@ def _prefetch_one_ahead(model: Llama) -> None:
 def reshard(model: Llama) -> None:
     """Free gathered parameters after a forward without a backward.
 
-    Until then the model's parameters are not the shards that the optimizer and checkpoints use.
+    Afterwards the model's parameters are again the shards that optimizer and checkpoints use.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -75,9 +75,9 @@ def reshard(model: Llama) -> None:
 def set_last_micro_batch(model: FSDPModule, is_last: bool, reshard: bool) -> None:
     """Reduce gradients after the last micro-batch of an update only.
 
-    Until then each device accumulates its own gradients in `parallel.reduce_dtype`. Unless
-    `reshard` frees them to save memory, gathered parameters stay as well. An update then
-    communicates once, however many micro-batches it has.
+    Before that each device accumulates its own gradients in `parallel.reduce_dtype`. Gathered
+    parameters stay too, unless `reshard` frees them to save memory. An update then communicates
+    once, however many micro-batches it has.
     """
     model.set_requires_gradient_sync(is_last)
     model.set_is_last_backward(is_last)

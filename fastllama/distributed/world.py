@@ -1,4 +1,4 @@
-"""Processes and their devices; one process is the same case."""
+"""The processes of a run and their devices. A single process runs the same code."""
 
 import ctypes
 import os
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run."""
+    """This process among the processes of the run."""
 
     rank: int
     size: int
@@ -44,7 +44,7 @@ class World:
                 outcome = [error]
         dist.broadcast_object_list(outcome)
         if isinstance(outcome[0], ValueError):
-            # Removed from the list: frame and error would hold each other in a cycle, and with them
+            # pop, because the list would keep error and frame in a reference cycle. The frame holds
             # the process group, whose threads abort the interpreter at shutdown.
             raise outcome.pop()
         return cast(Result, outcome[0])
@@ -64,7 +64,7 @@ class World:
 
     def set_timeout(self, minutes: float) -> None:
         """Set the timeout of later collectives; every process calls it."""
-        # Otherwise one could wait under the new timeout while another works under the old one.
+        # Otherwise one process could wait under the new timeout and another under the old one.
         dist.barrier()
         for group in (dist.group.WORLD, *self.mesh.get_all_groups()):
             _set_pg_timeout(timedelta(minutes=minutes), group)
@@ -140,7 +140,7 @@ def distributed(config: Config) -> Iterator[World]:
     except Exception as error:
         if dist.get_world_size() == 1:
             raise
-        # Asked before the group is destroyed, because its end makes the peers fail.
+        # Ask before destroying the group, which makes the peers fail.
         if _is_first_failure():
             raise RankFailedError(dist.get_rank()) from error
         raise PeerFailedError from error
@@ -165,7 +165,7 @@ def _is_first_failure() -> bool:
     try:
         return bool(_get_default_store().add("fastllama/failures", 1) == 1)
     except RuntimeError:
-        # The process that held the store is gone.
+        # The process that hosts the store has exited.
         return False
 
 

@@ -33,7 +33,7 @@ class LoadedRun:
 def load_run(path: Path, device: torch.device) -> LoadedRun:
     """Load the newest whole checkpoint of a run folder, or one checkpoint inside it.
 
-    Only the weights are read and checked, not AdamW's moments, two thirds of a checkpoint.
+    AdamW's moments, two thirds of a checkpoint, are neither read nor checked.
 
     Raises:
         ValueError: there is no run or checkpoint, or the checkpoint is damaged.

@@ -8,7 +8,7 @@ import torch
 
 
 class Clock:
-    """Seconds since training began: all of them, and those outside of side jobs."""
+    """Seconds since training began, with and without side jobs."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -41,9 +41,9 @@ class Clock:
 class DeviceClock(Clock):
     """A `Clock` whose training seconds are measured between events on the current CUDA stream.
 
-    The host learns of an update's end only after it has launched the next one, but at once before a
-    side job. By the host's clock the update before a side job is therefore too short, and the one
-    after it too long.
+    The host reads an update's end after it has launched the next update, but before a side job it
+    reads the end at once. By the host's clock the update before a side job would be too short, and
+    the update after it too long.
     """
 
     def __init__(self) -> None:

@@ -26,9 +26,9 @@ class Recorder:
     def __init__(
         self, config: Config, world: World, run: Path, console: Console, last_step: int
     ) -> None:
-        """Open the logs in the folder `run`, to continue after update `last_step`."""
+        """Open the logs in the folder `run`, of a run that resumes after update `last_step`."""
         self._config, self._world, self._run, self._console = config, world, run, console
-        # Updates of this session; those that a rewind repeats count again.
+        # Updates of this session. An update that a rewind repeats counts again.
         self._n_done = 0
         self._result: UpdateResult | None = None
         self._row: Row | None = None
@@ -48,7 +48,7 @@ class Recorder:
         self.restart(last_step)
 
     def restart(self, last_step: int) -> None:
-        """Continue after update `last_step`; the counts of the session go on."""
+        """Reopen the logs after update `last_step`; the counts of the session continue."""
         if self._world.is_main:
             self._close_log()
             tensorboard = self._config.logging.tensorboard
@@ -91,12 +91,12 @@ class Recorder:
         )
 
     def add_validation(self, loss: float, bits_per_byte: float) -> None:
-        """Add a validation to the row of the update before it."""
+        """Add a validation to the row of the last update."""
         assert self._row is not None
         self._row.val_loss, self._row.val_bits_per_byte = loss, bits_per_byte
 
     def flush(self) -> None:
-        """Write the held row, if its update is one to log."""
+        """Write the held row if its update is due for logging."""
         row, self._row = self._row, None
         if row is None or self._result is None:
             return

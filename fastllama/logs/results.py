@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one update gave. It is the same on every rank, but for the seconds."""
+    """The result of one update. All fields but the seconds are the same on every rank."""
 
     step: int
     """Optimizer updates since the run began, from 1."""
@@ -32,7 +32,7 @@ class LateScalars:
     """Copies a small vector off the device without making the host wait for its update.
 
     `send` starts the copy to pinned memory. `receive`, called after the next update was launched,
-    waits only for a copy that ended long ago.
+    waits for a copy that has usually ended.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class LateScalars:
         self._copied: torch.cuda.Event | None = None
 
     def send(self, values: Tensor) -> None:
-        """Start to copy a 1-D float tensor."""
+        """Start copying a 1-D float tensor."""
         if values.device.type == "cpu":
             self._host = values
             return

@@ -37,9 +37,9 @@ class Row:
     eta_s: float
     """Wall seconds left, at the average pace of this session."""
     mfu_causal: float | None = None
-    """Model FLOPs over the devices' peak; attention counts below the diagonal only."""
+    """Model FLOPs over the devices' peak; attention is counted below the diagonal only."""
     mfu_palm: float | None = None
-    """Model FLOPs over the devices' peak; attention counts in full, as in the PaLM paper."""
+    """Model FLOPs over the devices' peak; attention is counted in full, as in the PaLM paper."""
     val_loss: float | None = None
     """Mean negative log-likelihood on the held-out split after this update, in nats."""
     val_bits_per_byte: float | None = None

@@ -100,7 +100,10 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run both branches; `rotary` is (cos, sin), (T, R) each. No stream starts one with `x`."""
+        """Run both branches; return (output to add, stream), (B, T, D) each.
+
+        `rotary` is (cos, sin), (T, R) each. The first block gets no stream: `x` becomes it.
+        """
         x_BTD, stream_BTD = self.attention(x_BTD, stream_BTD, rotary, cache)
         x_BTD, stream_BTD = self.mlp(x_BTD, stream_BTD)
         return x_BTD, stream_BTD
@@ -178,9 +181,9 @@ class Llama(nn.Module):
         return (softcap * torch.tanh(wide_BTV / softcap)).to(logits_BTV.dtype)
 
     def tie_weights(self) -> None:
-        """Make the output projection the embedding, where the configuration says so.
+        """Use the embedding as the output projection, if the configuration ties them.
 
-        Call it again after `to_empty`, which allocates the two apart.
+        Call it again after `to_empty`, which allocates two weights.
         """
         if self.config.tied_embeddings:
             self.output.weight = self.embedding.weight
@@ -221,7 +224,7 @@ class Llama(nn.Module):
             full = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             full.normal_(std=std, generator=generator)
             if isinstance(parameter, DTensor):
-                # None: every rank drew the same values, so nothing has to be sent.
+                # src_data_rank=None sends nothing: every rank drew the same values.
                 full = distribute_tensor(
                     full, parameter.device_mesh, parameter.placements, src_data_rank=None
                 )

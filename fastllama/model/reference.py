@@ -102,7 +102,7 @@ class ReferenceLlama(nn.Module):
         return -log_likelihood.gather(-1, targets.unsqueeze(-1)).mean()
 
     def packed_names(self) -> dict[str, list[str]]:
-        """The parameters of this model that, stacked on dim 0, make each one of `Llama`."""
+        """For each parameter of `Llama`, the parameters of this model that it stacks on dim 0."""
         names = {"embedding.weight": ["embedding.weight"], "norm.weight": ["norm.weight"]}
         if not self.config.tied_embeddings:
             names["output.weight"] = ["output.weight"]

@@ -22,9 +22,9 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     """Angle in radians that one position rotates each pair by, (R,) float64.
 
     theta^(-2i/K) for pair i. With `rope_scaling_factor` the scaling of Llama 3.1 applies
-    (https://arxiv.org/abs/2407.21783): a wavelength longer than context / low_freq_factor is
-    divided by the factor, one shorter than context / high_freq_factor stays, and those between are
-    interpolated.
+    (https://arxiv.org/abs/2407.21783). It divides the frequencies of wavelengths above context /
+    low_freq_factor by the factor, keeps those of wavelengths below context / high_freq_factor, and
+    interpolates between.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     frequencies = config.theta**-exponents

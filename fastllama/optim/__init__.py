@@ -1,1 +1,1 @@
-"""The optimizer: AdamW, the learning-rate schedule, spike detection."""
+"""The optimizer: AdamW, clipping and skipping, the learning-rate schedule, spike detection."""

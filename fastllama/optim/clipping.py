@@ -1,4 +1,4 @@
-"""One optimizer update: gradients are clipped, and a bad update is skipped, on the device."""
+"""One optimizer update. The device clips gradients and skips a bad update."""
 
 import math
 
@@ -28,9 +28,9 @@ def update(
     """Apply one update, or skip it if `loss` or the gradient norm is not finite or is a spike.
 
     A gradient norm above `max_norm` is scaled down to it; `max_norm` 0 never clips. A skipped
-    update leaves parameters, moments and AdamW's step count unchanged. The fused kernel does both,
-    through the two scalars that a gradient scaler would pass to it: the host reads nothing, and no
-    extra pass over the gradients runs.
+    update leaves parameters, moments and AdamW's step count unchanged. The fused kernel scales and
+    skips by the two scalars that a gradient scaler would pass to it. So the host reads nothing, and
+    there is no extra pass over the gradients.
 
     Returns:
         The global gradient norm before clipping, and the index of the reason in `SKIP_REASONS`.
@@ -52,8 +52,8 @@ def update(
         loss_spike, norm_spike = spikes.observe(loss, norm).float()
         skipped = torch.stack((skipped, 3 * loss_spike, 2 * norm_spike)).amax()
     if has_replicas:
-        # Each replica sums the norm by itself. If one applied an update that another skipped, the
-        # replicas would train different models from then on.
+        # Each replica computes the norm itself. If one replica applied an update that another one
+        # skipped, they would train different models from then on.
         dist.all_reduce(skipped, dist.ReduceOp.MAX)
     # AdamW divides gradients by grad_scale, and does nothing where found_inf is 1.
     optimizer.grad_scale = (norm / (max_norm or math.inf)).clamp(min=1.0)  # type: ignore[attr-defined]

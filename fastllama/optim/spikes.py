@@ -7,9 +7,9 @@ PaLM (Chowdhery et al. 2022, section 5.1) found that skipping the batches around
 Two things differ from OLMo-core. First, mean and variance are exponential and need no stored
 window: the state is five numbers. The n-th of the first `WINDOW` updates has weight 1/n, so the
 statistics are exact until then (Finch 2009, "Incremental calculation of weighted mean and
-variance"). Second, a spike counts as if it were exactly at the limit. A single spike, however high,
-then moves the mean by z / `WINDOW` standard deviations. A lasting higher level widens the limit by
-an eighth an update at z = 6, until it is no spike any more.
+variance"). Second, a spike enters the statistics as if it were exactly at the limit. A single
+spike, however high, then moves the mean by z / `WINDOW` standard deviations. If values stay high,
+the limit widens by an eighth per update at z = 6, until they are no spikes any more.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from torch import Tensor
 WINDOW = 128
 """Time constant of the statistics, in updates."""
 WARM_UP = 100
-"""Updates observed before any is a spike: fewer do not tell the variance."""
+"""Updates observed before any counts as a spike: fewer are too few to estimate the variance."""
 
 
 class SpikeDetector:
     """Mean and variance of the finite updates of a run; tells whether the next one is a spike.
 
-    Every rank has one. They agree, because loss and norm are averaged over the ranks first.
+    Every rank has a detector. All agree, because loss and norm are averaged over the ranks first.
     """
 
     def __init__(self, z_score: float, device: torch.device, seen: Sequence[float] = ()) -> None:

@@ -17,9 +17,9 @@ from fastllama.training.skipped_steps import SkippedSteps
 
 
 class UpdateMonitor:
-    """Passes each result to the recorder and to the policy for skipped updates.
+    """Passes the result of each update to the recorder and to `SkippedSteps`.
 
-    Every rank has one, and all ranks decide alike, because the scalars are averaged over them.
+    Every rank has a monitor. All decide the same, because the scalars are averaged over the ranks.
     """
 
     def __init__(self, session: Session, progress: TrainProgress) -> None:
@@ -43,7 +43,9 @@ class UpdateMonitor:
         return self.stop or self.skipped.series is not None
 
     def push(self, values: Tensor, data_wait_seconds: float) -> None:
-        """Take (loss, grad_norm, skip reason, stop) of the update just launched, on the device.
+        """Take the result of the update just launched, as `train_step` returns it.
+
+        `data_wait_seconds` counts since the loader was opened.
 
         Raises:
             TrainingFailedError: too many updates in a row were skipped.

@@ -1,4 +1,4 @@
-"""What all parts of a training share."""
+"""The values that all parts of a training share."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,14 @@ from fastllama.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Session:
-    """One process's part in a training, from start to exit. Nothing in it changes."""
+    """The part of one process in a training, from start to exit. Nothing in it changes."""
 
     config: Config
-    """Options, with "auto" of `parallel.reshard_after_forward` resolved."""
+    """Options, with `parallel.reshard_after_forward` = "auto" resolved."""
     given: Config
     """Options as the user gave them."""
     memory: str
-    """Whether parameters are resharded after the forward, and why."""
+    """One phrase: whether parameters are resharded after the forward, and why."""
     run: RunFolder
     dataset: Dataset
     world: World
@@ -28,4 +28,4 @@ class Session:
     flight_records: str | None
     """Where NCCL's flight recorder writes, without the rank; None if it is off."""
     identity: dict[str, Any]
-    """What may not change between the sessions of a run: model, seed, tokens an update, data."""
+    """The options that all sessions of a run share: model, seed, tokens per update, data."""

@@ -37,7 +37,7 @@ def open_session(
 ) -> Iterator[Session]:
     """Check the options, open the data, join the processes, lock the run folder.
 
-    On exit the lock is released and the process group is left.
+    On exit, release the lock and leave the process group.
 
     Raises:
         ValueError: options, data, device and run folder do not fit together. Nothing was written.
@@ -89,7 +89,7 @@ def prepare_environment(config: Config, run: RunFolder) -> str | None:
 def locked_by_main(run: RunFolder, world: World) -> Iterator[None]:
     """Hold the run folder's lock on the main process.
 
-    Taken before anything in the folder is read: another process may be about to finish the run.
+    Take it before reading the folder: another process may be about to finish the run.
     """
     with ExitStack() as held:
         world.from_main(lambda: held.enter_context(run.locked()))
@@ -137,9 +137,10 @@ def start_run(session: Session, start: Start) -> Operators:
 
 
 def choose_operators(session: Session) -> tuple[Operators, str]:
-    """Choose the operators of the model; return them, and their names and the reason for them.
+    """Choose the operators of the model; return them, and one phrase with their names and why.
 
-    The main process chooses for all: backends that round differently would not train one model.
+    The main process chooses for all ranks. Ranks with different backends would round differently
+    and train different models.
 
     Raises:
         ValueError: `training.kernels` or `training.attention` cannot run here.
@@ -184,7 +185,7 @@ def build_state(session: Session, start: Start, operators: Operators) -> TrainSt
 
 
 def open_loader(session: Session, state: TrainState) -> BatchLoader:
-    """This rank's micro-batches, from the position that the run has reached."""
+    """The micro-batches of this rank, from the position that the run has reached."""
     config, world = session.config, session.world
     return BatchLoader(
         session.dataset.train,
@@ -201,7 +202,7 @@ def open_loader(session: Session, state: TrainState) -> BatchLoader:
 
 @contextmanager
 def explained_out_of_memory(progress: TrainProgress) -> Iterator[None]:
-    """Turn a device's out-of-memory error into one sentence with the remedies."""
+    """Replace a device's out-of-memory error by one sentence with the remedies."""
     try:
         yield
     except torch.OutOfMemoryError as error:

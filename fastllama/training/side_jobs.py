@@ -66,7 +66,7 @@ class SideJobs:
             self.monitor.recorder.add_validation(loss, bits_per_byte(loss, session.dataset))
 
     def sample(self) -> None:
-        """Continue the sample prompt, show the text and log it."""
+        """Continue the sample prompt, print the text and log it."""
         session, step = self.session, self.state.progress.step
         logging = session.config.logging
         if not logging.sample_interval:
@@ -101,13 +101,13 @@ class SideJobs:
         return text
 
     def save(self) -> None:
-        """Start to write a checkpoint of this update, and draw the plot."""
+        """Start writing a checkpoint of this update, and draw the plot."""
         session, progress = self.session, self.state.progress
         self.monitor.flush()
         self.monitor.recorder.sync()
         with self.monitor.side_job():
             spikes = self.state.spikes
-            # Reading them waits for the device, as the save does anyway.
+            # `tolist` waits for the device. The save waits too, so it costs nothing.
             progress.spikes = [] if spikes is None else spikes.state.tolist()
             self.writer.save(self.state.tensors(), progress)
             if session.world.is_main:
@@ -115,7 +115,7 @@ class SideJobs:
                     plot_loss(session.run.metrics_csv, session.run.loss_plot, session.run.path.name)
 
     def finish(self) -> None:
-        """Leave a complete checkpoint of this update.
+        """Make sure that a complete checkpoint of this update exists.
 
         Raises:
             OSError: the checkpoint could not be written.
@@ -129,7 +129,7 @@ class SideJobs:
             raise OSError(f"{self.writer.failure}.")
 
     def rewind(self) -> None:
-        """Go back behind the series of skipped updates that the monitor has seen.
+        """Rewind to before the series of skipped updates that the monitor found.
 
         Raises:
             TrainingFailedError: there is no earlier checkpoint, or rewinding to it did not help.
@@ -144,7 +144,7 @@ class SideJobs:
 def side_jobs(session: Session, state: TrainState, began: float) -> Iterator[SideJobs]:
     """The side jobs of a training that started at `began`, by time.perf_counter.
 
-    On exit the checkpoint that is being written is finished.
+    On exit, wait for the checkpoint that is being written.
     """
     world, console = session.world, session.console
     monitor = UpdateMonitor(session, state.progress)

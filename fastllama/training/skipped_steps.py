@@ -5,8 +5,8 @@ decides on the host what follows.
 
 PaLM (Chowdhery et al. 2022, section 5.1) rewound by hand: it restarted from a checkpoint before a
 loss spike and skipped the batches up to the spike's end. The batches were not bad by themselves,
-only together with that state of the weights. Where a run resumes after a rewind follows from its
-data and options alone, so a run that is killed and resumed takes the same way.
+only together with that state of the weights. A rewind depends on the data and the options alone, so
+a run that is killed and resumed rewinds in the same way.
 """
 
 import json
@@ -40,16 +40,16 @@ MAX_REWINDS = 3
 
 @dataclass(frozen=True)
 class SkippedSeries:
-    """Updates skipped one after the other."""
+    """Skipped updates in a row."""
 
     first_step: int
     last_step: int
     next_position: int
-    """Position in the data order after the last of them."""
+    """Position in the data order after the last skipped update."""
 
 
 class SkippedSteps:
-    """Counts skipped updates in the run's progress, reports them, and keeps their batches."""
+    """Counts skipped updates in the run's progress, reports them, and records their batches."""
 
     def __init__(self, session: Session, progress: TrainProgress) -> None:
         self.series: SkippedSeries | None = None
@@ -129,13 +129,13 @@ def batch_positions(end_position: int, config: Config) -> tuple[int, int]:
 
 @dataclass
 class Rewinder:
-    """Takes a run back to an earlier checkpoint. Every rank has one and calls it alike."""
+    """Rewinds a run to an earlier checkpoint. Every rank has one; all call it together."""
 
     session: Session
     state: TrainState
     writer: CheckpointWriter
     n_rewinds: int = 0
-    """Rewinds to the checkpoint `last`."""
+    """Rewinds to the checkpoint `last` so far."""
     last: Path | None = None
 
     def rewind(self, skipped: SkippedSeries) -> None:
