@@ -100,7 +100,7 @@ def test_skipped_update_changes_nothing(where: str, bad: float, max_norm: float)
     for after, then in zip(state_copy(model, optimizer), before, strict=True):
         assert torch.equal(after, then)
 
-    # The next update is that of a run without the skipped one.
+    # The next update gives the same state as in a run without the skipped update.
     for model, optimizer in runs:
         set_gradients(model, seed=2)
         _, skipped = update(optimizer, FINITE_LOSS, max_norm)
