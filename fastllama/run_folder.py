@@ -146,7 +146,12 @@ class RunFolder:
         write_atomic(self.tokenizer, tokenizer.read_bytes())
         self._record_session()
         if self.exists and not self.has_checkpoints and self.load_config() != config:
-            set_aside(self.config)
+            aside = set_aside(self.config)
+            report_once(
+                str(self.config),
+                f"{self.path} has no checkpoint: it starts anew, and its options are kept as "
+                f"{aside.name}.",
+            )
         write_atomic(self.config, resolved_toml(config))
 
     def _record_session(self) -> None:
@@ -197,7 +202,7 @@ def environment() -> dict[str, Any]:
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        # As in a shell's $'…' where a byte is not UTF-8: JSON has no other place for it.
+        # JSON cannot hold a byte that is not UTF-8.
         "command": [
             os.fsencode(part).decode(errors="backslashreplace")
             for part in (sys.executable, *sys.argv)

@@ -133,7 +133,7 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
             return False
         with (
             side_jobs(session, state, began) as jobs,
-            explained_out_of_memory(state.progress),
+            explained_out_of_memory(session.config, progress=state.progress),
         ):
             while True:
                 with open_loader(session, state) as loader:

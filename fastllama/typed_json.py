@@ -24,10 +24,13 @@ def read_json(path: Path, kind: type[T]) -> T:
     `__pydantic_config__ = ConfigDict(extra="forbid")` rejects unknown fields.
 
     Raises:
-        DamagedFileError: the file is too large, not JSON, or has a field of another type; the
-            message names the file and the field.
+        DamagedFileError: the path is not a regular file, or the file is too large, not JSON, or has
+            a field of another type; the message names the file and the field.
         OSError: the file cannot be read.
     """
+    # A pipe would wait for a writer.
+    if path.exists() and not path.is_file():
+        raise DamagedFileError(f"{path} is not a regular file")
     with open(path, "rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:

@@ -1,10 +1,21 @@
 """The folder of a run: its lock, and errors for other folders."""
 
+import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from fastllama import atomic
+from fastllama.config import Config, TrainingConfig
 from fastllama.run_folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def nothing_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what this process has reported."""
+    monkeypatch.setattr(atomic, "_reported", set())
 
 
 @pytest.mark.parametrize("name", ["gone", "config.toml"])
@@ -59,3 +70,101 @@ def test_damaged_configuration_is_named(tmp_path: Path, text: bytes, message: st
     run.config.write_bytes(text)
     with pytest.raises(ValueError, match=f"^{run.config}.*{message}"):
         run.load_config()
+
+
+def started(path: Path) -> RunFolder:
+    """A run folder after a start that failed before the first checkpoint."""
+    run = RunFolder(path)
+    (path / "tokenizer").touch()
+    run.create(Config(), path / "tokenizer")
+    return run
+
+
+def test_path_inside_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=f"^{path} is not a folder.*choose another --run-dir"):
+            RunFolder(path).locked().__enter__()
+
+
+def test_pipe_is_no_configuration(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.toml")
+    with pytest.raises(ValueError, match="is not a run folder"):
+        RunFolder(tmp_path).load_config()
+
+
+def test_failed_start_may_be_corrected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = started(tmp_path)
+    before = run.config.read_bytes()
+    corrected = Config(training=TrainingConfig(batch_size=1))
+    run.refuse_other_options(corrected)
+    run.create(corrected, run.tokenizer)
+    assert run.load_config() == corrected
+    assert (tmp_path / "passed-over-config.toml-1").read_bytes() == before
+    assert "its options are kept as passed-over-config.toml-1" in capsys.readouterr().err
+    # The same options again leave nothing behind.
+    run.create(corrected, run.tokenizer)
+    assert not (tmp_path / "passed-over-config.toml-2").exists()
+
+
+@pytest.mark.parametrize("name", ["step-00000004", "passed-over-step-00000004-1"])
+def test_run_with_a_checkpoint_keeps_its_options(tmp_path: Path, name: str) -> None:
+    run = started(tmp_path)
+    (run.checkpoints / name).mkdir()
+    with pytest.raises(ValueError, match=r"training.batch_size = 4, not 1; choose another"):
+        run.refuse_other_options(Config(training=TrainingConfig(batch_size=1)))
+
+
+def test_checkpoints_on_a_missing_disk_are_named(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    before = run.config.read_bytes()
+    run.checkpoints.rmdir()
+    run.checkpoints.symlink_to("/nowhere/checkpoints")
+    with pytest.raises(ValueError, match=f"^{run.checkpoints} is not a folder.*mount the disk"):
+        run.create(Config(training=TrainingConfig(batch_size=1)), run.tokenizer)
+    assert run.config.read_bytes() == before
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut": b'[\n  {\n    "started": "2026-0',
+    "no list": b"{}",
+    "no text": b"\xff\xfe",
+    "nested": 100_000 * b"[",
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, "folder", "pipe", "link to itself"])
+def test_damaged_environment_is_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = started(tmp_path)
+    path = tmp_path / "environment.json"
+    path.unlink()
+    if name == "folder":
+        path.mkdir()
+    elif name == "pipe":
+        os.mkfifo(path)
+    elif name == "link to itself":
+        path.symlink_to(path.name)
+    else:
+        path.write_bytes(DAMAGED[name])
+    run.create(Config(), run.tokenizer)
+    assert len(json.loads(path.read_bytes())) == 1
+    assert os.path.lexists(tmp_path / "passed-over-environment.json-1")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Not used: ")
+    assert str(path) in line
+    assert line.endswith("It is kept as passed-over-environment.json-1.")
+
+
+def test_environment_keeps_all_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The second argument is a file name that is not UTF-8.
+    monkeypatch.setattr(sys, "argv", ["fastllama", "caf\udce9.toml"])
+    run = started(tmp_path)
+    run.create(Config(), run.tokenizer)
+    sessions = json.loads((tmp_path / "environment.json").read_bytes())
+    assert [session["command"][1:] for session in sessions] == [["fastllama", "caf\\xe9.toml"]] * 2
+    assert capsys.readouterr().err == ""

@@ -1,5 +1,6 @@
 """Typed JSON: exact types, and errors that name the file and the field."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,3 +79,10 @@ def test_lists_of_anything() -> None:
     assert parse_json('[{"a": 1}]', list[dict[str, int]], "x") == [{"a": 1}]
     with pytest.raises(DamagedFileError, match=r"x: 0\.a: "):
         parse_json('[{"a": "1"}]', list[dict[str, int]], "x")
+
+
+def test_pipes_and_folders_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(DamagedFileError, match=f"^{path} is not a regular file$"):
+            read_json(path, Manifest)

@@ -26,6 +26,7 @@ from fastllama.model.operator_choice import build_operators, choose_attention_ba
 from fastllama.optim.adamw import build_optimizer
 from fastllama.optim.spikes import SpikeDetector
 from fastllama.planning.flops import n_parameters
+from fastllama.planning.out_of_memory import is_out_of_memory, out_of_memory
 from fastllama.run_folder import RunFolder, run_identity
 from fastllama.training.session import Session
 from fastllama_kernels import Operators
@@ -49,6 +50,7 @@ def open_session(
         distributed(config) as world,
         deterministic_algorithms(config.training.deterministic),
         locked_by_main(run, world),
+        explained_out_of_memory(config, "while starting"),
     ):
         if not resume:
             world.from_main(lambda: run.refuse_other_options(config))
@@ -201,16 +203,20 @@ def open_loader(session: Session, state: TrainState) -> BatchLoader:
 
 
 @contextmanager
-def explained_out_of_memory(progress: TrainProgress) -> Iterator[None]:
-    """Replace a device's out-of-memory error by one sentence with the remedies."""
+def explained_out_of_memory(
+    config: Config, when: str = "", progress: TrainProgress | None = None
+) -> Iterator[None]:
+    """Replace an out-of-memory error, of a device or the host, by a sentence with the plan.
+
+    `progress` names the update of the error, and `when` any other time.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingFailedError(
-            f"Out of memory in update {progress.step + 1} ({error}); lower "
-            "training.batch_size, or set parallel.reshard_after_forward = true or "
-            "training.activation_checkpointing."
-        ) from None
+    except (RuntimeError, TypeError, MemoryError) as error:
+        if not is_out_of_memory(error) or isinstance(error, TrainingFailedError):
+            raise
+        when = when if progress is None else f"in update {progress.step + 1}"
+        raise TrainingFailedError(out_of_memory(error, config, world_size(), when)) from None
 
 
 def describe_run(session: Session, start: Start, kernels: str) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastllama.train as trainer
 import fastllama.training.setup as setup
 from fastllama.atomic import locked
 from fastllama.config import load_recipe
@@ -139,6 +140,43 @@ def test_failed_setup_removes_the_folders_it_created(
         assert stop.value.code == 2
     # The folder `old` existed before.
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_too_large_a_model_leaves_nothing_in_the_way(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for vocab_size in (10**13, 10**18):
+        with pytest.raises(SystemExit) as stop:
+            train(workspace.recipe, "--run-dir", run, "--model.vocab-size", vocab_size)
+        assert stop.value.code == 1
+        (message,) = capsys.readouterr().err.splitlines()[-1:]
+        assert message.startswith("error: Out of memory while starting: ")
+        assert "choose a smaller model, or use more devices." in message
+    train(workspace.recipe, "--run-dir", run)
+    assert list(losses(run)) == list(range(1, 11))
+
+
+def test_lack_of_memory_in_an_update_has_the_plan(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", fail)
+        with pytest.raises(SystemExit) as stop:
+            train(workspace.recipe, "--run-dir", run)
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert "error: Out of memory in update 1: DefaultCPUAllocator: " in message
+    assert "The plan per device is 0.0 GiB (parameters 0.0, " in message
+    train(workspace.recipe, "--run-dir", run, "--training.batch-size", 1)
+    assert list(losses(run)) == list(range(1, 11))
 
 
 def test_console_reports_the_held_out_split(
