@@ -68,8 +68,8 @@ class CheckpointWriter:
         self._device, self._report = device, report
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        # A separate group, so that the threads' collectives never mix with training's. It
-        # keeps PyTorch's own timeout, because ranks may finish their files minutes apart.
+        # A separate group, so that the threads' collectives never mix with training's. It keeps
+        # PyTorch's own timeout, because ranks may finish their files minutes apart.
         self._group = dist.new_group(backend="gloo")
         self._is_main = dist.get_rank() == 0
 
