@@ -36,8 +36,8 @@ def open_dataset(config: Config) -> Dataset:
 
     Raises:
         ValueError: the folder is missing, incomplete or damaged, was prepared with another
-            tokenizer, has more token ids than `model.vocab_size`, or is shorter than one sequence;
-            or the sample prompt fills a whole sequence.
+            tokenizer, has no training split, has more token ids than `model.vocab_size`, or is
+            shorter than one sequence; or the sample prompt fills a whole sequence.
     """
     if not config.data.path:
         raise ValueError("data.path is empty; give the folder that `fastllama prepare` wrote.")
@@ -49,13 +49,18 @@ def open_dataset(config: Config) -> Dataset:
         )
     manifest = Manifest.load(folder)
     manifest.check_files(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    for source in filter(None, (str(folder / "tokenizer.json"), config.data.tokenizer)):
-        if fingerprint(load_tokenizer(Path(source))) != manifest.tokenizer_fingerprint:
-            raise ValueError(
-                f"{folder} was not prepared with the tokenizer {source}; prepare the data again "
-                "with this tokenizer, or set data.tokenizer to the tokenizer of the data."
-            )
+    tokenizer = manifest.open_tokenizer(folder)
+    source = config.data.tokenizer
+    if source and fingerprint(load_tokenizer(Path(source))) != manifest.tokenizer_fingerprint:
+        raise ValueError(
+            f"{folder} was not prepared with the tokenizer {source}; prepare the data again "
+            "with this tokenizer, or set data.tokenizer to the tokenizer of the data."
+        )
+    if "train" not in manifest.splits:
+        raise ValueError(
+            f"{folder} has no training split: prepare the data again with a smaller "
+            "--validation-fraction."
+        )
     if manifest.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's "

@@ -2,29 +2,41 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from pydantic import ConfigDict, Field
+from tokenizers import Tokenizer
 
-from fastllama.atomic import write_atomic
+from fastllama.data.checksummed_json import FORMAT_VERSION, read_checksummed, write_checksummed
 from fastllama.data.token_file import TokenFile
+from fastllama.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
+from fastllama.typed_json import DamagedFileError
 
-FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
+SHARD_NAME = re.compile(r"(train|validation)-(\d{5,})\.npy")
+"""Names of the shards that `fastllama prepare` writes."""
 # Bounds the memory that checking a shard takes.
 CHECK_CHUNK_TOKENS = 2**20
+
+Count = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$", max_length=255)]
+"""A name inside the folder, never a path."""
 
 
 @dataclass(frozen=True)
 class Shard:
     """One `.npy` file with a 1-D array of token ids."""
 
-    file: str
-    tokens: int
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    file: FileName
+    tokens: Count
     sha256: str  # of the whole file, as sha256sum prints it
 
 
@@ -32,9 +44,11 @@ class Shard:
 class Split:
     """The token stream "train" or "validation", stored as shards."""
 
-    tokens: int
-    documents: int
-    text_bytes: int  # UTF-8 bytes of the documents, for bits per byte
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    tokens: Count
+    documents: Count
+    text_bytes: Count  # UTF-8 bytes of the documents, for bits per byte
     shards: tuple[Shard, ...]
 
 
@@ -42,11 +56,14 @@ class Split:
 class Manifest:
     """The content of `manifest.json`. `splits` leaves out a split without tokens."""
 
-    dtype: str  # "uint16" or "uint32"
-    vocab_size: int
-    end_token_id: int
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    format_version: int = field(default=FORMAT_VERSION, kw_only=True)
+    dtype: Annotated[str, Field(pattern=r"^uint(16|32)$")]
+    vocab_size: Count
+    end_token_id: Count
     tokenizer_fingerprint: str
-    skipped_records: int
+    skipped_records: Count
     splits: dict[str, Split]
 
     @classmethod
@@ -54,8 +71,8 @@ class Manifest:
         """Read the manifest of `folder`.
 
         Raises:
-            ValueError: the folder or the manifest is missing, or the manifest cannot be read or
-                was written by a newer version. An interrupted `prepare` leaves no manifest.
+            ValueError: the folder or the manifest is missing or damaged, or a newer fastllama
+                wrote it. An interrupted `prepare` leaves no manifest.
         """
         if not folder.is_dir():
             raise ValueError(f"data folder {folder} does not exist: make it with fastllama prepare")
@@ -66,26 +83,24 @@ class Manifest:
                 "run the same prepare command again to finish it"
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            version = content.pop("format_version")
-            if version <= FORMAT_VERSION:
-                content["splits"] = {
-                    name: split_from_json(split) for name, split in content["splits"].items()
-                }
-                return cls(**content)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} cannot be read ({error!r}): delete {folder} and prepare the data again"
-            ) from error
-        raise ValueError(
-            f"{path} has format version {version}, and this fastllama reads versions up to "
-            f"{FORMAT_VERSION}: upgrade fastllama or prepare the data again"
-        )
+            manifest = read_checksummed(path, cls)
+            if contradiction := manifest._contradiction():
+                raise DamagedFileError(f"{path}: {contradiction}")
+        except DamagedFileError as error:
+            raise DamagedFileError(
+                f"{error}; restore the file, or delete {folder} and prepare the data again"
+            ) from None
+        return manifest
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` atomically. It marks the folder as complete."""
-        content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        write_atomic(folder / MANIFEST_FILE, json.dumps(content, indent=2) + "\n")
+        content = asdict(self) | {"format_version": FORMAT_VERSION}
+        write_checksummed(folder / MANIFEST_FILE, content)
+
+    @property
+    def is_checksummed(self) -> bool:
+        """Whether a checksum confirmed the manifest when it was read."""
+        return self.format_version > 1
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the token streams and the tokenizer. Equal data has equal values."""
@@ -106,29 +121,83 @@ class Manifest:
             self._open(folder, shard)
 
     def check_contents(self, folder: Path) -> None:
-        """Check the SHA-256 and the token ids of every shard in `folder`. Reads everything.
+        """Check every file of `folder` against the manifest. Reads everything.
 
         Raises:
-            ValueError: as `check_files`, or the checksum differs, or a token id is outside of the
-                vocabulary.
+            ValueError: as `check_files` and `open_tokenizer`, or a checksum differs, a token id is
+                outside of the vocabulary, the number of end tokens is not the number of documents,
+                or the folder holds a shard that is not listed.
         """
-        for shard in self._shards():
-            path = folder / shard.file
-            tokens = self._open(folder, shard)
-            found = sha256_of(path)
-            if found != shard.sha256:
-                raise _damaged(path, f"SHA-256 {found}", shard.sha256)
-            starts = range(0, shard.tokens, CHECK_CHUNK_TOKENS)
-            largest = max(
-                int(tokens.read(start, min(CHECK_CHUNK_TOKENS, shard.tokens - start)).max())
-                for start in starts
+        size = vocabulary_size(self.open_tokenizer(folder))
+        if size != self.vocab_size:
+            path = folder / TOKENIZER_FILE
+            raise damaged(path, f"{size} entries", f"{self.vocab_size}")
+        self._check_unlisted(folder)
+        for name, split in self.splits.items():
+            ends = sum(self._check_shard(folder, shard) for shard in split.shards)
+            if ends != split.documents:
+                raise DamagedFileError(
+                    f"{folder / MANIFEST_FILE} has {split.documents} documents in the split "
+                    f"{name}, but its shards have {ends} end tokens: prepare the data again"
+                )
+
+    def open_tokenizer(self, folder: Path) -> Tokenizer:
+        """The tokenizer that `folder` was prepared with.
+
+        Raises:
+            ValueError: `tokenizer.json` is missing, damaged or another tokenizer.
+        """
+        path = folder / TOKENIZER_FILE
+        tokenizer = load_tokenizer(path)
+        if fingerprint(tokenizer) != self.tokenizer_fingerprint:
+            raise ValueError(
+                f"{folder} was not prepared with the tokenizer {path}; restore the file, or "
+                "prepare the data again with this tokenizer"
             )
-            if largest >= self.vocab_size:
-                raise _damaged(path, f"token id {largest}", f"ids below {self.vocab_size}")
+        return tokenizer
+
+    def _contradiction(self) -> str | None:
+        """What no `prepare` writes, such as counts that do not add up; None if all is well."""
+        names = [shard.file for shard in self._shards()]
+        if len(set(names)) < len(names):
+            return "a shard is listed twice"
+        if self.end_token_id >= self.vocab_size:
+            return f"end_token_id {self.end_token_id} is not below vocab_size {self.vocab_size}"
+        for name, split in self.splits.items():
+            tokens = sum(shard.tokens for shard in split.shards)
+            if tokens != split.tokens:
+                return f"the split {name} has {split.tokens} tokens, and its shards {tokens}"
+        return None
 
     def _shards(self) -> Iterator[Shard]:
         for split in self.splits.values():
             yield from split.shards
+
+    def _check_unlisted(self, folder: Path) -> None:
+        listed = {shard.file for shard in self._shards()}
+        for path in sorted(folder.iterdir()):
+            if SHARD_NAME.fullmatch(path.name) and path.name not in listed:
+                raise DamagedFileError(
+                    f"{path} is not listed in {MANIFEST_FILE}: move the shard away, or delete "
+                    f"{folder} and prepare the data again"
+                )
+
+    def _check_shard(self, folder: Path, shard: Shard) -> int:
+        """Check one shard, and return its number of end tokens."""
+        tokens = self._open(folder, shard)
+        digest = hashlib.sha256(tokens.header)
+        largest, ends = 0, 0
+        for start in range(0, shard.tokens, CHECK_CHUNK_TOKENS):
+            chunk = tokens.read(start, min(CHECK_CHUNK_TOKENS, shard.tokens - start))
+            digest.update(chunk.data)
+            largest = max(largest, int(chunk.max()))
+            ends += int(np.count_nonzero(chunk == self.end_token_id))
+        path = folder / shard.file
+        if digest.hexdigest() != shard.sha256:
+            raise damaged(path, f"SHA-256 {digest.hexdigest()}", shard.sha256)
+        if largest >= self.vocab_size:
+            raise damaged(path, f"token id {largest}", f"ids below {self.vocab_size}")
+        return ends
 
     def _open(self, folder: Path, shard: Shard) -> TokenFile:
         path = folder / shard.file
@@ -137,21 +206,15 @@ class Manifest:
         try:
             tokens = TokenFile(path)
         except FileNotFoundError:
-            raise _damaged(path, "no such file", expected) from None
+            raise damaged(path, "no such file", expected) from None
         except ValueError as error:
-            raise _damaged(path, f"no valid .npy file ({error})", expected) from error
+            raise damaged(path, f"no valid .npy file ({error})", expected) from error
         if tokens.dtype != dtype or tokens.shape != (shard.tokens,):
-            raise _damaged(path, f"{tokens.dtype} of shape {tokens.shape}", expected)
-        size, whole = path.stat().st_size, tokens.offset + shard.tokens * dtype.itemsize
+            raise damaged(path, f"{tokens.dtype} of shape {tokens.shape}", expected)
+        size, whole = path.stat().st_size, len(tokens.header) + shard.tokens * dtype.itemsize
         if size != whole:
-            raise _damaged(path, f"{size} bytes", f"{whole}")
+            raise damaged(path, f"{size} bytes", f"{whole}")
         return tokens
-
-
-def split_from_json(content: dict[str, Any]) -> Split:
-    """Rebuild a `Split` from the JSON of its `dataclasses.asdict`."""
-    shards = tuple(Shard(**shard) for shard in content["shards"])
-    return Split(**{**content, "shards": shards})
 
 
 def sha256_of(path: Path) -> str:
@@ -160,8 +223,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _damaged(path: Path, found: str, expected: str) -> ValueError:
-    return ValueError(
+def damaged(path: Path, found: str, expected: str) -> DamagedFileError:
+    """The error for a file of a data folder that is not as `prepare` wrote it."""
+    return DamagedFileError(
         f"{path} is damaged: found {found}, expected {expected}; "
         f"restore the file, or delete {path.parent} and prepare the data again"
     )

@@ -1,22 +1,18 @@
 """Encodes documents into a data folder of token shards, and resumes after an interruption.
 
-Three files of the folder record its state: `job.json` holds the inputs and settings,
-`progress.json` the position up to which every token is durable, and `manifest.json`, written last,
-marks the data as complete. A resumed run first truncates the shards to the recorded progress, so
-interruptions never change a byte of the result.
+A resumed run first cuts the shards to the recorded progress, so interruptions never change a byte
+of the result. `prepare_state.py` reads and writes the record.
 """
 
-import dataclasses
-import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -24,19 +20,28 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from tokenizers import Tokenizer
 
-from fastllama.atomic import locked, write_atomic
+from fastllama.atomic import locked
 from fastllama.data.documents import (
-    START,
     Document,
     Malformed,
     MalformedFilter,
-    Position,
     find_files,
     read_documents,
 )
 from fastllama.data.encoding import Encoder
-from fastllama.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Shard, Split
-from fastllama.data.shards import SplitProgress, SplitWriter
+from fastllama.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Split
+from fastllama.data.prepare_state import (
+    JobRecord,
+    PrepareProgress,
+    check_tokenizer,
+    claim_folder,
+    delete_folder,
+    delete_progress,
+    record_next_shard,
+    reject_other_files,
+    restore_progress,
+)
+from fastllama.data.shards import SplitWriter
 from fastllama.data.tokenizer import (
     end_token_id,
     fingerprint,
@@ -44,10 +49,8 @@ from fastllama.data.tokenizer import (
     save_tokenizer,
     vocabulary_size,
 )
+from fastllama.printable import printable
 
-JOB_FILE = "job.json"
-PROGRESS_FILE = "progress.json"
-SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 4_000_000
 BATCH_RECORDS = 4096
 COMMIT_SECONDS = 5.0
@@ -66,57 +69,23 @@ class Job:
     validation_fraction: float
     shard_tokens: int
 
-    def describe(self) -> dict[str, Any]:
-        """The job as JSON. Input files appear as path, size and modification time."""
+    def describe(self) -> JobRecord:
+        """The job as `job.json` records it."""
         stats = [(path, path.stat()) for path in self.files]
-        return {
-            "inputs": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
-            "field": self.field,
-            "tokenizer": fingerprint(self.tokenizer),
-            "end_token_id": self.end_token_id,
-            "validation_fraction": self.validation_fraction,
-            "shard_tokens": self.shard_tokens,
-        }
+        return JobRecord(
+            # JSON holds no bytes that are not UTF-8.
+            inputs=tuple((printable(path), at.st_size, at.st_mtime_ns) for path, at in stats),
+            field=printable(self.field),
+            tokenizer=fingerprint(self.tokenizer),
+            end_token_id=self.end_token_id,
+            validation_fraction=self.validation_fraction,
+            shard_tokens=self.shard_tokens,
+        )
 
     @property
     def dtype(self) -> np.dtype:
         """The narrowest dtype for the token ids: uint16 or uint32."""
         return np.dtype("uint16" if vocabulary_size(self.tokenizer) <= 2**16 else "uint32")
-
-
-@dataclass
-class PrepareProgress:
-    """The shards hold all documents before `position`. `skipped` counts malformed records."""
-
-    position: Position = START
-    skipped: int = 0
-    splits: dict[str, SplitProgress] = dataclasses.field(
-        default_factory=lambda: {name: SplitProgress() for name in SPLITS}
-    )
-
-    @classmethod
-    def load(cls, folder: Path) -> "PrepareProgress":
-        """Read the progress of `folder`. A folder without a record is at the beginning."""
-        path = folder / PROGRESS_FILE
-        if not path.exists():
-            return cls()
-        content = json.loads(path.read_text())
-        splits = {}
-        for name, split in content["splits"].items():
-            split["shards"] = [Shard(**shard) for shard in split["shards"]]
-            splits[name] = SplitProgress(**split)
-        return cls(Position(*content["position"]), content["skipped"], splits)
-
-    def save(self, folder: Path) -> None:
-        write_atomic(folder / PROGRESS_FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-
-    @property
-    def documents(self) -> int:
-        return sum(split.documents for split in self.splits.values())
-
-    @property
-    def tokens(self) -> int:
-        return sum(split.tokens for split in self.splits.values())
 
 
 def prepare(
@@ -167,36 +136,38 @@ def prepare(
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     # Before the lock, which would add a file to a folder of other files.
-    _reject_other_files(output)
+    reject_other_files(output)
     with locked(output):
         try:
             return _prepare_folder(output, job, strict, console)
         except BaseException:
-            if is_new and not _has_recorded_work(output):
-                # Errors are ignored because another process may be opening the lock right now.
-                shutil.rmtree(output, ignore_errors=True)
+            if is_new:
+                delete_folder(output)
             raise
 
 
 def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> Manifest:
-    description = job.describe()
-    _claim_folder(output, description)
+    record = job.describe()
+    claim_folder(output, record)
     if (output / MANIFEST_FILE).exists():
         manifest = Manifest.load(output)
         manifest.check_files(output)
-        (output / PROGRESS_FILE).unlink(missing_ok=True)
+        delete_progress(output)
         console.print(f"{output} is already complete")
         return manifest
-    save_tokenizer(job.tokenizer, output / TOKENIZER_FILE)
-    progress = PrepareProgress.load(output)
+    if not check_tokenizer(output, record):
+        save_tokenizer(job.tokenizer, output / TOKENIZER_FILE)
+    progress = restore_progress(output, record)
     dtype = job.dtype
-    writers = {
-        name: SplitWriter(output, name, job.shard_tokens, split, dtype)
+    writers: dict[str, SplitWriter] = {
+        name: SplitWriter(
+            output, name, job.shard_tokens, split, dtype, partial(record_next_shard, output, name)
+        )
         for name, split in progress.splits.items()
     }
     started = time.monotonic()
     _encode(output, job, progress, writers, strict, console)
-    if job.describe() != description:
+    if job.describe() != record:
         raise ValueError(
             f"an input file changed while it was read: delete {output} and prepare the data again"
         )
@@ -207,43 +178,6 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
         f"{progress.skipped:,} malformed records skipped, {time.monotonic() - started:.1f} s"
     )
     return manifest
-
-
-def _reject_other_files(output: Path) -> None:
-    present = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
-    if present and JOB_FILE not in present:
-        raise ValueError(
-            f"{output} holds other files ({present[0]}): choose another --output, or empty the "
-            "folder"
-        )
-
-
-def _claim_folder(output: Path, description: dict[str, Any]) -> None:
-    """Write the description of this job to `output`.
-
-    Shards of another job that recorded no progress are deleted.
-
-    Raises:
-        ValueError: `output` holds recorded work of another job.
-    """
-    if (output / JOB_FILE).exists():
-        earlier = json.loads((output / JOB_FILE).read_text())
-        if earlier == description:
-            return
-        if _has_recorded_work(output):
-            changed = [name for name, value in description.items() if earlier.get(name) != value]
-            raise ValueError(
-                f"{output} holds data of another job ({', '.join(changed)} differ): "
-                "choose another --output, or delete the folder"
-            )
-        for name in SPLITS:
-            for shard in output.glob(f"{name}-*.npy"):
-                shard.unlink()
-    write_atomic(output / JOB_FILE, json.dumps(description, indent=2) + "\n")
-
-
-def _has_recorded_work(output: Path) -> bool:
-    return (output / PROGRESS_FILE).exists() or (output / MANIFEST_FILE).exists()
 
 
 def _encode(
@@ -375,7 +309,7 @@ def _complete_folder(
     )
     manifest.check_files(output)
     manifest.save(output)
-    (output / PROGRESS_FILE).unlink(missing_ok=True)
+    delete_progress(output)
     return manifest
 
 

@@ -1,30 +1,45 @@
 """Writes the tokens of a split into `.npy` shards of equal size. A partial shard is never valid."""
 
+import hashlib
 import io
 import os
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from pydantic import ConfigDict
 
-from fastllama.atomic import fsync_folder
-from fastllama.data.manifest import Shard, sha256_of
+from fastllama.atomic import fsync_folder, no_links
+from fastllama.data.manifest import Count, Shard, damaged, sha256_of
 
 HEADER_BYTES = 128
+CHECK_CHUNK_BYTES = 2**20
 
 
 @dataclass
 class SplitProgress:
     """What is written of one split: complete `shards`, then `open_tokens` in the open shard."""
 
-    documents: int = 0
-    text_bytes: int = 0
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    documents: Count = 0
+    text_bytes: Count = 0
     shards: list[Shard] = field(default_factory=list)
-    open_tokens: int = 0
+    open_tokens: Count = 0
+    open_sha256: str = ""  # of the tokens in the open shard
+    created: Count = 0  # shard files, counted before each one is created
 
     @property
     def tokens(self) -> int:
         return sum(shard.tokens for shard in self.shards) + self.open_tokens
+
+    @property
+    def used(self) -> int:
+        """Number of shard files that hold these tokens."""
+        return len(self.shards) + bool(self.open_tokens)
 
 
 class SplitWriter:
@@ -41,59 +56,120 @@ class SplitWriter:
         shard_tokens: int,
         progress: SplitProgress,
         dtype: np.dtype,
+        before_create: Callable[[], None] = lambda: None,
     ) -> None:
+        """Cut the open shard to its recorded tokens.
+
+        `before_create` is called before each shard file is created.
+
+        Raises:
+            ValueError: the open shard does not hold its recorded tokens, or is a link.
+        """
         self.folder = folder
         self.name = name
         self.shard_tokens = shard_tokens
         self.dtype = dtype
         self.progress = progress
+        self._before_create = before_create
+        self._digest = hashlib.sha256()
         if progress.open_tokens:
-            self._truncate()
+            self._restore()
 
     @property
     def open_path(self) -> Path:
-        return self.folder / f"{self.name}-{len(self.progress.shards):05d}.npy"
+        return self.folder / shard_name(self.name, len(self.progress.shards))
 
     def append(self, tokens: np.ndarray) -> None:
-        """Append a 1-D array of `dtype`. Complete each shard that becomes full."""
+        """Append a 1-D array of `dtype`. Complete each shard that becomes full.
+
+        Raises:
+            ValueError: a file is in the way of a shard, or the open shard was replaced by a link.
+        """
         while tokens.size:
             if not self.progress.open_tokens:
-                self.open_path.write_bytes(bytes(HEADER_BYTES))
-                fsync_folder(self.folder)
+                self._create()
             now = tokens[: self.shard_tokens - self.progress.open_tokens]
-            with open(self.open_path, "ab") as file:
+            with _open_own(self.open_path) as file:
+                file.seek(self._open_bytes)
                 file.write(now.data)
+            self._digest.update(now.data)
             self.progress.open_tokens += now.size
             if self.progress.open_tokens == self.shard_tokens:
                 self.complete_shard()
             tokens = tokens[now.size :]
 
     def sync(self) -> None:
-        """Flush all appended tokens to the disk."""
+        """Flush all appended tokens to the disk, and record their checksum."""
         if self.progress.open_tokens:
-            with open(self.open_path, "rb") as file:
+            with _open_own(self.open_path) as file:
                 os.fsync(file.fileno())
+            self.progress.open_sha256 = self._digest.hexdigest()
 
     def complete_shard(self) -> None:
         """Write the header of the open shard, which must have at least one token."""
         path = self.open_path
         tokens = self.progress.open_tokens
-        with open(path, "r+b") as file:
+        with _open_own(path) as file:
             file.write(_npy_header(self.dtype, tokens))
             file.flush()
             os.fsync(file.fileno())
         self.progress.shards.append(Shard(path.name, tokens, sha256_of(path)))
         self.progress.open_tokens = 0
+        self.progress.open_sha256 = ""
 
-    def _truncate(self) -> None:
-        """Cut the open shard to its recorded tokens."""
-        size = HEADER_BYTES + self.progress.open_tokens * self.dtype.itemsize
-        if not self.open_path.exists() or self.open_path.stat().st_size < size:
+    @property
+    def _open_bytes(self) -> int:
+        return HEADER_BYTES + self.progress.open_tokens * self.dtype.itemsize
+
+    def _create(self) -> None:
+        path = self.open_path
+        if os.path.lexists(path):
             raise ValueError(
-                f"{self.open_path} lacks tokens that were already written: "
+                f"{path} is in the way: `fastllama prepare` has no record of writing it; move it "
+                "elsewhere, or choose another --output"
+            )
+        self._before_create()
+        self.progress.created += 1
+        with open(path, "xb") as file:
+            file.write(bytes(HEADER_BYTES))
+        fsync_folder(self.folder)
+        self._digest = hashlib.sha256()
+
+    def _restore(self) -> None:
+        path = self.open_path
+        if not path.exists() or path.stat().st_size < self._open_bytes:
+            raise ValueError(
+                f"{path} lacks tokens that were already written: "
                 f"delete {self.folder} and prepare the data again"
             )
-        os.truncate(self.open_path, size)
+        with _open_own(path) as file:
+            for start in range(HEADER_BYTES, self._open_bytes, CHECK_CHUNK_BYTES):
+                file.seek(start)
+                self._digest.update(file.read(min(CHECK_CHUNK_BYTES, self._open_bytes - start)))
+            if self._digest.hexdigest() != self.progress.open_sha256:
+                expected = self.progress.open_sha256
+                raise damaged(path, f"tokens of SHA-256 {self._digest.hexdigest()}", expected)
+            file.truncate(self._open_bytes)
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of shard `number` of `split`, from 0."""
+    return f"{split}-{number:05d}.npy"
+
+
+def _open_own(path: Path) -> BinaryIO:
+    """Open a shard that `SplitWriter` created, to change it.
+
+    Raises:
+        ValueError: the shard was replaced by a link or by another kind of file.
+    """
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise ValueError(
+            f"{path} was replaced by a link or a special file: delete {path.parent} and prepare "
+            "the data again"
+        )
+    return open(path, "r+b", opener=no_links)
 
 
 def _npy_header(dtype: np.dtype, tokens: int) -> bytes:

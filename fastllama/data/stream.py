@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastllama.data.manifest import Manifest
+from fastllama.data.manifest import Manifest, damaged
 from fastllama.data.token_file import TokenFile
 
 
@@ -21,6 +21,7 @@ class TokenStream:
         shards = manifest.splits[split].shards
         self._shards = [TokenFile(folder / shard.file) for shard in shards]
         self._starts = np.cumsum([0] + [shard.tokens for shard in shards])
+        self._vocab_size = manifest.vocab_size
         self.n_tokens = int(self._starts[-1])
 
     def n_sequences(self, seq_len: int) -> int:
@@ -31,6 +32,7 @@ class TokenStream:
         """Tokens of sequence `index`, (seq_len + 1,), in the dtype of the shards.
 
         Raises:
+            ValueError: a token id is outside of the vocabulary.
             OSError: a shard can no longer be read.
         """
         position, end = index * seq_len, index * seq_len + seq_len + 1
@@ -38,7 +40,15 @@ class TokenStream:
         pieces = []
         while position < end:
             stop = min(end, int(self._starts[shard + 1]))
-            start = int(self._starts[shard])
-            pieces.append(self._shards[shard].read(position - start, stop - position))
+            first = position - int(self._starts[shard])
+            pieces.append(self._read_shard(self._shards[shard], first, stop - position))
             position, shard = stop, shard + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _read_shard(self, shard: TokenFile, first: int, n: int) -> NDArray[np.integer]:
+        tokens = shard.read(first, n)
+        if n and tokens.max() >= self._vocab_size:
+            at = int(np.argmax(tokens >= self._vocab_size))
+            found = f"token id {tokens[at]} at position {first + at}"
+            raise damaged(shard.path, found, f"ids below {self._vocab_size}")
+        return tokens

@@ -6,11 +6,22 @@ file was truncated.
 
 import io
 import os
+import re
+import stat
 import weakref
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+MAX_HEADER_BYTES = 4096
+# NumPy's own parser evaluates the header as Python, and fails in many ways on a damaged one.
+HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<length>..)"
+    rb"\{'descr': '(?P<dtype>[<>|][biufc]\d{1,2})', 'fortran_order': False, "
+    rb"'shape': \((?P<shape>[\d, ]*)\), \} *\n",
+    re.DOTALL,
+)
 
 
 class TokenFile:
@@ -20,19 +31,17 @@ class TokenFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read dtype, shape and data offset from the header.
+        """Read the header: `dtype` and `shape`. The tokens follow it.
 
         Raises:
-            ValueError: the file is not a whole `.npy` file.
+            ValueError: the file is not a regular file, or has no header of a NumPy array.
             OSError: the file cannot be opened.
         """
         self.path = path
-        # NumPy gives the offset only with a map. No token is read through it.
-        header = np.lib.format.open_memmap(path, mode="r")
-        self.dtype, self.shape, self.offset = header.dtype, header.shape, header.offset
-        self._file = io.FileIO(path)
+        self._file = _open_regular(path)
         # Also runs when the interpreter exits, which would warn about an open file.
         weakref.finalize(self, self._file.close)
+        self.header, self.dtype, self.shape = _parse_header(self._pread(MAX_HEADER_BYTES, 0))
 
     def read(self, first: int, n: int) -> NDArray[np.integer]:
         """Tokens [first, first + n) as a read-only array (n,).
@@ -40,18 +49,45 @@ class TokenFile:
         Raises:
             OSError: the disk fails, or the file ends before these tokens.
         """
-        position, end = (self.offset + i * self.dtype.itemsize for i in (first, first + n))
+        at = len(self.header) + first * self.dtype.itemsize
+        data = self._pread(n * self.dtype.itemsize, at)
+        if len(data) < n * self.dtype.itemsize:
+            raise OSError(
+                f"{self.path} ends at byte {at + len(data)}, before the end of the requested "
+                "tokens; restore the file and run the same command again"
+            )
+        return np.frombuffer(data, self.dtype)
+
+    def _pread(self, n: int, at: int) -> bytes:
+        """Bytes [at, at + n), fewer at the end of the file."""
         data = b""
-        while position + len(data) < end:
-            at = position + len(data)
+        while len(data) < n:
             try:
-                piece = os.pread(self._file.fileno(), end - at, at)
+                piece = os.pread(self._file.fileno(), n - len(data), at + len(data))
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             if not piece:
-                raise OSError(
-                    f"{self.path} ends at byte {at}, before the end of the requested tokens; "
-                    "restore the file and run the same command again"
-                )
+                break
             data += piece
-        return np.frombuffer(data, self.dtype)
+        return data
+
+
+def _open_regular(path: Path) -> io.FileIO:
+    # Without O_NONBLOCK, opening a named pipe waits for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("not a regular file")
+    return io.FileIO(descriptor)
+
+
+def _parse_header(start: bytes) -> tuple[bytes, np.dtype, tuple[int, ...]]:
+    """The header that `start` begins with, and the dtype and shape in it."""
+    match = HEADER.match(start)
+    if match is None or int.from_bytes(match["length"], "little") != match.end() - 10:
+        raise ValueError("no header of a NumPy array")
+    try:
+        dtype = np.dtype(match["dtype"].decode())
+    except TypeError:
+        raise ValueError(f"unknown dtype {match['dtype'].decode()}") from None
+    return match[0], dtype, tuple(int(n) for n in re.findall(rb"\d+", match["shape"]))

@@ -20,9 +20,10 @@ def make_folder(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer([], VOCAB_SIZE)
     save_tokenizer(tokenizer, folder / "tokenizer.json")
+    largest = max((max(shard, default=0) for shards in splits.values() for shard in shards))
     manifest = Manifest(
         dtype=dtype,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=max(VOCAB_SIZE, largest + 1),
         end_token_id=1,
         tokenizer_fingerprint=fingerprint(tokenizer),
         skipped_records=0,

@@ -238,15 +238,15 @@ def recorded(output: Path) -> bytes:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, commits: int) -> None:
-    save_progress = module.PrepareProgress.save
+    commit = module._commit
     commits_left = iter(range(commits - 1, -1, -1))
 
-    def save(progress: module.PrepareProgress, folder: Path) -> None:
-        save_progress(progress, folder)
+    def commit_and_stop(*arguments: Any) -> None:
+        commit(*arguments)
         if not next(commits_left):
             raise OSError("no space left on the device")
 
-    monkeypatch.setattr(module.PrepareProgress, "save", save)
+    monkeypatch.setattr(module, "_commit", commit_and_stop)
 
 
 @pytest.mark.usefixtures("commit_every_batch")

@@ -1,0 +1,283 @@
+"""The state of a preparation on disk: what resumes, and which files may be deleted.
+
+Three files of the data folder record the state: `job.json` holds the inputs and settings,
+`progress.json` the position up to which every token is durable, and `manifest.json`, written last,
+marks the data as complete. `progress.json` also counts the shard files before they are created.
+Only shards in this count are deleted; every other file of the folder is left alone.
+"""
+
+import dataclasses
+import json
+import os
+import stat
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from fastllama.atomic import LOCK_FILE, write_atomic
+from fastllama.data.checksummed_json import FORMAT_VERSION, read_checksummed, write_checksummed
+from fastllama.data.documents import START, Position
+from fastllama.data.manifest import (
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    Count,
+    damaged,
+    sha256_of,
+)
+from fastllama.data.shards import SplitProgress, shard_name
+from fastllama.data.tokenizer import fingerprint, load_tokenizer
+from fastllama.typed_json import DamagedFileError, read_json
+
+JOB_FILE = "job.json"
+PROGRESS_FILE = "progress.json"
+SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """The content of `job.json`. It determines every byte of the result."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    inputs: tuple[tuple[str, int, int], ...]  # path, size, modification time in nanoseconds
+    field: str
+    tokenizer: str  # its fingerprint
+    end_token_id: int
+    validation_fraction: float
+    shard_tokens: int
+
+    @classmethod
+    def load(cls, output: Path) -> "JobRecord | None":
+        """Read the job of `output`; None if the folder has no `job.json`.
+
+        Raises:
+            ValueError: the file is damaged, or is the `job.json` of another program.
+        """
+        path = output / JOB_FILE
+        if not os.path.lexists(path):
+            return None
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file: choose another --output")
+        try:
+            return read_json(path, cls)
+        except DamagedFileError as error:
+            raise DamagedFileError(
+                f"{error}; the file is damaged, or `fastllama prepare` did not write it: choose "
+                "another --output"
+            ) from None
+
+    def save(self, output: Path) -> None:
+        """Write `job.json` atomically."""
+        write_atomic(output / JOB_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+
+@dataclass
+class PrepareProgress:
+    """The shards hold all documents before `position`. `skipped` counts malformed records."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION)] = FORMAT_VERSION
+    position: Position = START
+    skipped: Count = 0
+    splits: dict[SplitName, SplitProgress] = dataclasses.field(
+        default_factory=lambda: {name: SplitProgress() for name in SPLITS}
+    )
+
+    @classmethod
+    def load(cls, output: Path) -> "PrepareProgress":
+        """Read the progress of `output`. A folder without a record is at the beginning.
+
+        Raises:
+            ValueError: the record is damaged, or an older fastllama wrote it.
+        """
+        path = output / PROGRESS_FILE
+        if not os.path.lexists(path):
+            return cls()
+        try:
+            if not path.is_file():
+                raise DamagedFileError(f"{path} is not a file")
+            progress = read_checksummed(path, cls)
+            if contradiction := progress._contradiction():
+                raise DamagedFileError(f"{path}: {contradiction}")
+        except DamagedFileError as error:
+            raise DamagedFileError(
+                f"{error}; it is damaged, or another version of fastllama wrote it: finish with "
+                f"this version, or delete {output} and prepare the data again"
+            ) from None
+        return progress
+
+    def save(self, output: Path) -> None:
+        """Write `progress.json` atomically."""
+        write_checksummed(output / PROGRESS_FILE, asdict(self))
+
+    @property
+    def documents(self) -> int:
+        return sum(split.documents for split in self.splits.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(split.tokens for split in self.splits.values())
+
+    def _contradiction(self) -> str | None:
+        """What no `prepare` records; None if all is well."""
+        if min(self.position) < 0:
+            return f"position {tuple(self.position)} is negative"
+        if self.splits.keys() != set(SPLITS):
+            return f"it does not have the splits {', '.join(SPLITS)}"
+        for name, split in self.splits.items():
+            for number, shard in enumerate(split.shards):
+                if shard.file != shard_name(name, number):
+                    return f"shard {number} of the split {name} has another name"
+            if split.created < split.used:
+                return f"the split {name} has {split.used} shards, of {split.created} created"
+        return None
+
+
+def record_next_shard(output: Path, name: SplitName) -> None:
+    """Count the next shard file of split `name` in `progress.json`, before it is created."""
+    recorded = PrepareProgress.load(output)
+    recorded.splits[name].created += 1
+    recorded.save(output)
+
+
+def reject_other_files(output: Path) -> None:
+    """Raise ValueError if `output` holds files, but no job of `fastllama prepare`."""
+    present = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
+    if present and JobRecord.load(output) is None:
+        raise ValueError(
+            f"{output} holds other files ({present[0]}): choose another --output, or empty the "
+            "folder"
+        )
+
+
+def claim_folder(output: Path, job: JobRecord) -> None:
+    """Write the record of `job` to `output`.
+
+    The shards of another job that recorded no progress are deleted.
+
+    Raises:
+        ValueError: `output` holds recorded work of another job.
+    """
+    earlier = JobRecord.load(output)
+    if earlier == job:
+        return
+    if earlier is not None:
+        if has_recorded_work(output):
+            settings = [field.name for field in dataclasses.fields(job)]
+            changed = [name for name in settings if getattr(job, name) != getattr(earlier, name)]
+            raise ValueError(
+                f"{output} holds data of another job ({', '.join(changed)} differ from "
+                f"{JOB_FILE}): choose another --output, or delete the folder"
+            )
+        _delete_work(output, earlier)
+    job.save(output)
+
+
+def has_recorded_work(output: Path) -> bool:
+    """Whether `output` holds complete data, or tokens that resume."""
+    if os.path.lexists(output / MANIFEST_FILE):
+        return True
+    return PrepareProgress.load(output).position != START
+
+
+def check_tokenizer(output: Path, job: JobRecord) -> bool:
+    """Return whether `output` has the tokenizer of `job`.
+
+    Raises:
+        ValueError: the folder has another file of this name.
+    """
+    path = output / TOKENIZER_FILE
+    if not os.path.lexists(path):
+        return False
+    if fingerprint(load_tokenizer(path)) != job.tokenizer:
+        raise ValueError(
+            f"{path} is not the tokenizer of this job: move it elsewhere, and run the same "
+            "command again"
+        )
+    return True
+
+
+def restore_progress(output: Path, job: JobRecord) -> PrepareProgress:
+    """Read the progress of `output`, check its complete shards, delete the shards after them.
+
+    Raises:
+        ValueError: the progress or a shard is damaged.
+    """
+    progress = PrepareProgress.load(output)
+    if progress.position.file > len(job.inputs):
+        path = output / PROGRESS_FILE
+        raise damaged(path, f"input file {progress.position.file}", f"{len(job.inputs)} files")
+    for split in progress.splits.values():
+        for shard in split.shards:
+            path = output / shard.file
+            if shard.tokens != job.shard_tokens:
+                expected = f"{job.shard_tokens} tokens per shard"
+                raise damaged(output / PROGRESS_FILE, f"{shard.tokens}", expected)
+            found = sha256_of(path) if path.is_file() else "no such file"
+            if found != shard.sha256:
+                raise damaged(path, f"SHA-256 {found}", shard.sha256)
+    _delete_unused_shards(output, progress)
+    return progress
+
+
+def delete_progress(output: Path) -> None:
+    """Delete `progress.json`, unless another program wrote it."""
+    with suppress(DamagedFileError):
+        PrepareProgress.load(output)
+        (output / PROGRESS_FILE).unlink(missing_ok=True)
+
+
+def delete_folder(output: Path) -> None:
+    """Delete what a failed job without recorded work wrote into `output`, its new folder.
+
+    Files that `prepare` did not write stay, and the folder with them.
+    """
+    # The error of the job matters, not that of its clean-up.
+    with suppress(OSError, ValueError):
+        job = JobRecord.load(output)
+        if job is not None and not has_recorded_work(output):
+            _delete_work(output, job)
+            (output / JOB_FILE).unlink()
+        if set(os.listdir(output)) <= {LOCK_FILE}:
+            (output / LOCK_FILE).unlink(missing_ok=True)
+            output.rmdir()
+
+
+def _delete_work(output: Path, job: JobRecord) -> None:
+    """Delete shards, tokenizer and progress of `job`, which recorded no work."""
+    _delete_unused_shards(output, PrepareProgress.load(output))
+    tokenizer = output / TOKENIZER_FILE
+    with suppress(ValueError):
+        if tokenizer.exists() and fingerprint(load_tokenizer(tokenizer)) == job.tokenizer:
+            tokenizer.unlink()
+    delete_progress(output)
+
+
+def _delete_unused_shards(output: Path, progress: PrepareProgress) -> None:
+    """Delete the shards that were created after `progress`, and record that they are gone."""
+    for path in _unused_shards(output, progress):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ValueError(
+                f"{path} is in the way: it is a link or a special file; move it elsewhere"
+            )
+        path.unlink()
+    if any(split.created > split.used for split in progress.splits.values()):
+        for split in progress.splits.values():
+            split.created = split.used
+        progress.save(output)
+
+
+def _unused_shards(output: Path, progress: PrepareProgress) -> list[Path]:
+    # Of the names in the folder: the count may be any number in a damaged file.
+    present = {path.name: path for path in output.iterdir()}
+    return [
+        path
+        for name, split in progress.splits.items()
+        for number in range(split.used, min(split.created, split.used + len(present)))
+        if (path := present.get(shard_name(name, number)))
+    ]
