@@ -59,8 +59,13 @@ def _flush_may_be_unsupported(path: Path) -> Iterator[None]:
 
 def fsync_folder(folder: Path) -> None:
     """Flush the names in `folder` to the disk. Only then does a rename survive a power cut."""
-    with _flush_may_be_unsupported(folder):
-        descriptor = os.open(folder, os.O_RDONLY)
+    fsync_file(folder)
+
+
+def fsync_file(path: Path) -> None:
+    """Flush what was written into `path` to the disk."""
+    with _flush_may_be_unsupported(path):
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -155,7 +160,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     partial = path.with_name(f".{path.name}.partial")
-    if partial.is_dir() and not partial.is_symlink():
+    if is_folder(partial):
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open_new(partial) as file:
@@ -208,6 +213,11 @@ def _replace_file(source: Path, target: Path) -> None:
         f"{target} cannot be replaced in one step ({reason}); if fastllama is killed in between, "
         f"the old file is left as {old.name}.",
     )
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder, and not a link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def set_aside(path: Path) -> Path:

@@ -14,32 +14,62 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from fastllama.atomic import fsync_folder
+from fastllama.atomic import is_folder, replace, report_once, set_aside, write_atomic
 from fastllama.config import Config
 
+NAME = re.compile(r"step-[0-9]{8}")
+LEFTOVER = re.compile(r"\.step-[0-9]{8}\.(partial|removed)")
+FILE = re.compile(
+    r"shard-[0-9]{5,}-model-[0-9]{5,}-of-[0-9]{5,}\.safetensors"
+    r"|(progress|manifest)\.json|\.(progress|manifest)\.json\.partial"
+)
+"""Names of the files that a checkpoint consists of, complete or not. Only these are deleted."""
 
-def describe(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of the files that match `pattern`, as the manifest lists them."""
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file as the manifest lists it."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """The content of manifest.json: all other files of the checkpoint, by name."""
+
+    files: dict[str, FileEntry]
+
+
+def describe(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Size and SHA-256 of the files with these names."""
     entries = {}
-    for path in sorted(folder.glob(pattern)):
-        with open(path, "rb") as file:
+    for name in sorted(names):
+        with open(folder / name, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            entries[path.name] = {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+            entries[name] = FileEntry(os.fstat(file.fileno()).st_size, digest)
     return entries
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    return sorted(
-        (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)),
-        reverse=True,
-    )
+    """Complete checkpoints, newest first.
+
+    A link or a file may have such a name too; reading it tells.
+
+    Raises:
+        OSError: the folder cannot be read. A folder that does not exist has no checkpoints.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((folder / name for name in names if NAME.fullmatch(name)), reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -47,48 +77,119 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a checkpoint that is not used, so that it neither counts nor is overwritten.
-
-    It stays on disk: its weights may be worth a rescue, or belong to another run.
-    """
-    number = 1
-    while (aside := path.with_name(f"passed-over-{path.name}-{number}")).exists():
-        number += 1
-    os.replace(path, aside)
-    fsync_folder(path.parent)
-    return aside
-
-
 def point_latest(checkpoint: Path) -> None:
-    """Point the link `latest` at `checkpoint`, which lies beside it."""
-    aside = checkpoint.with_name(".latest.partial")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(checkpoint.name)
-    os.replace(aside, checkpoint.with_name("latest"))
+    """Point the link `latest` at `checkpoint`, which is beside it.
+
+    Where links are impossible, `latest` is a text file with the name. No reader depends on it, so a
+    failure is only reported.
+    """
+    latest, aside = checkpoint.with_name("latest"), checkpoint.with_name(".latest.partial")
+    try:
+        if not latest.is_symlink() and latest_name(checkpoint.parent) is None:
+            # A copy that followed the links has a folder here.
+            make_way(latest)
+        try:
+            if aside.is_symlink():
+                aside.unlink()
+            make_way(aside)
+            aside.symlink_to(checkpoint.name)
+            replace(aside, latest)
+        except OSError as error:
+            write_atomic(latest, f"{checkpoint.name}\n")
+            report_once(
+                "latest",
+                f"{latest} cannot be a link ({error.strerror}); it is a text file with the name of "
+                "the checkpoint.",
+            )
+    except OSError as error:
+        report_once("latest", f"{latest} cannot be written ({error.strerror}).")
+
+
+def latest_name(folder: Path) -> str | None:
+    """The name of the checkpoint that `latest` points at; None if it points at no checkpoint."""
+    latest = folder / "latest"
+    try:
+        if latest.is_symlink():
+            name = os.readlink(latest)
+        elif latest.is_file():
+            with open(latest, encoding="utf-8") as file:
+                name = file.read(100).strip()
+        else:
+            return None
+    except (OSError, ValueError):
+        return None
+    return name if NAME.fullmatch(name) else None
 
 
 def mend_latest(newest: Path) -> None:
     """Point `latest` at the newest whole checkpoint, if a kill came between rename and link."""
-    if dist.get_rank() == 0 and newest.with_name("latest").resolve() != newest.resolve():
-        # A finished run may be on a read-only disk by now.
-        with contextlib.suppress(OSError):
-            point_latest(newest)
+    if dist.get_rank() == 0 and latest_name(newest.parent) != newest.name:
+        point_latest(newest)
+
+
+def make_way(path: Path) -> None:
+    """Set aside whatever has a name that is about to be written, and report it."""
+    if os.path.lexists(path):
+        aside = set_aside(path)
+        report_once(str(path), f"{path} was in the way; it is kept as {aside.name}.")
+
+
+def remove_files(folder: Path) -> None:
+    """Remove the files of a checkpoint, and the folder if no other files are in it.
+
+    Raises:
+        OSError: a file cannot be removed, or other files remain.
+    """
+    for name in os.listdir(folder):
+        if FILE.fullmatch(name):
+            (folder / name).unlink()
+    folder.rmdir()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed saves and removals left in the folder of checkpoints."""
+    for name in os.listdir(folder):
+        if LEFTOVER.fullmatch(name) and is_folder(folder / name):
+            with contextlib.suppress(OSError):
+                remove_files(folder / name)
 
 
 def remove_old(newest: Path, config: Config) -> None:
     """Remove checkpoints older than `newest` that `config.checkpoint` does not keep, oldest first.
 
-    Newer checkpoints stay.
+    Newer checkpoints stay, and so do links, files, and folders with other files in them. What stays
+    though it should go is reported.
+
+    Raises:
+        OSError: the folder of checkpoints cannot be read.
     """
     paths = [path for path in reversed(complete_checkpoints(newest.parent)) if path <= newest]
-    kept = {*paths[-config.checkpoint.keep_last :], *permanent(paths, config)}
+    kept = {
+        *[path for path in paths if is_folder(path)][-config.checkpoint.keep_last :],
+        # A permanent checkpoint that was moved to another disk may be a link by now.
+        *permanent([path for path in paths if path.is_dir()], config),
+    }
     for path in paths:
         if path not in kept:
-            # Renamed first, so that a half-removed folder never looks complete.
-            doomed = path.with_name(f".{path.name}.removed")
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove one checkpoint, or report why it stays."""
+    try:
+        if not is_folder(path):
+            report_once(str(path), f"{path} is not removed: it is a link or a file.")
+            return
+        if other := next((name for name in os.listdir(path) if not FILE.fullmatch(name)), None):
+            report_once(str(path), f"{path} is not removed: {other} is not part of a checkpoint.")
+            return
+        # Renamed first, so that a half-removed folder never looks complete.
+        doomed = path.with_name(f".{path.name}.removed")
+        make_way(doomed)
+        replace(path, doomed)
+        remove_files(doomed)
+    except OSError as error:
+        report_once(str(path), f"{path} cannot be removed ({error.strerror}).")
 
 
 def permanent(paths: list[Path], config: Config) -> list[Path]:

@@ -1,7 +1,9 @@
 """Reading checkpoints: finding damage, finding the newest one of a run, loading tensors."""
 
-import json
+import os
+import stat
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,33 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fastllama.checkpoints.folder import complete_checkpoints, describe
+from fastllama.checkpoints.folder import CheckpointManifest, complete_checkpoints, describe
 from fastllama.checkpoints.state import TrainProgress
+from fastllama.typed_json import DamagedFileError, read_json
+
+
+@dataclass(frozen=True)
+class SavedProgress:
+    """The content of progress.json."""
+
+    progress: TrainProgress
+    identity: dict[str, Any]
+    """The options that a resumed run may not change."""
 
 
 def newest_checkpoint(
-    folder: Path, identity: dict[str, Any], wanted: str = ""
+    folder: Path,
+    identity: dict[str, Any],
+    wanted: str = "",
+    remedy: str = "keep that value to resume, or start a new run with --run-dir",
 ) -> tuple[Path | None, dict[Path, str]]:
     """The newest whole checkpoint with this identity, and why each newer one is not used.
 
     All ranks of a run call this together. `wanted` is the argument of `find_damage`.
 
     Raises:
-        ValueError: every whole checkpoint has another identity.
+        ValueError: every whole checkpoint has another identity; the message ends with `remedy`.
+        OSError: the folder cannot be read.
     """
     paths = [complete_checkpoints(folder)]
     if dist.is_initialized():
@@ -41,9 +57,7 @@ def newest_checkpoint(
             return path, unusable
         unusable[path] = reason
     if foreign is not None:
-        raise ValueError(
-            f"{foreign}; keep that value to resume, or start a new run with --run-dir."
-        )
+        raise ValueError(f"{foreign}; {remedy}.")
     return None, unusable
 
 
@@ -65,30 +79,43 @@ def find_damage(path: Path, wanted: str = "") -> str | None:
 def _find_damage_in_share(path: Path, rank: int, size: int, wanted: str) -> str | None:
     manifest = path / "manifest.json"
     try:
-        entries = dict(json.loads(manifest.read_text())["files"])
-        names = sorted(entries, key=lambda name: entries[name]["bytes"])
-        whole = "progress.json" in names and all(name == Path(name).name for name in names)
+        entries = read_json(manifest, CheckpointManifest).files
         # The reader would load a shard that is not listed.
-        unlisted = {shard.name for shard in path.glob("*.safetensors")} - entries.keys()
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        return f"{manifest} is missing or unreadable"
-    if unlisted:
+        shards = {name for name in os.listdir(path) if name.endswith(".safetensors")}
+    except FileNotFoundError:
+        return f"{manifest} is missing"
+    except OSError as error:
+        return f"{manifest} cannot be read: {error.strerror}"
+    except DamagedFileError as error:
+        return str(error)
+    strange = next((name for name in entries if not _is_file_name(name)), None)
+    if strange is not None:
+        return f"{manifest} lists {strange!r}, which is not a file name"
+    if "progress.json" not in entries:
+        return f"{manifest} does not list progress.json"
+    if unlisted := shards - entries.keys():
         return f"{path / min(unlisted)} is not in {manifest.name}"
     # Dealt out in order of size, so that all ranks read about as much.
-    for name in names[rank::size]:
+    names = sorted(entries, key=lambda name: entries[name].bytes)
+    for file in (path / name for name in names[rank::size]):
         try:
-            whole = (path / name).stat().st_size == entries[name]["bytes"]
-            if whole and _may_hold(path / name, wanted):
-                whole = describe(path, name).get(name) == entries[name]
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode):
+                return f"{file} is not a regular file"
+            whole = status.st_size == entries[file.name].bytes
+            if whole and _may_hold(file, wanted):
+                whole = describe(path, [file.name])[file.name] == entries[file.name]
         except FileNotFoundError:
-            return f"{path / name} is missing"
+            return f"{file} is missing"
         except OSError as error:
-            return f"{path / name} cannot be read: {error.strerror}"
+            return f"{file} cannot be read: {error.strerror}"
         if not whole:
-            return f"{path / name} is not what was written"
+            return f"{file} is not what was written"
     return None
+
+
+def _is_file_name(name: str) -> bool:
+    return name not in ("", ".", "..") and not {"/", "\0"} & set(name)
 
 
 def _may_hold(file: Path, wanted: str) -> bool:
@@ -106,9 +133,11 @@ def _may_hold(file: Path, wanted: str) -> bool:
 def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
     """Return why an undamaged checkpoint does not belong to a run with `identity`, or None."""
     try:
-        saved, _ = _read(path)
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{path / 'progress.json'} does not hold the progress of a run"
+        saved = read_identity(path)
+    except DamagedFileError as error:
+        return str(error)
+    except OSError as error:
+        return f"{path / 'progress.json'} cannot be read: {error.strerror}"
     for name, value in identity.items():
         if saved.get(name) != value:
             return f"{path} was trained with {name} = {saved.get(name)}, not {value}"
@@ -116,18 +145,21 @@ def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
 
 
 def read_progress(path: Path) -> TrainProgress:
-    """Progress of an undamaged checkpoint."""
-    return _read(path)[1]
+    """Progress of an undamaged checkpoint.
+
+    Raises:
+        DamagedFileError: progress.json does not hold the progress of a run.
+    """
+    return read_json(path / "progress.json", SavedProgress).progress
 
 
 def read_identity(path: Path) -> dict[str, Any]:
-    """Identity of the run that saved an undamaged checkpoint."""
-    return _read(path)[0]
+    """Identity of the run that saved an undamaged checkpoint.
 
-
-def _read(path: Path) -> tuple[dict[str, Any], TrainProgress]:
-    content = json.loads((path / "progress.json").read_text())
-    return dict(content["identity"]), TrainProgress(**content["progress"])
+    Raises:
+        DamagedFileError: progress.json does not hold the progress of a run.
+    """
+    return read_json(path / "progress.json", SavedProgress).identity
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

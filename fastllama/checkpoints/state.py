@@ -1,9 +1,10 @@
 """The state that updates change and checkpoints hold, and its names on disk."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from fastllama.model.llama import Llama
@@ -16,6 +17,9 @@ MODEL = "model."
 @dataclass
 class TrainProgress:
     """The progress of a run. Resuming needs this, the weights and the moments."""
+
+    # Progress with a field of a newer version cannot be resumed here.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     step: int = 0
     """Optimizer updates done, skipped ones included."""

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -29,11 +28,21 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from fastllama.atomic import fsync_folder, write_atomic
-from fastllama.checkpoints.folder import describe, point_latest, remove_old
+from fastllama.atomic import fsync_folder, replace, write_atomic
+from fastllama.checkpoints.folder import (
+    CheckpointManifest,
+    FileEntry,
+    describe,
+    make_way,
+    point_latest,
+    remove_files,
+    remove_leftovers,
+    remove_old,
+)
 from fastllama.checkpoints.reading import first_failure
 from fastllama.checkpoints.state import TrainProgress
 from fastllama.config import Config
+from fastllama.planning.out_of_memory import is_out_of_memory
 
 Result = TypeVar("Result")
 
@@ -80,12 +89,7 @@ class CheckpointWriter:
         """
         start = time.perf_counter()
         self.wait()
-        # A non-blocking copy from CUDA goes to pinned memory.
-        staged = {
-            name: tensor.to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()
-        }
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        staged = self._stage(tensors)
         self._thread = threading.Thread(
             target=self._run,
             args=(staged, copy.deepcopy(progress), time.perf_counter() - start),
@@ -93,6 +97,23 @@ class CheckpointWriter:
             daemon=True,
         )
         self._thread.start()
+
+    def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor] | OSError:
+        """Copy the tensors to host memory; return an error if it is too small for them."""
+        try:
+            # A non-blocking copy from CUDA goes to pinned memory.
+            staged = {
+                name: tensor.to("cpu", non_blocking=True, copy=True)
+                for name, tensor in tensors.items()
+            }
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            first_line = str(error).partition("\n")[0]
+            return OSError(f"the host has no memory for a copy ({first_line})")
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return staged
 
     def wait(self) -> None:
         """Wait until no save is in progress. `saved_step` and `failure` then hold its outcome.
@@ -107,7 +128,9 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def _run(self, staged: dict[str, Tensor], progress: TrainProgress, seconds: float) -> None:
+    def _run(
+        self, staged: dict[str, Tensor] | OSError, progress: TrainProgress, seconds: float
+    ) -> None:
         start = time.perf_counter()
         if self._device.type == "cuda":
             # A new thread starts on GPU 0, where PyTorch's writer would create a context.
@@ -115,7 +138,7 @@ class CheckpointWriter:
         final = self._folder / f"step-{progress.step:08d}"
         aside = final.with_name(f".{final.name}.partial")
         try:
-            self._write(staged, progress, aside, final)
+            self._write(self._staged_everywhere(staged), progress, aside, final)
             self.saved_step = progress.step
             written = time.perf_counter() - start
             self._report(f"saved {final} ({seconds:.2f} s staged, {written:.2f} s written)")
@@ -123,11 +146,19 @@ class CheckpointWriter:
             self._on_main(lambda: self._tidy(final))
         except OSError as error:
             if self._is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-            self.failure = f"The checkpoint {final} could not be written: {error}"
+                with contextlib.suppress(OSError):
+                    remove_files(aside)
+            reason = error.strerror or error
+            self.failure = f"The checkpoint {final} could not be written: {reason}"
             self._report(f"{self.failure}; training continues, and the next one is due as planned.")
         except Exception as error:  # handed to the training thread, which raises it
             self._error = error
+
+    def _staged_everywhere(self, staged: dict[str, Tensor] | OSError) -> dict[str, Tensor]:
+        """This rank's copy; raise OSError on every rank if one has none."""
+        self._on_each(lambda: staged if isinstance(staged, OSError) else None)
+        assert not isinstance(staged, OSError)
+        return staged
 
     def _write(
         self, staged: dict[str, Tensor], progress: TrainProgress, aside: Path, final: Path
@@ -141,28 +172,31 @@ class CheckpointWriter:
             with own_stream(self._device):
                 dcp.save(staged, storage_writer=writer, process_group=self._group)
         except CheckpointException as error:
-            raise OSError(str(first_failure(error))) from None
-        shard = f"shard-{dist.get_rank() + 1:05d}-*"
-        parts = self._on_each(lambda: describe(aside, shard))
+            failure = first_failure(error)
+            raise (failure if isinstance(failure, OSError) else OSError(str(failure))) from None
+        shard = f"shard-{dist.get_rank() + 1:05d}-"
+        parts = self._on_each(
+            lambda: describe(aside, [name for name in os.listdir(aside) if name.startswith(shard)])
+        )
         files = {name: entry for part in parts for name, entry in part.items()}
         self._on_main(lambda: self._complete(aside, final, progress, files))
 
     def _make_room(self, aside: Path) -> None:
         # Without parents, so that a deleted run folder does not reappear.
         self._folder.mkdir(exist_ok=True)
-        for pattern in (".step-*.partial", ".step-*.removed"):
-            for leftover in self._folder.glob(pattern):
-                shutil.rmtree(leftover)
+        remove_leftovers(self._folder)
+        make_way(aside)
         aside.mkdir()
 
     def _complete(
-        self, aside: Path, final: Path, progress: TrainProgress, files: dict[str, dict[str, Any]]
+        self, aside: Path, final: Path, progress: TrainProgress, files: dict[str, FileEntry]
     ) -> None:
         content = {"progress": dataclasses.asdict(progress), "identity": self._identity}
         write_atomic(aside / "progress.json", json.dumps(content, indent=2))
-        files = files | describe(aside, "progress.json")
-        write_atomic(aside / "manifest.json", json.dumps({"files": files}, indent=2))
-        os.replace(aside, final)
+        manifest = CheckpointManifest(files | describe(aside, ["progress.json"]))
+        write_atomic(aside / "manifest.json", json.dumps(dataclasses.asdict(manifest), indent=2))
+        make_way(final)
+        replace(aside, final)
 
     def _tidy(self, newest: Path) -> None:
         try:
@@ -171,13 +205,17 @@ class CheckpointWriter:
             point_latest(newest)
             remove_old(newest, self._config)
         except OSError as error:
-            self._report(f"Checkpoints before {newest} could not be removed: {error}")
+            self._report(f"Checkpoints before {newest} are not removed: {error.strerror}.")
 
     def _on_main(self, compute: Callable[[], None]) -> None:
         self._on_each(compute if self._is_main else lambda: None)
 
     def _on_each(self, compute: Callable[[], Result]) -> list[Result]:
-        """Call `compute` on every rank; return all results, or raise the first OSError of any."""
+        """Call `compute` on every rank; return all results.
+
+        Raises:
+            OSError: the first that `compute` raises or returns on any rank.
+        """
         outcomes: list[Any] = [None] * dist.get_world_size(self._group)
         try:
             outcome: Any = compute()

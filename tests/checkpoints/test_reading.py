@@ -1,6 +1,8 @@
 """Reading checkpoints: damage, other runs, old runs, and files that try to run code."""
 
 import contextlib
+import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastllama.checkpoints.reading as module
-from fastllama.checkpoints.folder import describe
+from fastllama.checkpoints.folder import CheckpointManifest, FileEntry, describe
 from fastllama.checkpoints.reading import find_damage, newest_checkpoint
 from fastllama.checkpoints.state import MODEL
 from fastllama.cli import main
@@ -30,6 +32,13 @@ def more_updates(n_updates: int) -> tuple[str, str]:
     return "--training.training-tokens", str(n_updates * 256)
 
 
+def write_manifest(checkpoint: Path) -> None:
+    """Describe all files of the checkpoint anew."""
+    names = {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
+    manifest = CheckpointManifest(describe(checkpoint, names))
+    (checkpoint / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+
+
 def flip_bit(path: Path, position: int = -1) -> None:
     """Flip a bit of the byte at `position`, by default the last."""
     content = bytearray(path.read_bytes())
@@ -41,9 +50,9 @@ def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files whose contents are read from now on."""
     read: list[Path] = []
 
-    def recording_describe(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-        read.append(folder / name)
-        return describe(folder, name)
+    def recording_describe(folder: Path, names: list[str]) -> dict[str, FileEntry]:
+        read.extend(folder / name for name in names)
+        return describe(folder, names)
 
     monkeypatch.setattr(module, "describe", recording_describe)
     return read
@@ -84,11 +93,119 @@ def test_truncated_shard(run: Path) -> None:
     assert find_damage(newest) == f"{newest / SHARD} is not what was written"
 
 
-@pytest.mark.parametrize("content", ["", "[]", json.dumps({"files": 3})])
-def test_unreadable_manifest(run: Path, content: str) -> None:
+ENTRY = {"bytes": 0, "sha256": ""}
+
+
+@pytest.mark.parametrize(
+    ("content", "damage"),
+    [
+        (b"", ": invalid JSON: "),
+        (b"\xff", ": invalid JSON: "),
+        (100_000 * b"[", ": invalid JSON: "),
+        (b"[]", ": input should be an object, not []"),
+        (b'{"files": 3}', ": files: input should be an object, not 3"),
+        (b'{"files": {"a": 3}}', ": files.a: input should be an object, not 3"),
+        (b'{"files": {"a": {"bytes": true, "sha256": ""}}}', ": files.a.bytes: input should be "),
+        (b'{"files": {}}', " does not list progress.json"),
+        *(
+            (json.dumps({"files": {name: ENTRY}}).encode(), f" lists {name!r}, which is not a")
+            for name in ("../outside", "/etc/passwd", "a/../b", ".", "..", "a\0b")
+        ),
+        (b'{"files": {"\\ud800": {"bytes": 0, "sha256": ""}}}', ": invalid JSON: "),
+    ],
+)
+def test_unreadable_manifest(run: Path, content: bytes, damage: str) -> None:
     newest = run / "checkpoints" / "step-00000010"
-    (newest / "manifest.json").write_text(content)
-    assert find_damage(newest) == f"{newest / 'manifest.json'} is missing or unreadable"
+    (newest / "manifest.json").write_bytes(content)
+    path, unusable = newest_checkpoint(run / "checkpoints", identity={})
+    assert path == run / "checkpoints" / "step-00000005"
+    assert unusable[newest].startswith(f"{newest / 'manifest.json'}{damage}")
+
+
+@pytest.mark.parametrize(
+    ("content", "damage"),
+    [
+        (b"", ": invalid JSON: "),
+        (b"{}", ": progress: field required"),
+        (b'{"progress": {"step": 10.5}, "identity": {}}', ": progress.step: input should be "),
+        (b'{"progress": {"later": 1}, "identity": {}}', ": progress.later: unexpected keyword"),
+        (b'{"progress": {}, "identity": []}', ": identity: input should be an object, not []"),
+    ],
+)
+def test_progress_of_other_types(run: Path, content: bytes, damage: str) -> None:
+    newest = run / "checkpoints" / "step-00000010"
+    (newest / "progress.json").write_bytes(content)
+    write_manifest(newest)
+    path, unusable = newest_checkpoint(run / "checkpoints", identity={})
+    assert path == run / "checkpoints" / "step-00000005"
+    assert unusable[newest].startswith(f"{newest / 'progress.json'}{damage}")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "progress.json", SHARD])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to itself", "dangling link"])
+def test_special_files_are_damage(run: Path, name: str, kind: str) -> None:
+    newest = run / "checkpoints" / "step-00000010"
+    path = newest / name
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name if kind == "link to itself" else "nothing")
+    damage = {
+        "folder": "is not a regular file",
+        "pipe": "is not a regular file",
+        "link to itself": "cannot be read: Too many levels of symbolic links",
+        "dangling link": "is missing",
+    }
+    assert find_damage(newest) == f"{path} {damage[kind]}"
+
+
+@pytest.mark.parametrize("kind", ["file", "link to itself", "dangling link"])
+def test_newer_name_that_is_no_folder(
+    run: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newer = run / "checkpoints" / "step-00000011"
+    if kind == "file":
+        newer.touch()
+    else:
+        newer.symlink_to(newer.name if kind == "link to itself" else "nothing")
+    train("--resume", run, *more_updates(12))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"Not using a checkpoint: {newer / 'manifest.json'} " in printed
+    assert "It is kept as passed-over-step-00000011-1." in printed
+    assert "resuming after update 10 of 12" in printed
+    assert find_damage(run / "checkpoints" / "step-00000012") is None
+
+
+@pytest.mark.parametrize("how", ["moved", "links followed", "without links"])
+def test_copied_run_resumes(run: Path, tmp_path: Path, how: str) -> None:
+    copied = tmp_path / "elsewhere" / "copied"
+    if how == "moved":
+        copied.parent.mkdir()
+        run.rename(copied)
+    else:
+        ignore = shutil.ignore_patterns("latest") if how == "without links" else None
+        shutil.copytree(run, copied, ignore=ignore)
+    train("--resume", copied, *more_updates(12), "--checkpoint.keep-last", 1)
+    names = {path.name for path in (copied / "checkpoints").glob("step-*")}
+    assert names == {"step-00000012"}
+    assert os.readlink(copied / "checkpoints" / "latest") == "step-00000012"
+
+
+def test_unreadable_folder_is_not_an_empty_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("fastllama.checkpoints.folder.os.listdir", fail)
+    # The run must not begin again from its first update.
+    with pytest.raises(SystemExit) as stop:
+        train("--resume", run, *more_updates(12))
+    assert stop.value.code == 2
+    assert f"Permission denied: '{run / 'checkpoints'}'" in capsys.readouterr().err
 
 
 def test_shard_missing_from_manifest(run: Path) -> None:
@@ -170,18 +287,17 @@ def test_folder_of_another_tool_is_not_used(run: Path, capsys: pytest.CaptureFix
     (strange / "model.safetensors").write_bytes(b"")
     train("--resume", run, *more_updates(12))
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"{strange / 'manifest.json'} is missing or unreadable" in printed
+    assert f"{strange / 'manifest.json'} is missing" in printed
     assert "resuming after update 10 of 12" in printed
 
 
 def edit_identity(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     """Change the saved identity of a checkpoint, and its manifest accordingly."""
-    progress, manifest = checkpoint / "progress.json", checkpoint / "manifest.json"
+    progress = checkpoint / "progress.json"
     content = json.loads(progress.read_text())
     edit(content["identity"])
     progress.write_text(json.dumps(content))
-    files = json.loads(manifest.read_text())["files"] | describe(checkpoint, progress.name)
-    manifest.write_text(json.dumps({"files": files}))
+    write_manifest(checkpoint)
 
 
 def test_run_older_than_logit_softcap_resumes(
@@ -228,9 +344,7 @@ def test_pickle_is_never_loaded(
     newest = run / "checkpoints" / "step-00000010"
     (newest / name).write_bytes(pickle.dumps(Malicious(marker)))
     if listed and name != "manifest.json":
-        names = {path.name for path in newest.iterdir()} - {"manifest.json"}
-        files = {file: describe(newest, file)[file] for file in names}
-        (newest / "manifest.json").write_text(json.dumps({"files": files}))
+        write_manifest(newest)
     for command in (["generate", str(run)], ["train", "--resume", str(run), *more_updates(11)]):
         with contextlib.suppress(SystemExit):
             main(command)
