@@ -1,11 +1,14 @@
 """Loads a trained model and its tokenizer from a run folder or one of its checkpoints."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
+from fastllama.atomic import report_once
+from fastllama.checkpoints.folder import complete_checkpoints, latest_name
 from fastllama.checkpoints.reading import (
     find_damage,
     find_difference,
@@ -14,11 +17,17 @@ from fastllama.checkpoints.reading import (
     read_identity,
 )
 from fastllama.checkpoints.state import MODEL, model_tensors
-from fastllama.data.tokenizer import load_tokenizer
+from fastllama.config import Config
+from fastllama.data.tokenizer import load_tokenizer, vocabulary_size
 from fastllama.model.llama import Llama
-from fastllama.run_folder import RunFolder
+from fastllama.planning.flops import n_parameters
+from fastllama.planning.out_of_memory import is_out_of_memory
+from fastllama.run_folder import RunFolder, model_identity
 from fastllama_kernels import REFERENCE
 from fastllama_kernels.attention import attention_without_cudnn
+
+ATTEMPTS = 5
+"""How often to look for the newest checkpoint while a training replaces checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -33,29 +42,106 @@ class LoadedRun:
 def load_run(path: Path, device: torch.device) -> LoadedRun:
     """Load the newest whole checkpoint of a run folder, or one checkpoint inside it.
 
-    AdamW's moments, two thirds of a checkpoint, are neither read nor checked.
+    AdamW's moments, two thirds of a checkpoint, are neither read nor checked. A newer checkpoint
+    that is not used is reported on stderr. A training may write into the folder meanwhile.
 
     Raises:
-        ValueError: there is no run or checkpoint, or the checkpoint is damaged.
+        ValueError: there is no run or checkpoint, the checkpoint is damaged or has other options
+            than config.toml, or the device has too little memory.
+        OSError: a file cannot be read.
     """
-    run = RunFolder(path)
-    around = RunFolder(path.resolve().parent.parent)
-    is_checkpoint = not run.exists and around.exists
-    if is_checkpoint:
-        run = around
+    run, checkpoint = _locate(path)
     config = run.load_config()
-    checkpoint: Path | None
-    if is_checkpoint:
-        checkpoint = path
-        damage = find_damage(path, wanted=MODEL) or find_difference(path, identity={})
-        if damage is not None:
-            raise ValueError(
-                f"The checkpoint is damaged: {damage}; use another one of {path.parent}."
-            )
-    else:
-        checkpoint, _ = newest_checkpoint(run.checkpoints, identity={}, wanted=MODEL)
     if checkpoint is None:
-        raise ValueError(f"{path} has no complete checkpoint yet; train on, or wait for the first.")
+        return _load_newest(run, config, device)
+    if damage := find_damage(checkpoint, wanted=MODEL):
+        raise ValueError(
+            f"The checkpoint is damaged: {damage}; use another one of {checkpoint.parent}."
+        )
+    if difference := find_difference(checkpoint, model_identity(config.model)):
+        raise ValueError(f"{difference}; {_remedy(run)}.")
+    return _load(run, config, checkpoint, device)
+
+
+def _locate(path: Path) -> tuple[RunFolder, Path | None]:
+    """The run folder at or around `path`, and the checkpoint if `path` is one."""
+    if RunFolder(path).exists:
+        return RunFolder(path), None
+    for target in map(Path, (os.path.abspath(path), os.path.realpath(path))):
+        run = RunFolder(target.parent.parent)
+        if run.exists:
+            # Followed once: a training may point `latest` elsewhere between two files.
+            name = latest_name(target.parent) if target.name == "latest" else None
+            return run, target.with_name(name or target.name)
+    return RunFolder(path), None
+
+
+def _load_newest(run: RunFolder, config: Config, device: torch.device) -> LoadedRun:
+    for _ in range(ATTEMPTS):
+        listed = complete_checkpoints(run.checkpoints)
+        unusable: dict[Path, str] = {}
+        failure: Exception | None = None
+        try:
+            checkpoint, unusable = newest_checkpoint(
+                run.checkpoints, model_identity(config.model), MODEL, _remedy(run)
+            )
+            if checkpoint is None:
+                raise ValueError(_no_checkpoint(run, unusable))
+            loaded = _load(run, config, checkpoint, device)
+        except (ValueError, OSError) as error:
+            failure = error
+        # A training may have removed a checkpoint after it was listed.
+        if not (failure or unusable) or complete_checkpoints(run.checkpoints) == listed:
+            break
+    if failure is not None:
+        raise failure
+    for reason in unusable.values():
+        report_once(reason, f"Not using a checkpoint: {reason}.")
+    if checkpoint is not None and unusable:
+        report_once(str(checkpoint), f"Using {checkpoint}.")
+    return loaded
+
+
+def _no_checkpoint(run: RunFolder, unusable: dict[Path, str]) -> str:
+    if not unusable:
+        return f"{run.path} has no checkpoint yet; train on, or wait for the first."
+    return f"{run.path} has no whole checkpoint: {'; '.join(unusable.values())}."
+
+
+def _remedy(run: RunFolder) -> str:
+    return f"restore that value in {run.config}"
+
+
+def _load(run: RunFolder, config: Config, checkpoint: Path, device: torch.device) -> LoadedRun:
+    """Load an undamaged checkpoint with the options of `config`."""
+    tokenizer = load_tokenizer(run.tokenizer)
+    n_ids, vocab_size = vocabulary_size(tokenizer), config.model.vocab_size
+    if n_ids > vocab_size:
+        raise ValueError(
+            f"{run.tokenizer} has {n_ids} token ids and the model {vocab_size}; restore the "
+            "tokenizer of the run."
+        )
+    end_token = read_identity(checkpoint).get("data.end_token_id")
+    if type(end_token) is not int or not 0 <= end_token < vocab_size:
+        raise ValueError(
+            f"{checkpoint / 'progress.json'}: data.end_token_id = {end_token!r} is not one of the "
+            f"{vocab_size} token ids."
+        )
+    try:
+        model = _build(config, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"Out of memory while loading {checkpoint}: the model has "
+            f"{n_parameters(config.model):,} parameters, too many for --device {device.type}."
+        ) from None
+    load_tensors(checkpoint, model_tensors(model))
+    return LoadedRun(model.eval(), tokenizer, end_token)
+
+
+def _build(config: Config, device: torch.device) -> Llama:
+    """The model with uninitialized weights."""
     with torch.device("meta"):
         # cuDNN would build a new plan for every token, because the number of keys changes.
         model = Llama(config.model, replace(REFERENCE, attention=attention_without_cudnn))
@@ -66,6 +152,4 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
     model.to_empty(device=device)
     model.tie_weights()
     model.init_rotary()
-    load_tensors(checkpoint, model_tensors(model))
-    end_token = read_identity(checkpoint)["data.end_token_id"]
-    return LoadedRun(model.eval(), load_tokenizer(run.tokenizer), end_token)
+    return model
