@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 from tokenizers import Tokenizer
 
 from fastllama.data.checksummed_json import FORMAT_VERSION, read_checksummed, write_checksummed
+from fastllama.data.text_loss import TextLoss
 from fastllama.data.token_file import TokenFile
 from fastllama.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from fastllama.typed_json import DamagedFileError
@@ -65,6 +66,7 @@ class Manifest:
     tokenizer_fingerprint: str
     skipped_records: Count
     splits: dict[str, Split]
+    text_loss: TextLoss | None = None  # None if the tokenizer represents all of the text
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -95,6 +97,8 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write `manifest.json` atomically. It marks the folder as complete."""
         content = asdict(self) | {"format_version": FORMAT_VERSION}
+        if self.text_loss is None:
+            del content["text_loss"]
         write_checksummed(folder / MANIFEST_FILE, content)
 
     @property

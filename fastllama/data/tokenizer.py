@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,20 +11,27 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, FixedLength, Sequence
 from tokenizers.trainers import BpeTrainer
 
 from fastllama.atomic import write_atomic
+from fastllama.data.pieces import Cutter
+from fastllama.printable import one_line, printable
 
 SPECIAL_TOKENS = ("<SOS>", "<EOS>", "<PAD>", "<UNK>")
 END_TOKENS = ("<EOS>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+MAX_WORD_BYTES = 1024
+"""Longer words are cut for training, because a merge takes time in proportion to its word."""
+MAX_FILE_BYTES = 2**28
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
     """Train a byte-level BPE tokenizer. `SPECIAL_TOKENS` get the ids 0 to 3.
 
-    The vocabulary is smaller than `vocab_size` if `texts` run out of pairs to merge.
+    The vocabulary is smaller than `vocab_size` if `texts` run out of pairs to merge. No token has
+    more than `MAX_WORD_BYTES` bytes.
 
     Raises:
         ValueError: `vocab_size` cannot hold the special tokens and the 256 bytes.
@@ -34,7 +42,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
             f"256 bytes need at least {MIN_VOCAB_SIZE}"
         )
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    words = ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = Sequence([words, FixedLength(MAX_WORD_BYTES)])
     tokenizer.decoder = ByteLevelDecoder()
     trainer = BpeTrainer(
         vocab_size=vocab_size,
@@ -42,7 +51,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    cutter = Cutter(lambda text: [word for word, _ in words.pre_tokenize_str(text)])
+    tokenizer.train_from_iterator((p for text in texts for p in cutter.pieces(text)), trainer)
+    tokenizer.pre_tokenizer = words
     return _reset_encoding_options(tokenizer)
 
 
@@ -74,27 +85,35 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Read any Hugging Face `tokenizer.json`.
 
     Raises:
-        ValueError: the file is missing, is not JSON, or is not a tokenizer.
+        ValueError: the file is missing or too large, is not JSON, or is not a tokenizer.
+        OSError: the file cannot be read.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-        json.loads(content)
-    except FileNotFoundError:
+    shown = printable(path)
+    if not path.is_file():
+        raise ValueError(_no_file(path))
+    with open(path, "rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
         raise ValueError(
-            f"tokenizer {path} does not exist: train one with `fastllama tokenizer train`"
+            f"tokenizer {shown} is larger than {MAX_FILE_BYTES:,} bytes: name a tokenizer.json"
+        )
+    try:
+        text = content.decode("utf-8-sig")
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"tokenizer {shown} is not JSON ({one_line(error, 200)}): name a Hugging Face "
+            "tokenizer.json, not the vocabulary of another library"
         ) from None
-    except IsADirectoryError:
-        raise ValueError(f"tokenizer {path} is a folder: name its tokenizer.json") from None
-    except ValueError as error:
-        raise ValueError(
-            f"tokenizer {path} is not JSON ({error}): name a Hugging Face tokenizer.json"
-        ) from error
     try:
-        tokenizer = Tokenizer.from_str(content)
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # The library raises nothing narrower.
         raise ValueError(
-            f"{path} is not a tokenizer ({error}): name a Hugging Face tokenizer.json"
-        ) from error
+            f"{shown} is not a tokenizer ({one_line(error, 200)}): name a Hugging Face "
+            "tokenizer.json"
+        ) from None
+    if not tokenizer.get_vocab_size():
+        raise ValueError(f"tokenizer {shown} has no tokens: name another tokenizer.json")
     return _reset_encoding_options(tokenizer)
 
 
@@ -151,6 +170,22 @@ def verify_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
                 f"decoding does not return the text {text[:80]!r}: "
                 "train the tokenizer on similar text, or use a byte-level tokenizer"
             )
+
+
+def _no_file(path: Path) -> str:
+    """Why `path` is no file, and what to name instead."""
+    shown = printable(path)
+    if path.is_dir():
+        return f"tokenizer {shown} is a folder: name its tokenizer.json"
+    if path.exists():
+        return f"tokenizer {shown} is not a regular file: copy it to one"
+    if path.suffix != ".json" and HUB_NAME.fullmatch(shown):
+        return (
+            f"tokenizer {shown} does not exist. fastllama downloads nothing: for the tokenizer of "
+            f"a model, save https://huggingface.co/{shown}/resolve/main/tokenizer.json and name "
+            "this file"
+        )
+    return f"tokenizer {shown} does not exist: train one with `fastllama tokenizer train`"
 
 
 def _reset_encoding_options(tokenizer: Tokenizer) -> Tokenizer:

@@ -1,0 +1,83 @@
+"""Counts the characters of texts that a tokenizer cannot represent."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict
+from tokenizers import Tokenizer
+
+from fastllama.data.tokenizer_variants import (
+    description,
+    is_lossless,
+    unknown_id,
+    with_decoder,
+)
+from fastllama.printable import printable
+
+SAMPLES = 10
+WARNING_SHARE = 0.001
+
+
+@dataclass
+class TextLoss:
+    """Characters that decoding does not return: `lost` of `characters`, with `samples` of them."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    characters: int = 0
+    lost: int = 0
+    samples: list[str] = field(default_factory=list)
+
+    def add(self, text: str, decoded: str) -> None:
+        """Count a text and the characters that its decoded token ids lack."""
+        self.characters += len(text)
+        # Some tokenizers put a space before a text, others drop the first one.
+        if text.removeprefix(" ") == decoded.removeprefix(" "):
+            return
+        lost = Counter(_composed(text)) - Counter(_composed(decoded))
+        self.lost += lost.total()
+        new = [character for character in lost if character not in self.samples]
+        self.samples = [*self.samples, *new][:SAMPLES]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the share of lost characters deserves a warning."""
+        return self.lost > WARNING_SHARE * self.characters
+
+    def __str__(self) -> str:
+        share = self.lost / max(1, self.characters)
+        samples = " ".join(map(_shown, self.samples))
+        return f"{self.lost:,} of {self.characters:,} characters ({share:.2%}): {samples}"
+
+
+class LossMeter:
+    """Adds to `loss` the text that one tokenizer cannot represent."""
+
+    def __init__(self, tokenizer: Tokenizer, loss: TextLoss) -> None:
+        content = description(tokenizer)
+        self._loss = loss
+        self._decoder = None if is_lossless(content) else with_decoder(tokenizer)
+        self._unknown_id = unknown_id(content)
+
+    def measure(self, texts: Sequence[str], batch: Sequence[NDArray[np.uint32]]) -> None:
+        """Compare `texts` with what their token ids decode to."""
+        if self._decoder is None:
+            self._loss.characters += sum(map(len, texts))
+            return
+        known = [ids[ids != self._unknown_id].tolist() for ids in batch]
+        decoded = self._decoder.decode_batch(known, skip_special_tokens=False)
+        for text, returned in zip(texts, decoded, strict=True):
+            self._loss.add(text, returned)
+
+
+def _composed(text: str) -> str:
+    """`text` with canonically equal spellings made equal, such as é of one and two characters."""
+    return unicodedata.normalize("NFC", text).removeprefix(" ")
+
+
+def _shown(character: str) -> str:
+    return printable(character) if character.strip() else repr(character)
