@@ -71,5 +71,5 @@ STRIDED: dict[str, Layout] = {
     "swapped_12": partial(swapped, first=1),
     "every_other": every_other,
     "sliced": sliced,
-    **EXPANDED,
+    "expanded_0": EXPANDED["expanded_0"],
 }

@@ -1,4 +1,4 @@
-"""The table of operators: how to call each one, and what its contract says about its arguments."""
+"""The table of operators: how to call each one, and what its contract depends on."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Arguments:
-    """One call: leaves, tensors without a gradient, and the upstream gradient of each output."""
+    """One call: leaves, tensors without a gradient, and the upstream gradients of the outputs."""
 
     inputs: Tensors
     constants: Tensors
@@ -90,13 +90,10 @@ class Case:
     def inputs(
         self, B: int = B, T: int = T, dtype: torch.dtype = torch.float32, device: str = DEVICE
     ) -> Tensors:
-        scales = [self.scale] + len(self.shapes(B, T)) * [1.0]
-        return {
-            name: (scale * randn(*shape, seed=seed)).to(device, dtype)
-            for seed, (scale, (name, shape)) in enumerate(
-                zip(scales, self.shapes(B, T).items(), strict=False)
-            )
-        }
+        shapes = self.shapes(B, T)
+        inputs = {name: randn(*shapes[name], seed=seed) for seed, name in enumerate(shapes)}
+        inputs[next(iter(shapes))] *= self.scale
+        return {name: x.to(device, dtype) for name, x in inputs.items()}
 
     def arguments(
         self, B: int = B, T: int = T, dtype: torch.dtype = torch.float32, device: str = DEVICE
@@ -138,9 +135,23 @@ def backward(
 
 
 def run(operator: Operator, arguments: Arguments) -> list[Tensor]:
-    """Outputs, then gradients; nothing is copied on the way."""
+    """Outputs, then gradients; no argument is copied."""
     outputs = forward(operator, arguments)
     return [*outputs, *backward(outputs, arguments)]
+
+
+def forward_and_saved(
+    operator: Operator, arguments: Arguments
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Outputs, and the tensors saved for backward."""
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        return forward(operator, arguments), saved
 
 
 def assert_exact(case: Case, arguments: Arguments) -> None:
@@ -243,11 +254,11 @@ def rope_case(
     suffix: str = "",
 ) -> Case:
     def constants(B: int, T: int, device: str) -> Tensors:
-        found = tables(T + 3, width, device)
+        constants = tables(T + 3, width, device)
         if positions:
-            # Not in order, some twice.
-            found["positions"] = (7 * torch.arange(B * T, device=device)).view(B, T) % (T + 3)
-        return found
+            # Out of order, some twice.
+            constants["positions"] = (7 * torch.arange(B * T, device=device)).view(B, T) % (T + 3)
+        return constants
 
     def call(
         operators: Operators, qkv: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None
@@ -290,7 +301,7 @@ def swiglu_linear_case(width: int = FFN, suffix: str = "") -> Case:
 
 
 def some_ignored(n_rows: int, vocab_size: int, device: str = DEVICE) -> Tensor:
-    """Token ids (N,), of which every fourth is ignored."""
+    """Targets (N,); every fourth is ignored."""
     targets = torch.arange(n_rows, device=device) % vocab_size
     targets[1::4] = -100
     return targets
@@ -321,8 +332,8 @@ def cross_entropy_case(
 
 
 def set_chunk_length(n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have linear_cross_entropy take `n_tokens` at a time."""
-    # The package attribute of this name is the function.
+    """Make linear_cross_entropy run in chunks of `n_tokens`."""
+    # As an attribute of the package, the name is the function.
     module = sys.modules["fastllama_kernels.linear_cross_entropy"]
     monkeypatch.setattr(module, "chunk_length", lambda *_: n_tokens)
 
@@ -392,19 +403,19 @@ LARGE = [
         1,
     ),
 ]
-"""Cases with B and T of more elements than int32 counts, for a GPU."""
+"""Cases, B and T with more elements than int32 counts, for a GPU."""
 
 
 def attention_of_rope(
     operators: Operators, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
-    """Attention saves the memory of the projection, in which rope rotates."""
+    """Rope rotates the result of a matmul, and attention saves its views."""
     qkv = operators.rope(F.linear(x, weight), cos, sin, HEADS, KV_HEADS)
     return operators.attention(*qkv)
 
 
 def loss_of_linear(*, inplace: bool) -> Case:
-    """The logits are made by a matmul; in place, their memory becomes the gradient."""
+    """Cross-entropy of the result of a matmul."""
 
     def call(operators: Operators, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(x.flatten(0, 1), weight)

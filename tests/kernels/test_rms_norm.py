@@ -42,6 +42,7 @@ from tests.kernels.operator_cases import (
     add_rms_norm_linear_case,
     assert_exact_on,
     forward,
+    forward_and_saved,
     rms_norm_case,
 )
 
@@ -270,15 +271,8 @@ def test_only_the_stream_is_used(form: Case) -> None:
 
 @every_form
 def test_saves_no_activation_but_the_stream(form: Case) -> None:
-    saved: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        saved.append(x)
-        return x
-
     arguments = form.arguments()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        outputs = forward(form.triton, arguments)
+    outputs, saved = forward_and_saved(form.triton, arguments)
     stream = outputs[-1] if "residual" in arguments.inputs else arguments.inputs["x"]
     activations = [x for x in saved if x.shape == stream.shape]
     assert [x.data_ptr() for x in activations] == [stream.data_ptr()]
