@@ -29,6 +29,7 @@ ROOMS = {
     "data": (0.8, "documents to batches on the device"),
     "planning": (0.46, "FLOPs, memory, bounds"),
     "config": (0.46, "options, recipes, their rules"),
+    "console": (0.8, "what training and prepare print"),
     "atomic": (0.65, "atomic file writes, locks"),
     "errors": (0.42, "failures that end a run"),
     "printable": (0.19, "text safe for a terminal"),
@@ -36,7 +37,7 @@ ROOMS = {
     "fastllama_kernels": (0.16, "one file an operator"),
 }
 """The centre of each room as a fraction of the width, and its caption."""
-FOUNDATION = ("config", "atomic", "errors", "printable", "typed_json")
+FOUNDATION = ("config", "console", "atomic", "errors", "printable", "typed_json")
 TOKEN_PATH = ("data", "train", "model", "fastllama_kernels", "optim", "logs", "checkpoints")
 """Rooms in the order in which a token, its loss and its weights pass through them."""
 

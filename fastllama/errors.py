@@ -1,4 +1,4 @@
-"""Failures that end a run. The command line reports them in one sentence."""
+"""Failures that end a run, which the command line reports in one sentence; words for others."""
 
 
 class TrainingFailedError(RuntimeError):
@@ -15,3 +15,16 @@ class RankFailedError(RuntimeError):
 
 class PeerFailedError(RuntimeError):
     """This rank ended because another rank failed first. The other rank reports the failure."""
+
+
+class SideJobFailedError(ValueError):
+    """A sample or a validation failed, on every rank alike. Training can continue."""
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, on one line: the system's words, or type and message of the error."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, SideJobFailedError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -13,6 +13,7 @@ from fastllama.cli import (
     data_check,
     generate,
     prepare,
+    tokenizer_repair,
     tokenizer_train,
     train,
     verify_resume,
@@ -20,10 +21,12 @@ from fastllama.cli import (
 from fastllama.cli.command import Command
 from fastllama.cli.errors import REPORTED, UsageError, report
 from fastllama.cli.parsing import split_options, without_debug
+from fastllama.cli.streams import guard_streams, report_lost_lines, require_stdout
 
 # In the order of the help text, which follows the way from text to a trained model.
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("tokenizer", "train"): tokenizer_train.COMMAND,
+    ("tokenizer", "repair"): tokenizer_repair.COMMAND,
     ("prepare",): prepare.COMMAND,
     ("data", "check"): data_check.COMMAND,
     ("train",): train.COMMAND,
@@ -52,16 +55,18 @@ exit codes:
   2    mistake in the command, or in a file or folder it names
   85   training stopped early and saved; the same command resumes it
   130  ended at once by Ctrl-C: the second one during training, otherwise the first;
-       SIGTERM ends with 143 and SIGUSR1 with 138
+       SIGTERM ends with 143, SIGUSR1 with 138 and SIGHUP with 129
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command in `argv`, by default the arguments of the process.
 
-    Returns after a success; otherwise exits with a code that `fastllama --help` explains. SIGTERM
-    and SIGUSR1 end the process when no training handles them.
+    Returns after a success; otherwise exits with a code that `fastllama --help` explains. SIGTERM,
+    SIGUSR1 and SIGHUP end the process when no training handles them. A console that cannot be
+    written ends nothing.
     """
+    guard_streams()
     given = split_options(list(sys.argv[1:] if argv is None else argv))
     args = without_debug(given)
     debug = len(args) < len(given)
@@ -70,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_command(args)
     except REPORTED as error:
         code = report(error, debug)
+    finally:
+        report_lost_lines()
     # Exit outside the except block. Inside it, the traceback keeps the frames of the training
     # alive, and with them the process group: its threads then abort the interpreter while it shuts
     # down. An error in a reference cycle does the same, so the cycles are collected first.
@@ -86,6 +93,7 @@ def run_command(args: list[str]) -> None:
     """
     if not args or args[0] in ("--help", "-h", "help"):
         print(help_text(), end="")
+        require_stdout()
         return
     if args[0] == "--version":
         print(f"fastllama {__version__}")

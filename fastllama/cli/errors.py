@@ -3,13 +3,14 @@
 import json
 import os
 import sys
-import textwrap
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from fastllama.distributed.flight_recorder import dump_path
 from fastllama.errors import PeerFailedError, RankFailedError, TrainingFailedError
+from fastllama.printable import one_line, printable
 
 FAILED = 1
 MISTAKE = 2
@@ -47,7 +48,7 @@ def report(error: BaseException, debug: bool) -> int:
     # differ between processes, so each prints its own.
     if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ValueError):
         if debug:
-            traceback.print_exception(error)
+            print_traceback(error)
         print(f"error: {one_line(error)}", file=sys.stderr)
     return exit_code(error)
 
@@ -66,10 +67,16 @@ def report_first_failure(failure: RankFailedError, debug: bool) -> int:
             file=sys.stderr,
         )
     if debug or not expected:
-        traceback.print_exception(error)
+        print_traceback(error)
     sys.stderr.flush()
     report_to_torchrun(sentence)
     return exit_code(error)
+
+
+def print_traceback(error: BaseException) -> None:
+    """Print the traceback of `error` on stderr. Its message may hold text from a file."""
+    lines = "".join(traceback.format_exception(error))
+    print(printable(lines, keep="\n"), end="", file=sys.stderr)
 
 
 def report_to_torchrun(sentence: str) -> None:
@@ -78,14 +85,11 @@ def report_to_torchrun(sentence: str) -> None:
         # torchrun reads the error file with the earliest timestamp and prints its `py_callstack`.
         extra = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
         message = {"message": sentence, "extraInfo": extra}
-        Path(path).write_text(json.dumps({"message": message}))
+        # The exit code says the same, so a full disk loses only the sentence.
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message}))
 
 
 def exit_code(error: BaseException) -> int:
     """`MISTAKE` for an error the user can correct in the command or its files, else `FAILED`."""
     return MISTAKE if isinstance(error, (ValueError, *WRONG_PATHS)) else FAILED
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line of at most 1000 characters."""
-    return textwrap.shorten(str(error), width=1000)

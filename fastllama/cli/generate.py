@@ -10,12 +10,18 @@ import tyro
 from fastllama.cli.command import Command
 from fastllama.cli.errors import UsageError
 from fastllama.cli.parsing import parse
+from fastllama.cli.streams import require_stdout, stdout_fails
 from fastllama.inference.sampling import Sampling
+from fastllama.printable import printable
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Continue a text with a trained model and print it token by token."""
+    """Continue a text with a trained model and print it token by token.
+
+    On a terminal, control characters of the text are shown as escapes such as \\x1b. A file or a
+    pipe gets the text unchanged.
+    """
 
     run: tyro.conf.Positional[Path]
     """Run folder, or one checkpoint inside it."""
@@ -35,13 +41,22 @@ def run(args: list[str]) -> None:
     options.sampling.validate()
     prompt = prompt_of(options)
     loaded = load_run(options.run, choose_device(options.device))
-    print(prompt, end="", flush=True)
+    show(prompt)
     pieces = generate_text(
         loaded.model, loaded.tokenizer, prompt, options.sampling, loaded.end_token
     )
     for piece in pieces:
-        print(piece, end="", flush=True)
+        show(piece)
+        if stdout_fails():
+            break
     print()
+    require_stdout()
+
+
+def show(text: str) -> None:
+    """Print a piece of the text now; on a terminal without characters that would drive it."""
+    text = printable(text, keep="\n\t") if sys.stdout.isatty() else text
+    print(text, end="", flush=True)
 
 
 def prompt_of(options: GenerateOptions) -> str:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, cast
 import tyro
 
 from fastllama.cli.errors import UsageError
+from fastllama.cli.streams import require_stdout
 from fastllama.config import Config, known_keys, load_recipe, nearest_key
 from fastllama.config.recipes import has_type
 
@@ -112,6 +113,7 @@ def parse(
             )
     except SystemExit as stop:
         if stop.code == 0:
+            require_stdout()
             raise
         raise UsageError(f"{unbox(printed.getvalue())}; see {prog} --help.") from None
     if unknown:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shlex
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from fastllama.cli.command import Command
 from fastllama.cli.errors import STOPPED, UsageError, report_to_torchrun
 from fastllama.cli.parsing import ConfigOptions, asks_help, base_config, parse, split_recipe
+from fastllama.cli.streams import require_stdout
 from fastllama.config import Config, validate
 
 
@@ -19,8 +21,8 @@ class TrainOptions:
 
     Give the recipe first: fastllama train CONFIG.toml [--group.field VALUE ...]. After an
     interruption, the same command resumes the run from its newest checkpoint. SIGINT (Ctrl-C),
-    SIGTERM, SIGUSR1 and --training.max-wall-time finish the update, save a checkpoint and exit with
-    85; a second signal stops at once.
+    SIGTERM, SIGUSR1, SIGHUP (a closed terminal) and --training.max-wall-time finish the update,
+    save a checkpoint and exit with 85; a second signal other than SIGHUP stops at once.
     """
 
     config: ConfigOptions = field(default_factory=Config)
@@ -38,27 +40,28 @@ def run(args: list[str]) -> None:
     if options.print_config:
         print_config(options.config)
         return
-    from rich.console import Console
-
+    from fastllama.console import Console
     from fastllama.run_folder import RunFolder
     from fastllama.train import train
 
-    is_main = os.environ.get("RANK", "0") == "0"
-    console = Console(quiet=not is_main, highlight=False, soft_wrap=True, markup=False)
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     finished = train(options.config, RunFolder(path), console, resume=options.resume is not None)
     if not finished:
-        # A launcher that sees the first rank exit sends SIGTERM to the others. They are exiting
-        # too, and must exit with this code.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # A launcher that sees the first rank exit sends SIGTERM to the others, and a terminal that
+        # closes sends SIGHUP twice. All ranks are exiting, and must exit with this code.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         console.print(
-            f"Stopped early. Resume with the same command, or with: fastllama train --resume {path}"
+            "Stopped early. Resume with the same command, or with: "
+            f"fastllama train --resume {shlex.quote(str(path))}"
         )
         report_to_torchrun(f"no failure: stopped early and saved, exit code {STOPPED}")
         sys.exit(STOPPED)
+    prompt = options.config.logging.sample_prompt
     lines = (
         f"run     {path}",
         f"plot    {path / 'loss.png'}",
-        f"next    fastllama generate {path} --prompt {options.config.logging.sample_prompt!r}",
+        f"next    fastllama generate {shlex.quote(str(path))} --prompt {shlex.quote(prompt)}",
     )
     console.print("\n".join(lines))
 
@@ -110,6 +113,7 @@ def print_config(config: Config) -> None:
     for device, rates in ASSUMED_RATES.items():
         most = bound(model, per_device, rates).tokens_per_second
         print(f"# bound on one {device}      {most:,.0f} tok/s, assumed rates")
+    require_stdout()
 
 
 COMMAND = Command(

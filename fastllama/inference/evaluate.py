@@ -10,6 +10,7 @@ from fastllama.data.batch import read_batch
 from fastllama.data.dataset import Dataset
 from fastllama.data.stream import TokenStream
 from fastllama.distributed.world import World
+from fastllama.errors import SideJobFailedError
 
 
 @torch.no_grad()
@@ -18,24 +19,39 @@ def validation_loss(model: nn.Module, stream: TokenStream, config: Config, world
 
     Sequences come in the order of the stream. Every rank computes batches of one shape; the targets
     of rows past the end are ignored.
+
+    Raises:
+        SideJobFailedError: a rank could not read a batch. Every rank computes all batches and then
+            raises: a rank that left earlier would leave the others waiting in a collective.
     """
     seq_len, batch_size = config.model.max_seq_len, config.training.batch_size
     wanted = max(1, config.training.eval_tokens // seq_len)
     n_sequences = min(wanted, stream.n_sequences(seq_len))
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    failure = ""
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     batch = torch.empty(2, batch_size, seq_len, dtype=torch.int64)
     model.eval()
     for first in range(0, n_sequences, batch_size * world.size):
         begin = first + world.rank * batch_size
         rows = range(begin, min(begin + batch_size, n_sequences))
-        read_batch(stream, rows, batch)
+        try:
+            read_batch(stream, rows, batch)
+        except (OSError, ValueError) as error:
+            failure = f": {error}"
+            batch.zero_()
         inputs, targets = batch.to(world.device)
         loss = model(inputs, targets)
         n_tokens = len(rows) * seq_len
         sums[0] += loss.double() * n_tokens
         sums[1] += n_tokens
     model.train()
-    loss_sum, token_sum = world.mean(sums).tolist()
+    sums[2] = bool(failure)
+    loss_sum, token_sum, failed = world.mean(sums).tolist()
+    if failed:
+        raise SideJobFailedError(
+            f"{round(failed * world.size)} of {world.size} ranks cannot read the held-out "
+            f"text{failure}"
+        )
     return loss_sum / token_sum
 
 

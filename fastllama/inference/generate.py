@@ -8,16 +8,22 @@ from torch import Tensor
 
 from fastllama.inference.load import LoadedRun as LoadedRun
 from fastllama.inference.load import load_run as load_run
+from fastllama.errors import SideJobFailedError
 from fastllama.inference.sampling import Sampling
 from fastllama.model.kv_cache import KVCache
 from fastllama.model.llama import Llama
 
 
 def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw a token id from `logits` (V,): a 0-d int64 tensor on their device."""
+    """Draw a token id from `logits` (V,): a 0-d int64 tensor on their device.
+
+    The id is -1 if a logit is not finite.
+    """
+    is_finite = logits_V.isfinite().all()
     if sampling.temperature == 0:
-        return logits_V.argmax()
-    sorted_logits, ids = logits_V.float().sort(descending=True, stable=True)
+        return torch.where(is_finite, logits_V.argmax(), -1)
+    # On CUDA, multinomial over NaN would end the process.
+    sorted_logits, ids = logits_V.float().nan_to_num().sort(descending=True, stable=True)
     sorted_logits = sorted_logits[: sampling.top_k]
     # Relative to the largest, so that no temperature overflows.
     probabilities = ((sorted_logits - sorted_logits[0]) / sampling.temperature).softmax(dim=-1)
@@ -25,7 +31,8 @@ def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
         # A token stays while the tokens before it sum to less than top_p, so the first stays.
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
-    return ids[torch.multinomial(probabilities, 1, generator=generator)[0]]
+    drawn = ids[torch.multinomial(probabilities, 1, generator=generator)[0]]
+    return torch.where(is_finite, drawn, -1)
 
 
 @torch.no_grad()
@@ -42,6 +49,7 @@ def generate_tokens(
 
     Raises:
         ValueError: the prompt fills the whole context.
+        SideJobFailedError: the logits are not finite, on the main process and so on every rank.
     """
     room = model.config.max_seq_len - len(prompt)
     if room < 1:
@@ -56,6 +64,11 @@ def generate_tokens(
     for _ in range(min(sampling.max_new_tokens, room)):
         logits_BTV = model(torch.tensor([tokens], device=device), cache=cache)
         token = int(agree(sample_token(logits_BTV[0, -1], sampling, generator)))
+        if token < 0:
+            raise SideJobFailedError(
+                "the logits are not finite: the model has diverged (use an earlier checkpoint, or "
+                "train again with a lower optimizer.max_lr)"
+            )
         if token == end_token:
             return
         yield token

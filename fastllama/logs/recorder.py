@@ -11,7 +11,7 @@ from fastllama.config import Config
 from fastllama.distributed.world import World
 from fastllama.logs.results import UpdateResult
 from fastllama.logs.rows import Row
-from fastllama.logs.sinks import MetricsLog, report_write_errors
+from fastllama.logs.sinks import MetricsLog
 from fastllama.optim.schedule import learning_rate
 from fastllama.planning.flops import flops_per_token, peak_flops
 
@@ -52,7 +52,7 @@ class Recorder:
         if self._world.is_main:
             self._close_log()
             tensorboard = self._config.logging.tensorboard
-            self._log = MetricsLog(self._run, last_step, tensorboard)
+            self._log = MetricsLog(self._run, last_step, tensorboard, self._console.print)
         # Each loader counts its waits from 0.
         self._logged_wait = 0.0
         self._bar.reset(self._task, completed=last_step)
@@ -109,15 +109,13 @@ class Recorder:
         self._logged_wait = self._result.data_wait_seconds
         row.peak_gib = self._peak_gib()
         if self._log is not None:
-            with report_write_errors(self._console, f"The row of update {row.step}"):
-                self._log.write(row)
+            self._log.write(row)
         self._console.print(row.line())
 
     def sync(self) -> None:
         """Make all rows durable."""
         if self._log is not None:
-            with report_write_errors(self._console, "The rows so far"):
-                self._log.sync()
+            self._log.sync()
 
     def close(self) -> None:
         """Stop the progress bar and close the logs."""
@@ -126,8 +124,7 @@ class Recorder:
 
     def _close_log(self) -> None:
         if self._log is not None:
-            with report_write_errors(self._console, "The last TensorBoard events"):
-                self._log.close()
+            self._log.close()
 
     def _mfu(self, tok_per_s: float) -> tuple[float | None, float | None]:
         if self._world.device.type != "cuda":

@@ -1,8 +1,13 @@
 """The row of an update: the columns of metrics.csv and the line on the console."""
 
 import csv
-from dataclasses import dataclass, fields
+import io
+import json
+import math
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -76,13 +81,56 @@ class Row:
 COLUMNS = [field.name for field in fields(Row)]
 
 
+def csv_line(row: Row) -> bytes:
+    """The row as a line of metrics.csv."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(
+        ["" if value is None else value for value in astuple(row)]
+    )
+    return text.getvalue().encode()
+
+
+def json_line(row: Row) -> bytes:
+    """The row as a line of metrics.jsonl."""
+    values = {name: finite(value) for name, value in asdict(row).items()}
+    return (json.dumps(values) + "\n").encode()
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON lacks, by None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def columns_of(header: bytes) -> list[str]:
+    """The columns that the first line of a metrics.csv names; none if it is not our header.
+
+    An older version had fewer columns.
+    """
+    names = header.decode("utf-8-sig", "replace").split(",")
+    names[-1] = names[-1].rstrip("\r\n")
+    return names if header.endswith(b"\n") and names == COLUMNS[: len(names)] else []
+
+
+def parse_row(line: bytes, columns: list[str]) -> dict[str, float]:
+    """The cells of a line of metrics.csv as numbers, without empty cells.
+
+    Raises:
+        ValueError: the line is damaged.
+    """
+    cells = line.strip(b"\r\n").split(b",")
+    int(cells[0])  # a step is a whole number
+    return {name: float(cell) for name, cell in zip(columns, cells, strict=True) if cell}
+
+
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv as numbers, without empty cells."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return [
-            {name: float(value) for name, value in row.items() if value}
-            for row in csv.DictReader(file)
-        ]
+    """The rows of a metrics.csv as numbers, without empty cells and damaged lines."""
+    header, *lines = path.read_bytes().split(b"\n")
+    columns = columns_of(header + b"\n")
+    rows = []
+    for line in lines:
+        with suppress(ValueError):
+            rows.append(parse_row(line, columns))
+    return rows
 
 
 def human(count: int) -> str:

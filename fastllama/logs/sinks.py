@@ -1,40 +1,35 @@
 """Where rows go: metrics.csv, metrics.jsonl, TensorBoard. A sink that fails never ends a run."""
 
-import io
-import json
-import math
-import os
-import platform
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
+from fastllama.atomic import set_aside, write_atomic
 from fastllama.errors import reason
-from fastllama.logs.log_file import LogFile, Say, append, keep_lines
-from fastllama.logs.rows import COLUMNS, Row, add_columns, columns_of, step_of_row
+from fastllama.logs.log_file import LogFile, Say, keep_lines, old_lines
+from fastllama.logs.rows import COLUMNS, Row, columns_of, csv_line, json_line, parse_row
+from fastllama.logs.tensorboard import event_log
 from fastllama.typed_json import parse_json
 
 
-@dataclass
-class LoggedStep:
-    """The field that every line of our JSON Lines has."""
-
-    step: int
+@contextmanager
+def report_write_errors(console: Console, what: str) -> Iterator[None]:
+    """Print an error instead of raising it: a full disk or a faulty library does not end a run."""
+    with Guard(what, console.print)():
+        yield
 
 
 class Guard:
     """Runs work that may fail without ending the run, such as the writes of one sink.
 
-    The first failure of a series is printed, and so is the end of the series.
+    It prints the first failure of a series, and the end of the series.
     """
 
     def __init__(self, what: str, say: Say) -> None:
-        """`what` is the subject of the printed sentences."""
+        """`what` is the subject of the sentences that `say` prints."""
         self._what, self._say = what, say
         self._n_failed = 0
 
@@ -46,14 +41,16 @@ class Guard:
         except Exception as error:
             self._n_failed += 1
             if self._n_failed == 1:
-                self._say(f"{self._what} could not be written: {reason(error)}; training continues.")
+                self._say(
+                    f"{self._what} could not be written: {reason(error)}; training continues."
+                )
         else:
             if self._n_failed:
-                self._say(f"{self._what} is written again, after {self._n_failed} failures.")
+                self._say(f"{self._what} can be written again; failures: {self._n_failed}.")
             self._n_failed = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sink:
     """A log file of rows."""
 
@@ -63,7 +60,10 @@ class Sink:
 
 
 class MetricsLog:
-    """Appends rows to metrics.csv, metrics.jsonl and, if asked, TensorBoard. Never raises."""
+    """Appends rows to metrics.csv, metrics.jsonl and, if asked, TensorBoard.
+
+    Its methods print errors instead of raising them.
+    """
 
     def __init__(self, run: Path, last_step: int, tensorboard: bool, say: Say) -> None:
         """Open the logs of a run that resumes after update `last_step`; `say` prints a sentence.
@@ -74,35 +74,26 @@ class MetricsLog:
         """
         self._say = say
         csv, jsonl = run / "metrics.csv", run / "metrics.jsonl"
-
-        def tidy_csv() -> None:
-            keep_lines(csv, last_step, step_of_row, say, is_header=lambda line: bool(columns_of(line)))
-            add_columns(csv)
-
-        def tidy_lines(path: Path, last: int = last_step) -> None:
-            keep_lines(path, last, step_of_line, say)
-
-        header = (",".join(COLUMNS) + "\n").encode()
+        csv_log = LogFile(csv, _HEADER, lambda: tidy_csv(csv, last_step, say))
+        jsonl_log = LogFile(jsonl, tidy=lambda: tidy_jsonl(jsonl, last_step, say))
         self._sinks = [
-            Sink(LogFile(csv, header, tidy_csv), csv_line, Guard(str(csv), say)),
-            Sink(LogFile(jsonl, tidy=lambda: tidy_lines(jsonl)), json_line, Guard(str(jsonl), say)),
+            Sink(csv_log, csv_line, Guard(str(csv), say)),
+            Sink(jsonl_log, json_line, Guard(str(jsonl), say)),
         ]
         if tensorboard:
-            with Guard(f"TensorBoard's events in {run}", say)():
-                self._sinks.append(tensorboard_sink(run / "tensorboard", last_step, say))
+            guard = Guard(f"TensorBoard's events in {run}", say)
+            with guard():
+                self._sinks.append(Sink(*event_log(run / "tensorboard", last_step), guard))
         for sink in self._sinks:
             with sink.guard():
                 sink.log.flush()
         # A run that restarts at 0 takes its sample before the first update again.
-        for path, last in ((run / "bad-updates.jsonl", last_step), (run / "samples.jsonl", last_step or -1)):
-            with Guard(str(path), say)():
-                tidy_lines(path, last)
+        for name, last in (("bad-updates", last_step), ("samples", last_step or -1)):
+            with Guard(f"{run / name}.jsonl", say)():
+                tidy_jsonl(run / f"{name}.jsonl", last, say)
 
     def write(self, row: Row) -> None:
-        """Append a row to each sink, with one write. A kill leaves at most one partial line.
-
-        A row that cannot be written now is written with the next one.
-        """
+        """Append a row to every sink. A row that cannot be written now waits for the next."""
         for sink in self._sinks:
             with sink.guard():
                 sink.log.write(sink.encode(row))
@@ -116,7 +107,57 @@ class MetricsLog:
     def close(self) -> None:
         """Try once more to write the rows that wait, and say how many are lost."""
         for sink in self._sinks:
-            with sink.guard():
-                sink.log.flush()
+            if sink.log.n_waiting:
+                with sink.guard():
+                    sink.log.flush()
             if n_lost := sink.log.n_waiting:
-                self._say(f"{sink.log.path}: {n_lost} rows are lost.")
+                self._say(f"{sink.log.path}: the last {n_lost} rows are lost.")
+
+
+@dataclass
+class LoggedStep:
+    """The field that every line of our JSON Lines has."""
+
+    step: int
+
+
+_HEADER = (",".join(COLUMNS) + "\n").encode()
+
+
+def tidy_csv(path: Path, last_step: int, say: Say) -> None:
+    """Keep the rows of a metrics.csv up to update `last_step`; give them the columns they lack.
+
+    A file without our header is renamed, and `say` is told.
+
+    Raises:
+        OSError: the file cannot be read or replaced.
+    """
+    header, *lines = old_lines(path, say) or [b""]
+    if not header:
+        return
+    columns = columns_of(header)
+    if not columns:
+        say(f"{path} does not start with our header; it is kept as {set_aside(path).name}.")
+        return
+    kept = keep_lines(
+        path, lines, last_step, lambda line: int(parse_row(line, columns)["step"]), say
+    )
+    n_missing = len(COLUMNS) - len(columns)
+    if n_missing:
+        kept = [line.rstrip(b"\r\n") + b"," * n_missing + b"\n" for line in kept]
+    if n_missing or len(kept) < len(lines):
+        write_atomic(path, _HEADER + b"".join(kept))
+
+
+def tidy_jsonl(path: Path, last_step: int, say: Say) -> None:
+    """Keep the lines of a JSON Lines log up to update `last_step`.
+
+    Raises:
+        OSError: the file cannot be read or replaced.
+    """
+    lines = old_lines(path, say)
+    kept = keep_lines(
+        path, lines, last_step, lambda line: parse_json(line, LoggedStep, str(path)).step, say
+    )
+    if len(kept) < len(lines):
+        write_atomic(path, b"".join(kept))

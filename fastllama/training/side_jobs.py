@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,11 +12,13 @@ from fastllama.checkpoints.writing import CheckpointWriter
 from fastllama.config import Config
 from fastllama.distributed.compilation import CompileWatch
 from fastllama.distributed.fsdp import reshard
+from fastllama.errors import SideJobFailedError, reason
 from fastllama.inference.evaluate import bits_per_byte, validation_loss
 from fastllama.inference.generate import generate_text
 from fastllama.inference.sampling import Sampling
+from fastllama.logs.log_file import append
 from fastllama.logs.plot import plot_loss
-from fastllama.logs.sinks import append, report_write_errors
+from fastllama.logs.sinks import Guard, report_write_errors
 from fastllama.training.monitor import UpdateMonitor
 from fastllama.training.session import Session
 from fastllama.training.skipped_steps import Rewinder
@@ -46,7 +48,11 @@ def checkpoint_due(step: int, config: Config) -> bool:
 
 @dataclass
 class SideJobs:
-    """The side jobs of one training. Their time is excluded from the pace of training."""
+    """The side jobs of one training. Their time is excluded from the pace of training.
+
+    Only the last checkpoint must succeed. Another side job that fails is reported, and training
+    continues.
+    """
 
     session: Session
     state: TrainState
@@ -54,15 +60,39 @@ class SideJobs:
     compile_watch: CompileWatch
     writer: CheckpointWriter
     rewinder: Rewinder
+    _plot: Guard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._plot = Guard(f"The plot {self.session.run.loss_plot}", self.session.console.print)
+
+    @contextmanager
+    def _reported(self, what: str) -> Iterator[None]:
+        """Print an error of a side job that runs the model; leave the model ready to train.
+
+        With several ranks only a `SideJobFailedError` is printed. Any other error may be one
+        rank's alone, and the other ranks would wait for it in a collective.
+        """
+        session, model = self.session, self.state.model
+        try:
+            yield
+        except Exception as error:
+            if session.world.size > 1 and not isinstance(error, SideJobFailedError):
+                raise
+            session.console.print(
+                f"No {what} after update {self.state.progress.step}: {reason(error)}; "
+                "training continues."
+            )
+        finally:
+            model.train()
+            reshard(model)
 
     def validate(self) -> None:
         """Measure the loss on the held-out split, if there is one."""
         session, model = self.session, self.state.model
         if session.dataset.validation is None:
             return
-        with self.monitor.side_job():
+        with self.monitor.side_job(), self._reported("validation"):
             loss = validation_loss(model, session.dataset.validation, session.config, session.world)
-            reshard(model)
             self.monitor.recorder.add_validation(loss, bits_per_byte(loss, session.dataset))
 
     def sample(self) -> None:
@@ -72,11 +102,18 @@ class SideJobs:
         if not logging.sample_interval:
             return
         self.monitor.flush()
-        with self.monitor.side_job(), torch.compiler.set_stance("force_eager"):
+        text = None
+        with (
+            self.monitor.side_job(),
+            self._reported("sample"),
+            torch.compiler.set_stance("force_eager"),
+        ):
             text = self._continue_prompt()
+        if text is None:
+            return
         if session.world.is_main:
             record = {"step": step, "prompt": logging.sample_prompt, "text": text}
-            with report_write_errors(session.console, f"The sample after {step} updates"):
+            with report_write_errors(session.console, f"The sample after update {step}"):
                 append(session.run.samples, json.dumps(record) + "\n")
         session.console.rule(f"sample after {step} updates", style="dim")
         session.console.print(logging.sample_prompt + text)
@@ -95,10 +132,7 @@ class SideJobs:
             dataset.manifest.end_token_id,
             session.world.agree,
         )
-        text = "".join(pieces)
-        model.train()
-        reshard(model)
-        return text
+        return "".join(pieces)
 
     def save(self) -> None:
         """Start writing a checkpoint of this update, and draw the plot."""
@@ -111,7 +145,7 @@ class SideJobs:
             progress.spikes = [] if spikes is None else spikes.state.tolist()
             self.writer.save(self.state.tensors(), progress)
             if session.world.is_main:
-                with report_write_errors(session.console, f"The plot {session.run.loss_plot}"):
+                with self._plot():
                     plot_loss(session.run.metrics_csv, session.run.loss_plot, session.run.path.name)
 
     def finish(self) -> None:

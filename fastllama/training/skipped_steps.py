@@ -27,8 +27,10 @@ from fastllama.config import Config
 from fastllama.data.batch import sequences_at
 from fastllama.data.dataset import Dataset
 from fastllama.errors import TrainingFailedError
+from fastllama.logs.log_file import append
 from fastllama.logs.results import UpdateResult
-from fastllama.logs.sinks import append, finite, report_write_errors
+from fastllama.logs.rows import finite
+from fastllama.logs.sinks import report_write_errors
 from fastllama.training.session import Session
 
 SHOWN = 4

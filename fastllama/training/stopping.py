@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -13,7 +13,7 @@ import torch
 
 from fastllama.distributed.world import World
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass
@@ -30,24 +30,34 @@ class StopSignal:
         return self.signalled or time.perf_counter() >= self.deadline
 
     def agreed(self, world: World) -> bool:
-        """Whether any process was asked to stop. Every process calls this and gets the same."""
+        """Whether any process was asked to stop. All processes call this and get one answer."""
         return bool(world.mean(torch.full((), float(self.requested))) > 0)
 
 
 @contextmanager
 def stop_signals(deadline: float = math.inf) -> Iterator[StopSignal]:
-    """Turn the first of `STOP_SIGNALS` into a request to stop. A second one ends the process."""
+    """Turn the first of `STOP_SIGNALS` into a request to stop. A second one ends the process.
+
+    SIGHUP never ends it: shell and kernel both send one when a terminal closes. Where SIGHUP is
+    ignored, as under nohup, it stays ignored.
+    """
     stop = StopSignal(deadline)
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.signalled = True
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        # Not print: the signal may have interrupted one.
+        for each in handled:
+            signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
+        # os.write, because the signal may have interrupted a print.
         name = signal.Signals(number).name
-        os.write(2, f"{name}: saving, then stopping; send it again to stop now\n".encode())
+        again = "send SIGTERM" if number == signal.SIGHUP else "send it again"
+        message = f"{name}: saving, then stopping; {again} to stop now\n"
+        # The terminal may be gone.
+        with suppress(OSError):
+            os.write(2, message.encode())
 
-    previous = {number: signal.signal(number, request) for number in STOP_SIGNALS}
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    handled = [each for each in STOP_SIGNALS if not (ignored and each == signal.SIGHUP)]
+    previous = {number: signal.signal(number, request) for number in handled}
     try:
         yield stop
     finally:

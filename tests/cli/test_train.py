@@ -155,14 +155,17 @@ def test_console_neither_wraps_nor_reads_markup(
         return False
 
     monkeypatch.setattr("fastllama.train.train", train)
-    before = signal.getsignal(signal.SIGTERM)
+    run = "runs/[red] :heart: $A" + 20 * "x y"
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     with pytest.raises(SystemExit) as stop:
-        main(["train", str(workspace.recipe), "--run-dir", "runs/[red]" + 20 * "x y"])
-    signal.signal(signal.SIGTERM, before)
+        main(["train", str(workspace.recipe), "--run-dir", run])
+    for number, handler in before.items():
+        signal.signal(number, handler)
     assert stop.value.code == STOPPED
     printed, last = capsys.readouterr().out.splitlines()
     assert printed == text
-    assert last.endswith("fastllama train --resume runs/[red]" + 20 * "x y")
+    # Quoted, so that a shell reads the name as it is.
+    assert last.endswith(f"fastllama train --resume '{run}'")
 
 
 def test_shard_truncated_while_training(

@@ -1,0 +1,23 @@
+"""The console that training and `prepare` print on."""
+
+from typing import Any
+
+import rich.console
+
+from fastllama.printable import printable
+
+
+class Console(rich.console.Console):
+    """Prints text as it is: nothing in it is markup, an emoji code, or a terminal's control."""
+
+    def __init__(self, *, stderr: bool = False, quiet: bool = False) -> None:
+        super().__init__(
+            stderr=stderr, quiet=quiet, soft_wrap=True, markup=False, emoji=False, highlight=False
+        )
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print `objects`; control characters in strings are shown as escapes."""
+        harmless = (
+            printable(each, keep="\n\t") if isinstance(each, str) else each for each in objects
+        )
+        super().print(*harmless, **options)
