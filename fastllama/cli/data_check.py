@@ -11,7 +11,10 @@ from fastllama.cli.parsing import parse
 
 @dataclass(frozen=True)
 class DataCheckOptions:
-    """Check every shard of a data folder: checksum, size, dtype and token ids."""
+    """Check a data folder: its manifest, its tokenizer, and checksum and token ids of each shard.
+
+    Also finds shards that the manifest does not list, and counts the documents again.
+    """
 
     folder: tyro.conf.Positional[Path]
     """Folder written by fastllama prepare."""
@@ -26,6 +29,11 @@ def run(args: list[str]) -> None:
     manifest.check_contents(options.folder)
     tokens = sum(split.tokens for split in manifest.splits.values())
     print(f"{options.folder}: {tokens:,} tokens, every shard matches its checksum")
+    if not manifest.is_checksummed:
+        print(
+            "manifest.json has no checksum, because an older fastllama wrote it: its numbers of "
+            "text bytes and skipped records are unverified"
+        )
 
 
-COMMAND = Command(run, {"data/NAME": "check every shard against its checksum"})
+COMMAND = Command(run, {"data/NAME": "check every file of a data folder against its manifest"})

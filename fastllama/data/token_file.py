@@ -18,7 +18,7 @@ MAX_HEADER_BYTES = 4096
 # NumPy's own parser evaluates the header as Python, and fails in many ways on a damaged one.
 HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(?P<length>..)"
-    rb"\{'descr': '(?P<dtype>[<>|][biufc]\d{1,2})', 'fortran_order': False, "
+    rb"\{'descr': '(?P<dtype>[<>][iufc]\d{1,2}|\|[biu]1)', 'fortran_order': False, "
     rb"'shape': \((?P<shape>[\d, ]*)\), \} *\n",
     re.DOTALL,
 )

@@ -20,7 +20,7 @@ def make_folder(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer([], VOCAB_SIZE)
     save_tokenizer(tokenizer, folder / "tokenizer.json")
-    largest = max((max(shard, default=0) for shards in splits.values() for shard in shards))
+    largest = max(max(shard, default=0) for shards in splits.values() for shard in shards)
     manifest = Manifest(
         dtype=dtype,
         vocab_size=max(VOCAB_SIZE, largest + 1),

@@ -57,6 +57,14 @@ def test_data_of_exactly_one_sequence(tmp_path: Path) -> None:
         open_dataset(config_for(tmp_path))
 
 
+def test_rejects_data_without_a_training_split(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"validation": [range(50)]})
+    with pytest.raises(
+        ValueError, match=r"has no training split: .* smaller --validation-fraction"
+    ):
+        open_dataset(config_for(tmp_path))
+
+
 def test_data_tokenizer_option(folder: Path, tmp_path: Path) -> None:
     config = config_for(folder)
     same = tmp_path / "same.json"

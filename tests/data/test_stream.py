@@ -1,10 +1,12 @@
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.data.folder import make_stream
+from fastllama.data.stream import TokenStream
+from tests.data.folder import make_folder, make_stream
 
 TOKENS = list(range(40, 63))
 
@@ -38,3 +40,15 @@ def test_last_sequence_needs_its_last_target(
 def test_ids_beyond_16_bits(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, [1, 128_255, 70_000], dtype="uint32")
     assert stream.read(0, 2).tolist() == [1, 128_255, 70_000]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_ids_outside_of_the_vocabulary(tmp_path: Path, dtype: str) -> None:
+    manifest = make_folder(tmp_path, {"train": [range(40, 50), range(50, 60)]}, dtype)
+    stream = TokenStream(tmp_path, replace(manifest, vocab_size=55), "train")
+    assert stream.read(0, 14).tolist() == list(range(40, 55))
+    with pytest.raises(
+        ValueError,
+        match=r"train-00001\.npy is damaged: found token id 55 at position 5, expected ids below",
+    ):
+        stream.read(0, 15)

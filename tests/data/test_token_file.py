@@ -32,6 +32,50 @@ def test_reads_numpy_files(path: Path, dtype: str) -> None:
         assert np.array_equal(tokens, TOKENS[first : first + n])
 
 
+def test_reads_the_header_of_any_shape(path: Path) -> None:
+    for shape in ((), (0,), (2, 5000), (10, 10, 100)):
+        np.save(path, np.zeros(shape, np.int32))
+        file = TokenFile(path)
+        assert (file.dtype, file.shape) == (np.dtype(np.int32), shape)
+
+
+def test_every_changed_bit_of_the_header_is_found(path: Path) -> None:
+    data = path.read_bytes()
+    assert data[127] == ord("\n")
+    for bit in range(8 * 128):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(changed)
+        try:
+            file = TokenFile(path)
+        except ValueError:
+            continue
+        assert (file.dtype, file.shape) != (np.dtype(np.uint16), (10_000,)), bit
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"\x93NUMPY\x01\x00\xff\xff" + 70_000 * b"(",
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<z9', 'fortran_order': False, 'shape': (3,), }",
+        b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (3,), }",
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<u2', 'fortran_order': False, 'shape': (-3,), }",
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<u2', 'fortran_order': False, 'shape': (3,), }x",
+    ],
+)
+def test_rejects_other_headers(path: Path, header: bytes) -> None:
+    path.write_bytes(header.ljust(127) + b"\n" + bytes(6))
+    with pytest.raises(ValueError, match="no header of a NumPy array"):
+        TokenFile(path)
+
+
+def test_rejects_unknown_dtype(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"<u2", b"<u3"))
+    with pytest.raises(ValueError, match="unknown dtype <u3"):
+        TokenFile(path)
+
+
 def test_names_shard_truncated_while_open(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, TOKENS.tolist(), TOKENS.tolist())
     shard = tmp_path / "train-00001.npy"
@@ -89,7 +133,6 @@ def test_closes_with_last_reference(path: Path) -> None:
         return sum(os.path.lexists(link) and os.readlink(link) == str(path) for link in links)
 
     file = TokenFile(path)
-    # The map that read the header is closed.
     assert n_open() == 1
     del file
     assert n_open() == 0
