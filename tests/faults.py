@@ -4,7 +4,8 @@
 
 A training of 1 to 4 ranks is killed again and again: at named points inside an update, a copy, a
 write, a rename or a removal, and at random moments. Either one rank is killed or all at once.
-Sometimes the disk is full for one write, or a bit of the newest checkpoint flips.
+Sometimes the disk is full for one write, or a bit of the newest checkpoint flips. Some trainings
+are on a file system without locks, or without symbolic links.
 
 After each fault, three things must hold. Every checkpoint reported as saved is whole, except one
 damaged on purpose. The next start resumes from the newest whole checkpoint. At the end all losses,
@@ -16,6 +17,7 @@ Prints a line per fault. Exits with 1 if a check failed.
 import argparse
 import csv
 import errno
+import fcntl
 import os
 import random
 import re
@@ -36,12 +38,12 @@ from tests.ranks import Outcome, forked, launch  # first, because it sets PyTorc
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import filesystem
 
-import fastllama.atomic
+import fastllama.checkpoints.folder
 import fastllama.checkpoints.writing
 import fastllama.logs.sinks
 import fastllama.train
 import fastllama.training.side_jobs
-from fastllama.checkpoints.folder import complete_checkpoints, step_of
+from fastllama.checkpoints.folder import complete_checkpoints, latest_name, step_of
 from fastllama.checkpoints.reading import find_damage, read_progress
 from fastllama.checkpoints.state import TrainState
 from tests.workspace import make_workspace
@@ -140,10 +142,10 @@ def half_a_shard(trigger: Trigger) -> None:
 def before_checksums(trigger: Trigger) -> None:
     original = fastllama.checkpoints.writing.describe
 
-    def describe(folder: Path, pattern: str) -> Any:
-        if pattern.startswith("shard"):
+    def describe(folder: Path, names: list[str]) -> Any:
+        if any(name.startswith("shard") for name in names):
             trigger()
-        return original(folder, pattern)
+        return original(folder, names)
 
     fastllama.checkpoints.writing.describe = describe
 
@@ -181,14 +183,26 @@ def at_rename(pattern: str, after: bool) -> Callable[[Trigger], None]:
 
 
 def half_removed(trigger: Trigger) -> None:
-    original = shutil.rmtree
+    original = fastllama.checkpoints.folder.remove_files
 
-    def rmtree(path: Path, ignore_errors: bool = False) -> None:
-        if str(path).endswith(".removed"):
-            trigger(lambda: next(iter(path.iterdir())).unlink())
-        original(path, ignore_errors=ignore_errors)
+    def remove_files(folder: Path) -> None:
+        if folder.name.endswith(".removed"):
+            trigger(lambda: next(iter(folder.iterdir())).unlink())
+        original(folder)
 
-    shutil.rmtree = rmtree  # type: ignore[assignment]
+    fastllama.checkpoints.folder.remove_files = remove_files
+
+
+def unsupported(*arguments: Any, **keywords: Any) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def use_file_system(kind: str) -> None:
+    """Take the locks or the symbolic links from the file system of this process."""
+    if kind == "no locks":
+        fcntl.flock = unsupported
+    elif kind == "no links":
+        os.symlink = Path.symlink_to = unsupported  # type: ignore[assignment,method-assign]
 
 
 def train_while_writing() -> None:
@@ -235,6 +249,7 @@ POINTS = {
 }
 FULL_DISK_POINTS = ("half a shard", "before checksums", "half a manifest.json", "before the rename")
 FILES = ("shard", "progress.json", "manifest.json", "latest")
+FILE_SYSTEMS = ("complete", "no locks", "no links")
 
 
 @dataclass(frozen=True)
@@ -251,7 +266,6 @@ class Fault:
 
     def prepare(self, rank: int) -> None:
         """Install the trigger in a rank that is about to train."""
-        train_while_writing()
         if self.where in POINTS and rank == self.rank:
             POINTS[self.where].install(self._trigger())
 
@@ -304,7 +318,7 @@ def flip_bit(run: Path, name: str, draw: random.Random) -> Path | None:
     newest = complete_checkpoints(checkpoints)[0]
     if name == "latest":
         # The content of a link is the name that it points at.
-        (checkpoints / "latest").unlink()
+        (checkpoints / "latest").unlink(missing_ok=True)
         (checkpoints / "latest").symlink_to("sTep-00000000")
         return None
     path = draw.choice(sorted(newest.glob(f"{name}*")))
@@ -324,7 +338,7 @@ def last_tensors(run: Path) -> list[tuple[str, bytes]]:
     """Names and bits of all tensors of the newest checkpoint, in the order of its shards."""
     return [
         (name, tensor.numpy().tobytes())
-        for path in sorted((run / "checkpoints/latest").glob("shard*"))
+        for path in sorted(complete_checkpoints(run / "checkpoints")[0].glob("shard*"))
         for name, tensor in sorted(load_file(path).items())
     ]
 
@@ -345,6 +359,7 @@ class Training:
     folder: Path
     recipe: Path
     layout: str
+    file_system: str = "complete"
     newest_step: int = 0
     """The update of the newest whole checkpoint."""
     damaged_step: int = 0
@@ -360,7 +375,7 @@ class Training:
             world_size,
             ["train", self.recipe, "--run-dir", self.folder, *OPTIONS, *options],
             log,
-            prepare=fault.prepare if fault else lambda rank: train_while_writing(),
+            prepare=lambda rank: self._prepare(rank, fault),
             kill_after=float(fault.where.split()[0]) if fault and at_random_moment else None,
         )
         resumed = re.search(r"resuming after update (\d+)", outcome.printed)
@@ -373,6 +388,12 @@ class Training:
             self.damaged_step = 0
         self._check_checkpoints(outcome)
         return outcome
+
+    def _prepare(self, rank: int, fault: Fault | None) -> None:
+        use_file_system(self.file_system)
+        train_while_writing()
+        if fault is not None:
+            fault.prepare(rank)
 
     def _check_checkpoints(self, outcome: Outcome) -> None:
         paths = complete_checkpoints(self.folder / "checkpoints")
@@ -419,12 +440,18 @@ class Training:
         check(set(outcome.codes) == {0}, f"ended with {outcome.codes}: {outcome.printed}")
         check(losses(self.folder) == losses(uninterrupted), "different losses")
         check(last_tensors(self.folder) == last_tensors(uninterrupted), "different weights")
-        found, expected = (
-            read_progress(run / "checkpoints/latest") for run in (self.folder, uninterrupted)
+        newest, reference = (
+            complete_checkpoints(run / "checkpoints")[0] for run in (self.folder, uninterrupted)
         )
+        found, expected = read_progress(newest), read_progress(reference)
         check(found == expected, f"different progress: {found}, not {expected}")
         leftovers = {path.name for path in (self.folder / "checkpoints").glob(".*")}
         check(not leftovers, f"left behind {leftovers}")
+        latest = newest.with_name("latest")
+        check(latest_name(latest.parent) == newest.name, "latest names another checkpoint")
+        check(latest.is_symlink() == (self.file_system != "no links"), "latest is of another kind")
+        reported = "cannot be locked" in outcome.printed
+        check(reported == (self.file_system == "no locks"), f"locks: {outcome.printed}")
 
 
 def main() -> None:
@@ -440,7 +467,7 @@ def main() -> None:
 def inject_all(folder: Path, kills: int, seed: int, layouts: list[str]) -> bool:
     """Inject faults into trainings of each layout in turn; return whether all checks passed."""
     draw = random.Random(seed)
-    print(f"seed {seed}; training, ranks, fault, place, visit and rank, effect")
+    print(f"seed {seed}; training, ranks, file system, fault, place, visit and rank, effect")
     forked(lambda: make_workspace(folder))
     uninterrupted: dict[str, Path] = {}
     faults = draw_faults(draw)
@@ -454,7 +481,8 @@ def inject_all(folder: Path, kills: int, seed: int, layouts: list[str]) -> bool:
             uninterrupted[layout] = folder / f"uninterrupted-{len(uninterrupted)}"
             Training(uninterrupted[layout], folder / "tiny.toml", layout).start()
         runs += 1
-        training = Training(folder / f"run-{runs}", folder / "tiny.toml", layout)
+        file_system = FILE_SYSTEMS[runs % len(FILE_SYSTEMS)]
+        training = Training(folder / f"run-{runs}", folder / "tiny.toml", layout, file_system)
         try:
             while training.newest_step < N_UPDATES - 2 * UPDATES_PER_CHECKPOINT and killed < kills:
                 has_checkpoint = training.newest_step > 0
@@ -465,13 +493,18 @@ def inject_all(folder: Path, kills: int, seed: int, layouts: list[str]) -> bool:
                 fault = draw_visit(*drawn, LAYOUTS[layout][0], draw)
                 visit = f"visit {fault.visit} rank {fault.rank}" if fault.visit else ""
                 print(
-                    f"{runs:3}  {layout:5}  {fault.kind:13}  {fault.where:20}  {visit:15}", end="  "
+                    f"{runs:3}  {layout:5}  {file_system:8}  {fault.kind:13}  {fault.where:20}  "
+                    f"{visit:15}",
+                    end="  ",
                 )
                 effect = training.inject(fault, draw)
                 killed += effect.startswith("codes")
                 print(effect, flush=True)
             training.finish(uninterrupted[layout])
-            print(f"{runs:3}  {layout:5}  finished: losses, weights, moments bit-equal")
+            print(
+                f"{runs:3}  {layout:5}  {file_system:8}  finished: "
+                "losses, weights, moments bit-equal"
+            )
             shutil.rmtree(training.folder)
         except CheckFailedError as failure:
             failed += 1

@@ -89,9 +89,9 @@ def point_latest(checkpoint: Path) -> None:
             # A copy that followed the links has a folder here.
             make_way(latest)
         try:
-            if aside.is_symlink():
-                aside.unlink()
-            make_way(aside)
+            if is_folder(aside):
+                make_way(aside)
+            aside.unlink(missing_ok=True)
             aside.symlink_to(checkpoint.name)
             replace(aside, latest)
         except OSError as error:

@@ -1,14 +1,15 @@
 """Setting up a training: from options to a session, and from a session to a state to train."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from fastllama.checkpoints.folder import mend_latest, set_aside
+from fastllama.atomic import set_aside
+from fastllama.checkpoints.folder import mend_latest
 from fastllama.checkpoints.reading import load_tensors, newest_checkpoint, read_progress
 from fastllama.checkpoints.state import TrainProgress, TrainState
 from fastllama.config import Config, validate
@@ -132,8 +133,9 @@ def start_run(session: Session, start: Start) -> Operators:
     operators, kernels = choose_operators(session)
     session.world.from_main(lambda: claim_run_folder(session, start))
     if session.flight_records:
-        # Nodes without a shared disk each need the folder.
-        Path(session.flight_records).parent.mkdir(parents=True, exist_ok=True)
+        # Nodes without a shared disk each need the folder. Without it only the records are missing.
+        with suppress(OSError):
+            Path(session.flight_records).parent.mkdir(parents=True, exist_ok=True)
     session.console.print("\n".join(describe_run(session, start, kernels)))
     return operators
 
