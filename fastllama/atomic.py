@@ -119,18 +119,15 @@ def _acquire(descriptor: int, folder: Path) -> bool:
     """Try to lock the open lock file of `folder`. Return False if another process has the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # SMB answers EACCES when another process has the lock.
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        _report_no_lock(folder, error)
-        return True
-    try:
         # The folder may have been deleted since the file was opened, and even created again. A
         # lock on the deleted file protects nothing.
         return os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK_FILE))
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        # SMB answers EACCES when another process has the lock.
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.ENOENT):
+            return False
+        _report_no_lock(folder, error)
+        return True
 
 
 def _report_no_lock(folder: Path, error: OSError) -> None:
