@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from pydantic import ConfigDict
 
-from fastllama.atomic import fsync_folder, no_links
+from fastllama.atomic import fsync_file, fsync_folder, no_links
 from fastllama.data.manifest import Count, Shard, damaged, sha256_of
 
 HEADER_BYTES = 128
@@ -101,8 +101,7 @@ class SplitWriter:
     def sync(self) -> None:
         """Flush all appended tokens to the disk, and record their checksum."""
         if self.progress.open_tokens:
-            with _open_own(self.open_path) as file:
-                os.fsync(file.fileno())
+            fsync_file(self.open_path)
             self.progress.open_sha256 = self._digest.hexdigest()
 
     def complete_shard(self) -> None:
@@ -111,8 +110,7 @@ class SplitWriter:
         tokens = self.progress.open_tokens
         with _open_own(path) as file:
             file.write(_npy_header(self.dtype, tokens))
-            file.flush()
-            os.fsync(file.fileno())
+        fsync_file(path)
         self.progress.shards.append(Shard(path.name, tokens, sha256_of(path)))
         self.progress.open_tokens = 0
         self.progress.open_sha256 = ""
