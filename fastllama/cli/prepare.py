@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastllama.cli.command import Command
 from fastllama.cli.parsing import parse
+from fastllama.data.records import MAX_DOCUMENT_MB
 
 
 @dataclass(frozen=True)
@@ -12,13 +13,15 @@ class PrepareOptions:
     """Encode documents into token shards. Run again after an interruption, it resumes."""
 
     input: tuple[str, ...]
-    """Files, folders or globs of .txt, .jsonl and .parquet (.gz and .zst too)."""
+    """Files, folders or globs of .txt, .jsonl, .json and .parquet (.gz, .zst, .bz2, .xz too)."""
     tokenizer: Path
     """The tokenizer.json to encode with; any Hugging Face tokenizer works."""
     output: Path
     """Folder to write, data/NAME."""
     field: str = "text"
-    """Name of the text field in JSON Lines and Parquet."""
+    """Name of the text field in JSON and Parquet."""
+    max_document_mb: int = MAX_DOCUMENT_MB
+    """Skip a record or text file of more than this many MB, and count it."""
     validation_fraction: float = 0.0
     """Fraction of the documents held out for validation."""
     shard_tokens: int = 100_000_000
@@ -41,6 +44,7 @@ def run(args: list[str]) -> None:
         options.tokenizer,
         options.output,
         field=options.field,
+        max_document_mb=options.max_document_mb,
         validation_fraction=options.validation_fraction,
         shard_tokens=options.shard_tokens,
         end_token=options.end_token,

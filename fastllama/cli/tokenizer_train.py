@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastllama.cli.command import Command
 from fastllama.cli.parsing import parse
+from fastllama.data.records import MAX_DOCUMENT_MB
 
 # Texts that a tokenizer must decode to the same bytes before it is saved.
 ROUND_TRIPS = (
@@ -23,19 +24,23 @@ class TokenizerTrainOptions:
     """Learn a byte-level BPE vocabulary from text and write it as tokenizer.json."""
 
     input: tuple[str, ...]
-    """Files, folders or globs of .txt, .jsonl and .parquet (.gz and .zst too)."""
+    """Files, folders or globs of .txt, .jsonl, .json and .parquet (.gz, .zst, .bz2, .xz too)."""
     output: Path = Path("tokenizer.json")
     """File to write."""
     vocab_size: int = 8192
     """Size of the vocabulary, including four special tokens and 256 bytes."""
     field: str = "text"
-    """Name of the text field in JSON Lines and Parquet."""
+    """Name of the text field in JSON and Parquet."""
+    max_document_mb: int = MAX_DOCUMENT_MB
+    """Skip a record or text file of more than this many MB, and count it."""
 
 
 def run(args: list[str]) -> None:
     """Train a tokenizer and print its size and fingerprint."""
     options = parse(TokenizerTrainOptions, args, "fastllama tokenizer train")
-    from fastllama.data.documents import MalformedFilter, find_files, read_documents
+    from fastllama.data.accounting import Accounting
+    from fastllama.data.documents import read_documents
+    from fastllama.data.files import find_files
     from fastllama.data.tokenizer import (
         check_writable,
         fingerprint,
@@ -46,17 +51,21 @@ def run(args: list[str]) -> None:
     )
 
     check_writable(options.output)
-    records = read_documents(find_files(options.input), options.field)
-    malformed = MalformedFilter(report=partial(print, file=sys.stderr))
-    texts = (document.text for document in malformed.documents(records))
+    files = find_files(options.input)
+    report = partial(print, file=sys.stderr)
+    records = read_documents(files.paths, options.field, max_document_mb=options.max_document_mb)
+    accounting = Accounting(report)
+    texts = (document.text for document in accounting.documents(records))
     tokenizer = train_tokenizer(texts, options.vocab_size)
     verify_round_trip(tokenizer, ROUND_TRIPS)
     save_tokenizer(tokenizer, options.output)
+    for line in accounting.summary(files):
+        report(line)
     size = vocabulary_size(tokenizer)
     few = "" if size == options.vocab_size else f" of {options.vocab_size} (the text has no more)"
     print(
         f"{options.output}: {size} entries{few}, fingerprint {fingerprint(tokenizer)[:12]}, "
-        f"{malformed.count:,} malformed records skipped"
+        f"{accounting.counts.malformed:,} malformed records skipped"
     )
     print(f"next: fastllama prepare --input … --tokenizer {options.output} --output data/NAME")
 

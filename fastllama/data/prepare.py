@@ -21,14 +21,10 @@ from rich.progress import Progress as ProgressBar
 from tokenizers import Tokenizer
 
 from fastllama.atomic import locked
-from fastllama.data.documents import (
-    Document,
-    Malformed,
-    MalformedFilter,
-    find_files,
-    read_documents,
-)
+from fastllama.data.accounting import Accounting
+from fastllama.data.documents import Document, Empty, Malformed, read_documents
 from fastllama.data.encoding import Encoder
+from fastllama.data.files import InputFiles, find_files
 from fastllama.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Split
 from fastllama.data.prepare_state import (
     JobRecord,
@@ -41,6 +37,7 @@ from fastllama.data.prepare_state import (
     reject_other_files,
     restore_progress,
 )
+from fastllama.data.records import MAX_DOCUMENT_MB
 from fastllama.data.shards import SplitWriter
 from fastllama.data.tokenizer import (
     end_token_id,
@@ -56,14 +53,16 @@ BATCH_RECORDS = 4096
 COMMIT_SECONDS = 5.0
 
 T = TypeVar("T")
+Record = Document | Empty | Malformed
 
 
 @dataclass(frozen=True)
 class Job:
     """The inputs and settings of one preparation. They determine every byte of the result."""
 
-    files: list[Path]
+    files: InputFiles
     field: str
+    max_document_mb: int
     tokenizer: Tokenizer
     end_token_id: int
     validation_fraction: float
@@ -71,7 +70,7 @@ class Job:
 
     def describe(self) -> JobRecord:
         """The job as `job.json` records it."""
-        stats = [(path, path.stat()) for path in self.files]
+        stats = [(path, path.stat()) for path in self.files.paths]
         return JobRecord(
             # JSON holds no bytes that are not UTF-8.
             inputs=tuple((printable(path), at.st_size, at.st_mtime_ns) for path, at in stats),
@@ -80,6 +79,7 @@ class Job:
             end_token_id=self.end_token_id,
             validation_fraction=self.validation_fraction,
             shard_tokens=self.shard_tokens,
+            max_document_mb=self.max_document_mb,
         )
 
     @property
@@ -94,6 +94,7 @@ def prepare(
     output: Path,
     *,
     field: str = "text",
+    max_document_mb: int = MAX_DOCUMENT_MB,
     validation_fraction: float = 0.0,
     shard_tokens: int = 100_000_000,
     end_token: str | None = None,
@@ -103,7 +104,8 @@ def prepare(
     """Encode the documents of `inputs` into the folder `output`, and return its manifest.
 
     The end token follows each document. A call after an interruption resumes; a call on complete
-    data returns at once. Malformed records are counted and skipped, unless `strict`.
+    data returns at once. Malformed records are counted and skipped, unless `strict`. A record or
+    text file of more than `max_document_mb` MB is malformed.
 
     `workers` is the number of encoding threads (default: one per core). The tokenizers library
     reads it once, so it has no effect in a process that has already encoded a batch.
@@ -127,6 +129,7 @@ def prepare(
     job = Job(
         files=find_files(inputs),
         field=field,
+        max_document_mb=max_document_mb,
         tokenizer=tokenizer,
         end_token_id=end_token_id(tokenizer, end_token),
         validation_fraction=validation_fraction,
@@ -175,7 +178,7 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
     splits = ", ".join(f"{split.tokens:,} {name}" for name, split in manifest.splits.items())
     console.print(
         f"{output}: {progress.documents:,} documents, {splits} tokens, "
-        f"{progress.skipped:,} malformed records skipped, {time.monotonic() - started:.1f} s"
+        f"{progress.read.malformed:,} malformed records skipped, {time.monotonic() - started:.1f} s"
     )
     return manifest
 
@@ -189,7 +192,7 @@ def _encode(
     console: Console,
 ) -> None:
     """Append all remaining documents. Record progress every `COMMIT_SECONDS` and at the end."""
-    sizes = [path.stat().st_size for path in job.files]
+    sizes = [path.stat().st_size for path in job.files.paths]
     encoder = Encoder(job.tokenizer, job.end_token_id)
     started = committed = time.monotonic()
     tokens_before = progress.tokens
@@ -202,13 +205,12 @@ def _encode(
             tokens=tokens_before,
             rate=0.0,
         )
-        records = read_documents(job.files, job.field, progress.position)
-        malformed = MalformedFilter(console.print, progress.skipped)
+        records = read_documents(job.files.paths, job.field, progress.position, job.max_document_mb)
+        accounting = Accounting(console.print, progress.read)
         for batch in _prefetch(_record_batches(records)):
             if strict:
                 _reject_malformed(batch)
-            documents = list(malformed.documents(batch))
-            progress.skipped = malformed.count
+            documents = list(accounting.documents(batch))
             _append(documents, encoder, job.validation_fraction, writers)
             progress.position = batch[-1].next
             now = time.monotonic()
@@ -225,6 +227,8 @@ def _encode(
                 rate=(progress.tokens - tokens_before) / (now - started),
             )
     _commit(output, progress, writers)
+    for line in accounting.summary(job.files):
+        console.print(line)
 
 
 def _commit(output: Path, progress: PrepareProgress, writers: dict[str, SplitWriter]) -> None:
@@ -234,9 +238,9 @@ def _commit(output: Path, progress: PrepareProgress, writers: dict[str, SplitWri
 
 
 def _record_batches(
-    records: Iterator[Document | Malformed],
-) -> Iterator[list[Document | Malformed]]:
-    batch: list[Document | Malformed] = []
+    records: Iterator[Record],
+) -> Iterator[list[Record]]:
+    batch: list[Record] = []
     characters = 0
     for record in records:
         batch.append(record)
@@ -257,7 +261,7 @@ def _prefetch(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _reject_malformed(batch: list[Document | Malformed]) -> None:
+def _reject_malformed(batch: list[Record]) -> None:
     for record in batch:
         if isinstance(record, Malformed):
             raise ValueError(
@@ -300,7 +304,7 @@ def _complete_folder(
         vocab_size=vocabulary_size(job.tokenizer),
         end_token_id=job.end_token_id,
         tokenizer_fingerprint=fingerprint(job.tokenizer),
-        skipped_records=progress.skipped,
+        skipped_records=progress.read.malformed,
         splits={
             name: Split(split.tokens, split.documents, split.text_bytes, tuple(split.shards))
             for name, split in progress.splits.items()

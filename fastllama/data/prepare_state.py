@@ -18,15 +18,16 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from fastllama.atomic import LOCK_FILE, write_atomic
+from fastllama.data.accounting import ReadCounts
 from fastllama.data.checksummed_json import FORMAT_VERSION, read_checksummed, write_checksummed
 from fastllama.data.documents import START, Position
 from fastllama.data.manifest import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
-    Count,
     damaged,
     sha256_of,
 )
+from fastllama.data.records import MAX_DOCUMENT_MB
 from fastllama.data.shards import SplitProgress, shard_name
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
 from fastllama.typed_json import DamagedFileError, read_json
@@ -49,6 +50,7 @@ class JobRecord:
     end_token_id: int
     validation_fraction: float
     shard_tokens: int
+    max_document_mb: int = MAX_DOCUMENT_MB
 
     @classmethod
     def load(cls, output: Path) -> "JobRecord | None":
@@ -77,13 +79,13 @@ class JobRecord:
 
 @dataclass
 class PrepareProgress:
-    """The shards hold all documents before `position`. `skipped` counts malformed records."""
+    """The shards hold all documents before `position`. `read` counts the records."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     format_version: Annotated[int, Field(ge=FORMAT_VERSION)] = FORMAT_VERSION
     position: Position = START
-    skipped: Count = 0
+    read: ReadCounts = dataclasses.field(default_factory=ReadCounts)
     splits: dict[SplitName, SplitProgress] = dataclasses.field(
         default_factory=lambda: {name: SplitProgress() for name in SPLITS}
     )

@@ -30,8 +30,10 @@ def test_malformed_records_are_reported(tmp_path: Path, capsys: pytest.CaptureFi
     args = ["tokenizer", "train", "--input", str(corpus), "--vocab-size", "260", "--output"]
     main([*args, str(tmp_path / "tokenizer.json")])
     printed = capsys.readouterr()
-    shown = [line.split(": ")[0] for line in printed.err.splitlines()]
-    assert shown == [f"{corpus}:{n}" for n in range(2, 12)]
+    *shown, total, of_file = printed.err.splitlines()
+    assert [line.split(": ")[0] for line in shown] == [f"{corpus}:{n}" for n in range(2, 12)]
+    assert total == "1 file read: 2 documents, 0 without text, 12 malformed"
+    assert of_file.startswith(f"  {corpus}: 2 documents, 0 without text, 12 malformed; first, rec")
     summary, following = printed.out.splitlines()
     assert summary.endswith(", 12 malformed records skipped")
     assert following.startswith("next: ")

@@ -1,7 +1,10 @@
+import bz2
 import gzip
 import json
+import lzma
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,13 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastllama.data.documents import (
-    SUFFIXES,
-    Document,
-    Malformed,
-    find_files,
-    read_documents,
-)
+from fastllama.data.documents import Document, Empty, Malformed, read_documents
+from fastllama.data.records import MAX_DOCUMENT_MB
 
 
 def zstd(data: bytes) -> bytes:
@@ -26,7 +24,13 @@ def zstd(data: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstd,
+    ".bz2": partial(bz2.compress, compresslevel=1),
+    ".xz": lzma.compress,
+}
 
 
 def write_lines(path: Path, *records: object) -> Path:
@@ -44,58 +48,12 @@ def texts(*files: Path) -> list[str]:
     return [record.text for record in read_documents(files) if isinstance(record, Document)]
 
 
-def malformed(*files: Path) -> list[tuple[str, str]]:
+def malformed(*files: Path, max_mb: int = MAX_DOCUMENT_MB) -> list[tuple[str, str]]:
     return [
         (record.where, record.reason)
-        for record in read_documents(files)
+        for record in read_documents(files, max_document_mb=max_mb)
         if isinstance(record, Malformed)
     ]
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    for name in ("b.txt", "a/deep/c.jsonl", "a/d.txt.gz", ".hidden/e.txt", "a/.f.txt", "a/g.md"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return tmp_path
-
-
-def names(root: Path, files: list[Path]) -> list[str]:
-    return [str(file.relative_to(root)) for file in files]
-
-
-def test_folders_give_visible_supported_files(tree: Path) -> None:
-    assert names(tree, find_files([str(tree)])) == ["a/d.txt.gz", "a/deep/c.jsonl", "b.txt"]
-
-
-def test_patterns_match_subfolders(tree: Path) -> None:
-    assert names(tree, find_files([f"{tree}/**/*.jsonl"])) == ["a/deep/c.jsonl"]
-    assert names(tree, find_files([f"{tree}/a/*"])) == ["a/d.txt.gz", "a/deep/c.jsonl"]
-
-
-def test_each_file_is_found_once(tree: Path) -> None:
-    (tree / "z.txt").symlink_to(tree / "b.txt")
-    files = find_files([str(tree / "b.txt"), f"{tree}/*.txt", str(tree / "a/../b.txt")])
-    assert [file.resolve() for file in files] == [tree / "b.txt"]
-
-
-def test_input_order_is_irrelevant(tree: Path) -> None:
-    inputs = [str(tree / "b.txt"), str(tree / "a")]
-    assert find_files(inputs) == find_files(inputs[::-1])
-
-
-@pytest.mark.parametrize("name", ["missing.txt", "*.parquet", "a/.hidden"])
-def test_rejects_input_without_files(tree: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="matches no file") as caught:
-        find_files([str(tree), str(tree / name)])
-    assert name in str(caught.value)
-
-
-def test_rejects_unsupported_suffix(tree: Path) -> None:
-    with pytest.raises(ValueError, match=r"g\.md") as caught:
-        find_files([str(tree / "a/g.md")])
-    assert all(suffix in str(caught.value) for suffix in SUFFIXES)
 
 
 @pytest.mark.parametrize("suffix", PACK)
@@ -158,6 +116,30 @@ def test_text_file_with_invalid_utf8(tmp_path: Path) -> None:
     assert malformed(bad, good) == [(f"{bad}:1", "not UTF-8 in line 2")]
 
 
+def test_suffixes_of_any_case(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl.gz", {"text": "a"})
+    assert texts(path.rename(tmp_path / "X.JSONL.GZ")) == ["a"]
+    rows = write_rows(tmp_path / "y.parquet", ["b"])
+    assert texts(rows.rename(tmp_path / "Y.PARQUET")) == ["b"]
+
+
+def test_empty_documents_and_files_are_yielded(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", {"text": ""}, {"text": "a"})
+    rows = write_rows(tmp_path / "b.parquet", ["", "b"])
+    names = ("c.txt", "d.jsonl", "e.json", "f.txt.gz")
+    empty = [tmp_path / name for name in names]
+    for path in empty:
+        path.write_bytes(b"")
+    records = list(read_documents([lines, rows, *empty]))
+    assert [type(record) for record in records] == [Empty, Document] * 2 + [Empty] * 4
+    assert [record.file for record in records] == [0, 0, 1, 1, 2, 3, 4, 5]
+    for number, record in enumerate(records):
+        assert (
+            list(read_documents([lines, rows, *empty], start=record.next))
+            == (records[number + 1 :])
+        )
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_truncated_compressed_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
@@ -171,7 +153,9 @@ def test_truncated_compressed_file(tmp_path: Path, suffix: str) -> None:
     assert head == [record["text"] for record in records[: len(head)]]
     [(where, reason)] = malformed(path, after)
     assert where == f"{path}:{len(head) + 1}"
-    assert "rest of the file" in reason
+    size = path.stat().st_size
+    assert reason.startswith("the rest of the file cannot be read, from byte ")
+    assert f" of {size:,} (" in reason
     assert record_counts_when_resumed(path, after) == {len(head) + 2}
 
 
@@ -182,7 +166,22 @@ def record_counts_when_resumed(*files: Path) -> set[int]:
     return {cut + len(list(read_documents(files, start=records[cut - 1].next))) for cut in cuts}
 
 
-@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst", "x.txt.gz", "x.parquet"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_small_truncated_file_keeps_its_whole_documents(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    # zstd gives back whole blocks of 128 KiB, bzip2 of 100 kB.
+    records = [{"text": os.urandom(40).hex()} for _ in range(4000)]
+    data = write_lines(path, *records).read_bytes()
+    path.write_bytes(data[:-20])
+    found = texts(path)
+    assert len(found) > 2000
+    assert found == [record["text"] for record in records[: len(found)]]
+    assert len(malformed(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["x.jsonl.gz", "x.jsonl.zst", "x.txt.bz2", "x.json.xz", "x.txt.gz", "x.parquet"]
+)
 def test_wrong_content_for_suffix(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(b"not in this format")
@@ -194,7 +193,7 @@ def test_wrong_content_for_suffix(tmp_path: Path, name: str) -> None:
 def test_unopenable_file_raises(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(IsADirectoryError, match=f"cannot read {path}: Is a directory"):
         list(read_documents([path]))
 
 
@@ -212,7 +211,7 @@ def test_parquet_column_types(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1]}), numbers)
     assert texts(path, numbers) == ["a", "b", "a"]
     assert malformed(path, numbers) == [
-        (f"{numbers}:1", "field 'text' is of type int, not a string")
+        (f"{numbers}:1", "field 'text' is of type int64, not a string")
     ]
 
 
@@ -240,8 +239,10 @@ def test_damaged_parquet_pages(tmp_path: Path) -> None:
 def test_parquet_without_the_field(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.parquet", ["a", "b", "c"])
     other = write_lines(tmp_path / "y.jsonl", {"body": "d"})
-    records = list(read_documents([path, other], field="body"))
-    assert [type(record) for record in records] == [Malformed, Malformed, Malformed, Document]
+    missing, document = read_documents([path, other], field="body")
+    assert isinstance(missing, Malformed)
+    assert (missing.records, missing.reason) == (3, "no field 'body' among id, text")
+    assert isinstance(document, Document)
 
 
 def test_error_lists_the_existing_fields(tmp_path: Path) -> None:
@@ -251,6 +252,95 @@ def test_error_lists_the_existing_fields(tmp_path: Path) -> None:
         ValueError, match=r"no record.*'content': choose one of body, id, text, tit"
     ):
         list(read_documents([lines, rows], field="content"))
+
+
+def test_many_fields_are_few_in_messages(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", {f"k{i}" + "x" * 100: i for i in range(50_000)})
+    with pytest.raises(ValueError, match=r"choose one of k0x.* and 990 more with") as caught:
+        list(read_documents([path]))
+    assert len(str(caught.value)) < 1000
+    [(_, reason)] = malformed(path, write_lines(tmp_path / "y.jsonl", {"text": "a"}))
+    assert "and 49,990 more" in reason
+    assert len(reason) <= 400
+
+
+def test_messages_are_printable(tmp_path: Path) -> None:
+    path = tmp_path / "lat\udce9\x1b[2J\n.jsonl"
+    write_lines(path, {"\x1b]0;title\x07": "x"}, {"text": "\x1b"})
+    [(where, reason)] = malformed(path)
+    assert where == rf"{tmp_path}/lat\xe9\x1b[2J\n.jsonl:1"
+    assert reason == r"no field 'text' among \x1b]0;title\x07"
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_utf_16_is_recognised_by_its_mark(tmp_path: Path, suffix: str, encoding: str) -> None:
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    for name in ("x.txt", "x.jsonl", "x.json"):
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(PACK[suffix]((mark + '{"text": "a"}\n').encode(encoding)))
+        after = write_lines(tmp_path / "y.jsonl", {"text": "next"})
+        assert texts(path, after) == ["next"]
+        [(where, reason)] = malformed(path, after)
+        assert where == f"{path}:1"
+        assert "it is UTF-16: convert it to UTF-8" in reason
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (gzip.compress(b"a"), "gzip: add .gz"),
+        (zstd(b"a"), "zstd: add .zst"),
+        (bz2.compress(b"a"), "bzip2: add .bz2"),
+        (lzma.compress(b"a"), "xz: add .xz"),
+        (b"PK\x03\x04", "ZIP archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_files_that_are_not_text(tmp_path: Path, name: str, content: bytes, remedy: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="no document") as caught:
+        list(read_documents([path]))
+    assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_documents_over_the_limit_are_skipped(tmp_path: Path, suffix: str) -> None:
+    long = "a" * 1_000_001
+    lines = write_lines(tmp_path / f"x.jsonl{suffix}", {"text": "b"}, {"text": long}, {"text": "c"})
+    text = tmp_path / f"y.txt{suffix}"
+    text.write_bytes(PACK[suffix](long.encode()))
+    rows = write_rows(tmp_path / "z.parquet", ["d", long, long[1:]])
+    files = (lines, text, rows)
+    problem = "longer than 1 MB: raise --max-document-mb, or split it"
+    assert malformed(*files, max_mb=1) == [
+        (f"{lines}:2", problem),
+        (f"{text}:1", problem),
+        (f"{rows}:2", problem),
+    ]
+    assert [len(text) for text in texts(*files)] == [
+        1,
+        1_000_001,
+        1,
+        1_000_001,
+        1,
+        10**6 + 1,
+        10**6,
+    ]
+
+
+def test_without_documents_the_error_names_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("a" * 1_000_001)
+    with pytest.raises(ValueError, match=r"x\.txt:1: longer than 1 MB: raise --max-document-mb"):
+        list(read_documents([path], max_document_mb=1))
+
+
+def test_rejects_a_limit_of_zero(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--max-document-mb 0 is not a positive number"):
+        list(read_documents([tmp_path / "x.txt"], max_document_mb=0))
 
 
 def test_rejects_input_without_documents(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from tokenizers.processors import TemplateProcessing
 
 import fastllama.data.prepare as module
 from fastllama.atomic import locked
-from fastllama.data.documents import Document, find_files, read_documents
+from fastllama.data.documents import Document, read_documents
+from fastllama.data.files import find_files
 from fastllama.data.manifest import Manifest
 from fastllama.data.prepare import prepare
 from fastllama.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
@@ -69,7 +70,7 @@ def stream(folder: Path, split: str) -> np.ndarray:
 
 
 def documents(source: Path) -> list[str]:
-    records = read_documents(find_files([str(source / "corpus")]))
+    records = read_documents(find_files([str(source / "corpus")]).paths)
     return [record.text for record in records if isinstance(record, Document)]
 
 

@@ -1,0 +1,235 @@
+"""Finds input files, and accounts for every file and folder that it leaves out."""
+
+import fnmatch
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastllama.printable import one_line
+
+TEXTS = (".txt", ".json", ".jsonl", ".ndjson")
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+SUFFIXES = (
+    ".parquet",
+    *TEXTS,
+    *(text + compression for text in TEXTS for compression in COMPRESSIONS),
+)
+"""Suffixes of the files that can be read, in lower case; any case is accepted."""
+KNOWN_SUFFIXES = f"{', '.join(TEXTS)} (also with {', '.join(COMPRESSIONS)}) or .parquet"
+
+HIDDEN = "hidden"
+OTHER_SUFFIX = "with another suffix"
+UNREADABLE = "unreadable"
+BROKEN_LINK = "broken links"
+NOT_A_FILE = "FIFOs, sockets or devices"
+SEARCHED_BEFORE = "links to folders already searched"
+DATA_FOLDER = "data folders of fastllama"
+
+NAMED = 3
+"""Names that the summary gives of each kind of entry left out."""
+
+_DATA_FOLDERS = ({"job.json", ".lock"}, {"job.json", "manifest.json"})
+"""Names that together mark a data folder: its JSON files hold no documents."""
+_SPECIAL = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+@dataclass
+class LeftOut:
+    """Entries left out for one reason: their number and the first `NAMED` of their names."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class InputFiles:
+    """The files to read, absolute and sorted, and the entries left out, by reason."""
+
+    paths: list[Path] = field(default_factory=list)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+
+    def leave_out(self, path: str, reason: str) -> None:
+        entries = self.left_out.setdefault(reason, LeftOut())
+        entries.count += 1
+        if len(entries.names) < NAMED:
+            entries.names.append(one_line(path, 200))
+
+    def describe_left_out(self) -> str:
+        """One clause: "2 hidden (.git, a/.b.txt), 1 unreadable (c)", or "" if nothing is."""
+        clauses = []
+        for reason, entries in self.left_out.items():
+            more = ", …" if entries.count > len(entries.names) else ""
+            clauses.append(f"{entries.count:,} {reason} ({', '.join(entries.names)}{more})")
+        return ", ".join(clauses)
+
+
+def find_files(inputs: Sequence[str]) -> InputFiles:
+    """The files in `inputs` (files, folders, glob patterns), each once.
+
+    Folders are searched recursively, through links too, each folder once. Folders and patterns give
+    only visible files with a suffix in `SUFFIXES`.
+
+    Raises:
+        ValueError: an input gives no file, is a file with another suffix, or cannot be read.
+    """
+    found: set[Path] = set()
+    files = InputFiles()
+    for value in inputs:
+        matches = [Path(path).absolute() for path in _files_of(value, files)]
+        if not matches:
+            left_out = files.describe_left_out()
+            raise ValueError(
+                f"input {one_line(value, 300)!r} matches no file: name files, folders or patterns "
+                f"with one of the suffixes {KNOWN_SUFFIXES}"
+                + (f"; left out: {left_out}" if left_out else "")
+            )
+        found.update(matches)
+    unique: dict[str, Path] = {}
+    for path in sorted(found):
+        unique.setdefault(os.path.realpath(path), path)
+    files.paths = list(unique.values())
+    return files
+
+
+def _files_of(value: str, files: InputFiles) -> Iterator[str]:
+    path = value if _mode(value) else os.path.expanduser(value)
+    mode = _mode(path)
+    if stat.S_ISREG(mode):
+        _check_named_file(path)
+        yield path
+    elif stat.S_ISDIR(mode):
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise ValueError(f"cannot read the folder {one_line(path, 300)}: permission denied")
+        yield from _files_below(path, files)
+    elif mode:
+        raise ValueError(
+            f"cannot read {one_line(path, 300)}: it is {_SPECIAL[stat.S_IFMT(mode)]}, not a file; "
+            "write its text to a file first, because an interrupted command reads it again"
+        )
+    else:
+        for match in _matches(path, files):
+            if stat.S_ISDIR(_mode(match)):
+                yield from _files_below(match, files)
+            elif _is_usable(match, files):
+                yield match
+
+
+def _check_named_file(path: str) -> None:
+    if not _has_known_suffix(path):
+        raise ValueError(
+            f"cannot read {one_line(path, 300)}: its suffix is not {KNOWN_SUFFIXES}; "
+            "convert it, or unpack it first"
+        )
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"cannot read {one_line(path, 300)}: permission denied")
+
+
+def _files_below(top: str, files: InputFiles) -> Iterator[str]:
+    for folder, names in _folders_below(top, files):
+        for name in names:
+            path = os.path.join(folder, name)
+            if not stat.S_ISDIR(_mode(path)) and _is_usable(path, files):
+                yield path
+
+
+def _folders_below(top: str, files: InputFiles) -> Iterator[tuple[str, list[str]]]:
+    """Yield `top` and each visible folder below it once, with the visible names in it, sorted."""
+    searched = set()
+    waiting = [(top, os.path.realpath(top))]
+    while waiting:
+        folder, target = waiting.pop()
+        if target in searched:
+            files.leave_out(folder, SEARCHED_BEFORE)
+            continue
+        searched.add(target)
+        names = _names_in(folder, files)
+        if any(marks.issubset(names) for marks in _DATA_FOLDERS):
+            files.leave_out(folder, DATA_FOLDER)
+            continue
+        visible = [name for name in names if not name.startswith(".")]
+        for name in names:
+            if name.startswith("."):
+                files.leave_out(os.path.join(folder, name), HIDDEN)
+        yield folder, visible
+        for name in reversed(visible):
+            path = os.path.join(folder, name)
+            if stat.S_ISDIR(_mode(path)):
+                is_link = os.path.islink(path)
+                target_of = os.path.realpath(path) if is_link else os.path.join(target, name)
+                waiting.append((path, target_of))
+
+
+def _names_in(folder: str, files: InputFiles) -> list[str]:
+    try:
+        if os.access(folder, os.R_OK | os.X_OK):
+            return sorted(os.listdir(folder))
+    except OSError:
+        pass
+    files.leave_out(folder, UNREADABLE)
+    return []
+
+
+def _is_usable(path: str, files: InputFiles) -> bool:
+    """Whether to read `path`, found in a folder or by a pattern. If not, leave it out."""
+    mode = _mode(path)
+    reason = ""
+    if not mode:
+        reason = BROKEN_LINK
+    elif not stat.S_ISREG(mode):
+        reason = NOT_A_FILE
+    elif not _has_known_suffix(path):
+        reason = OTHER_SUFFIX
+    elif not os.access(path, os.R_OK):
+        reason = UNREADABLE
+    if reason:
+        files.leave_out(path, reason)
+    return not reason
+
+
+def _matches(pattern: str, files: InputFiles) -> list[str]:
+    """Paths that match a glob pattern. Unlike `glob.glob`, `**` enters each folder once."""
+    parts = [part for part in pattern.split("/") if part]
+    while parts and parts[-1] == "**":  # Everything below: the folder itself means the same.
+        parts.pop()
+    found = ["/" if pattern.startswith("/") else "."] if pattern else []
+    for part in parts:
+        found = [below for path in found for below in _step(path, part, files)]
+        found = list(dict.fromkeys(found))
+    only_folders = pattern.endswith("/")
+    return [path for path in found if not only_folders or stat.S_ISDIR(_mode(path))]
+
+
+def _step(folder: str, part: str, files: InputFiles) -> list[str]:
+    """Paths in `folder` that fit one part of a pattern. Only a leading dot fits hidden names."""
+    if not stat.S_ISDIR(_mode(folder)):
+        return []
+    if part == "**":
+        return [below for below, _ in _folders_below(folder, files)]
+    literal = os.path.join(folder, part)  # A name may contain the characters of a pattern.
+    found = [literal] if os.path.lexists(literal) else []
+    if any(character in part for character in "*?["):
+        found += [
+            os.path.join(folder, name)
+            for name in _names_in(folder, files)
+            if fnmatch.fnmatchcase(name, part) and (part[0] == "." or name[0] != ".")
+        ]
+    return found
+
+
+def _has_known_suffix(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES)
+
+
+def _mode(path: str) -> int:
+    """The mode of the file that `path` leads to, or 0 if there is none."""
+    try:
+        return os.stat(path).st_mode
+    except (OSError, ValueError):  # Among others: a link in a circle, a name too long or with NUL.
+        return 0

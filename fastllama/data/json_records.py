@@ -1,0 +1,179 @@
+"""Reads records from JSON Lines, and from JSON arrays and objects."""
+
+import codecs
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.json
+
+from fastllama.data.decompression import BUFFER_BYTES, DamagedInputError
+from fastllama.data.records import NoText, Record, check_text, missing_field, too_long
+
+LONG_RECORD_BYTES = 2**23
+"""Parsed as Python objects, JSON may take 30 times its size. Arrow parses a longer line, and builds
+only the text."""
+
+_SEPARATORS = re.compile(r"[\s,]*")
+
+
+def read_json_lines(
+    raw: IO[bytes], content: IO[bytes], field: str, skip: int, max_bytes: int
+) -> Iterator[Record]:
+    """Yield the records of the lines after the first `skip`. Blank lines are left out."""
+    number = 0
+    while line := content.readline(max_bytes + 1):
+        number += 1
+        if len(line) > max_bytes:
+            _skip_line(content, line)
+            text: str | NoText = too_long(max_bytes)
+        elif number <= skip or line.isspace():
+            continue
+        else:
+            text = _parse_line(line, field)
+        if number > skip:
+            yield Record(number, text, raw.tell())
+
+
+def read_json(
+    raw: IO[bytes], content: io.BufferedReader, field: str, skip: int, max_bytes: int
+) -> Iterator[Record]:
+    """Yield the records of a JSON file after the first `skip`.
+
+    The file is an array of records, one object, or JSON Lines. A single object without the text
+    field is no document: it describes a dataset, a model or a tool.
+    """
+    first = content.peek(BUFFER_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    if first.startswith(b"[") or _begins_indented_object(first):
+        values = _read_values(raw, content, field, max_bytes)
+        records: Iterator[Record] = (record for record in values if record.number > skip)
+    else:
+        records = read_json_lines(raw, content, field, skip, max_bytes)
+    yield from records if skip else _pass_over_metadata(records)
+
+
+def _pass_over_metadata(records: Iterator[Record]) -> Iterator[Record]:
+    """Make a record without the text field no malformed one if the file has no other record."""
+    first = next(records, None)
+    if first is None:
+        return
+    if isinstance(first.content, NoText) and first.content.fields:
+        second = next(records, None)
+        if second is None:
+            yield first._replace(content=replace(first.content, malformed=False))
+            return
+        yield first
+        first = second
+    yield first
+    yield from records
+
+
+def _begins_indented_object(text: bytes) -> bool:
+    """Whether the first line is `{` or another beginning of an object that goes on."""
+    line, newline, _ = text.partition(b"\n")
+    content = line.decode(errors="replace").rstrip()
+    try:
+        json.loads(content)
+    except json.JSONDecodeError as error:
+        return bool(newline) and content.startswith("{") and error.pos >= len(content)
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def _skip_line(content: IO[bytes], line: bytes) -> None:
+    while line and not line.endswith(b"\n"):
+        line = content.readline(BUFFER_BYTES)
+
+
+def _parse_line(line: bytes, field: str) -> str | NoText:
+    if len(line) > LONG_RECORD_BYTES:
+        return _parse_long_line(line, field)
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return NoText(f"not UTF-8 at byte {error.start}")
+    except RecursionError:
+        return NoText("not JSON (nested too deeply)")
+    except ValueError as error:
+        return NoText(f"not JSON ({error})")
+    return _text_of(record, field)
+
+
+def _text_of(record: object, field: str) -> str | NoText:
+    if not isinstance(record, dict):
+        return NoText("not a JSON object")
+    if field not in record:
+        return missing_field(field, tuple(record))
+    return check_text(record[field], field)
+
+
+def _parse_long_line(line: bytes, field: str) -> str | NoText:
+    if len(line) >= 2**31 - 1:  # Arrow counts the bytes of a block in 32 bits.
+        return NoText("longer than 2 GB: split it")
+    try:
+        line.decode()
+        table = pyarrow.json.read_json(
+            pa.BufferReader(line),
+            pyarrow.json.ReadOptions(use_threads=False, block_size=len(line) + 1),
+            pyarrow.json.ParseOptions(
+                explicit_schema=pa.schema([(field, pa.large_string())]),
+                unexpected_field_behavior="ignore",
+            ),
+        )
+    except UnicodeDecodeError as error:
+        return NoText(f"not UTF-8 at byte {error.start}")
+    except pa.ArrowInvalid as error:
+        return NoText(f"no JSON object with a string {field!r} ({error})")
+    if table.num_rows != 1:
+        return NoText(f"{table.num_rows} JSON objects in a line")
+    text = table.column(0)[0].as_py()
+    if text is None:
+        return NoText(f"field {field!r} is missing or null")
+    return check_text(text, field)
+
+
+def _read_values(
+    raw: IO[bytes], content: io.BufferedReader, field: str, max_bytes: int
+) -> Iterator[Record]:
+    """Yield the records of an array, or of objects one after another.
+
+    Each value is parsed where it begins; if it is incomplete, again with more of the file.
+    """
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+    text, at, number, in_array, at_end = "", 0, 0, False, False
+    while True:
+        at = next(_SEPARATORS.finditer(text, at)).end()
+        if text[at : at + 1] == ("]" if in_array else "[") and (in_array or not number):
+            in_array, at = not in_array, at + 1
+            continue
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except RecursionError:
+            raise DamagedInputError("a record is nested too deeply") from None
+        except ValueError as error:
+            if at_end and at == len(text) and not in_array:
+                return
+            if at_end:
+                raise DamagedInputError(f"not JSON ({getattr(error, 'msg', error)})") from None
+        else:
+            # A number at the end of `text` may go on.
+            if at_end or end < len(text):
+                number += 1
+                is_long = end - at > max_bytes
+                record = too_long(max_bytes) if is_long else _text_of(value, field)
+                yield Record(number, record, raw.tell())
+                at = end
+                continue
+        if len(text) - at > LONG_RECORD_BYTES:
+            raise DamagedInputError(
+                f"a record is longer than {LONG_RECORD_BYTES / 1e6:.0f} MB, or not JSON: write "
+                "JSON Lines, with one record a line"
+            )
+        data = content.read1(max(BUFFER_BYTES, len(text) - at))
+        at_end = not data
+        text, at = text[at:] + utf8.decode(data, final=at_end), 0

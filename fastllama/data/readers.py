@@ -1,0 +1,91 @@
+"""Reads the records of an input file of any supported format."""
+
+import codecs
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from fastllama.data.decompression import (
+    BUFFER_BYTES,
+    DAMAGE,
+    DamagedInputError,
+    open_content,
+)
+from fastllama.data.files import COMPRESSIONS
+from fastllama.data.json_records import read_json, read_json_lines
+from fastllama.data.parquet_records import read_parquet
+from fastllama.data.records import EMPTY, NoText, Record, too_long
+from fastllama.printable import printable
+
+_GIT_LFS = b"version https://git-lfs.github.com/"
+_UTF_16 = "it is UTF-16: convert it to UTF-8, as with `iconv -f UTF-16 -t UTF-8`"
+_NOT_TEXT = {
+    codecs.BOM_UTF16_LE: _UTF_16,
+    codecs.BOM_UTF16_BE: _UTF_16,
+    b"\x1f\x8b": "it is compressed with gzip: add .gz to its name",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd: add .zst to its name",
+    b"BZh91AY&SY": "it is compressed with bzip2: add .bz2 to its name",
+    b"\xfd7zXZ\x00": "it is compressed with xz: add .xz to its name",
+    b"PK\x03\x04": "it is a ZIP archive: unpack it",
+}
+"""First bytes of a file that is neither text nor JSON, and the remedy."""
+
+
+def read_file(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[Record]:
+    """Yield the records of one file after the first `skip`. An unreadable rest is one record.
+
+    Raises:
+        OSError: the file cannot be opened, or the disk fails.
+    """
+    number, bytes_read = skip, 0
+    try:
+        for record in _records(path, field, skip, max_bytes):
+            number, _, bytes_read = record
+            yield record
+    except DAMAGE as error:
+        # Damaged data has no errno. A missing file or a failing disk has one, and must end the
+        # reading instead of being skipped as malformed.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise type(error)(f"cannot read {printable(path)}: {error.strerror}") from error
+        size = path.stat().st_size
+        what = "the file cannot be read"
+        if number:
+            what = f"the rest of the file cannot be read, from byte {bytes_read:,} of {size:,}"
+        reason = f"{what} ({str(error) or 'out of memory'})"
+        yield Record(number + 1, NoText(reason, ends_file=True), size)
+
+
+def _records(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[Record]:
+    with open(path, "rb") as file:
+        if file.read(len(_GIT_LFS)) == _GIT_LFS:
+            raise DamagedInputError("it is a Git LFS pointer: fetch its content, `git lfs pull`")
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        yield from read_parquet(path, field, skip, max_bytes)
+        return
+    with open_content(path) as (raw, content):
+        first = content.peek(BUFFER_BYTES)
+        for start, problem in _NOT_TEXT.items():
+            if first.startswith(start):
+                raise DamagedInputError(problem)
+        match name.removesuffix(next(filter(name.endswith, COMPRESSIONS), "")).rsplit(".")[-1]:
+            case "json":
+                yield from read_json(raw, content, field, skip, max_bytes)
+            case "jsonl" | "ndjson":
+                yield from read_json_lines(raw, content, field, skip, max_bytes)
+            case _ if not skip:
+                yield _read_text(raw, content, max_bytes)
+
+
+def _read_text(raw: IO[bytes], content: io.BufferedReader, max_bytes: int) -> Record:
+    data = bytearray()
+    while len(data) <= max_bytes and (piece := content.read1(BUFFER_BYTES)):
+        data += piece
+    if len(data) > max_bytes:
+        return Record(1, too_long(max_bytes), raw.tell())
+    try:
+        return Record(1, data.decode("utf-8-sig") or EMPTY, raw.tell())
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        return Record(1, NoText(f"not UTF-8 in line {line}"), raw.tell())

@@ -1,0 +1,175 @@
+import struct
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fastllama.data.documents import Document, Malformed, read_documents
+
+
+def texts(path: Path) -> list[str]:
+    return [record.text for record in read_documents([path]) if isinstance(record, Document)]
+
+
+def problem(path: Path, after: Path) -> tuple[int, str]:
+    """The number and reason of the only malformed record, before a file with a document."""
+    *_, record, document = read_documents([path, after])
+    assert isinstance(record, Malformed)
+    assert isinstance(document, Document)
+    assert record.where.startswith(f"{path}:")
+    return int(record.where.removeprefix(f"{path}:")), record.reason
+
+
+@pytest.fixture
+def after(tmp_path: Path) -> Path:
+    path = tmp_path / "z.txt"
+    path.write_text("next")
+    return path
+
+
+STRINGS = ["ab", None, "", "é"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.dictionary(pa.int8(), pa.string()),
+        pa.dictionary(pa.int32(), pa.large_string()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("encoded", [False, True])
+def test_kinds_of_text_columns(tmp_path: Path, kind: pa.DataType, encoded: bool) -> None:
+    path = tmp_path / "x.parquet"
+    table = pa.table({"id": range(4), "text": pa.array(STRINGS, kind)})
+    pq.write_table(table, path, use_dictionary=encoded, row_group_size=3)
+    assert texts(path) == ["ab", "é"]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([1, 2]),
+        pa.array([["a"], ["b"]]),
+        pa.array([{"text": "a"}, {"text": "b"}]),
+        pa.array([True, None]),
+        pa.array([None, None]),
+        pa.array([b"ab", b"cd"], pa.binary(2)),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_other_columns_are_one_sentence(tmp_path: Path, after: Path, column: pa.Array) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": column}), path)
+    number, reason = problem(path, after)
+    assert number == 1
+    assert reason == f"field 'text' is of type {pq.read_schema(path).types[0]}, not a string"
+
+
+def test_name_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "lat\udce9.parquet"
+    with open(path, "wb") as file:
+        pq.write_table(pa.table({"text": ["a"]}), file)
+    assert texts(path) == ["a"]
+
+
+def test_column_beside_a_nested_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"meta": [{"text": "no"}], "text": ["yes"]}), path)
+    assert texts(path) == ["yes"]
+
+
+def test_wrong_page_checksum(tmp_path: Path, after: Path) -> None:
+    path = tmp_path / "x.parquet"
+    column = [f"document {number}" for number in range(60)]
+    pq.write_table(
+        pa.table({"text": column}),
+        path,
+        row_group_size=20,
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+    )
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"document 25", b"document 2x"))
+    assert texts(path) == column[:20]
+    number, reason = problem(path, after)
+    assert number == 21
+    assert "CRC" in reason
+
+
+def varint(number: int) -> bytes:
+    """A number as Thrift writes it: zigzag, 7 bits a byte."""
+    number *= 2
+    data = b""
+    while number > 127:
+        data += bytes([number & 127 | 128])
+        number >>= 7
+    return data + bytes([number])
+
+
+def write_with_rows(path: Path, field: str, declared: int, everywhere: bool = False) -> None:
+    """Write five rows, and declare another number in the footer, or in every part of it."""
+    pq.write_table(pa.table({field: ["hello"] * 5}), path, compression="none")
+    data = path.read_bytes()
+    length = struct.unpack("<I", data[-8:-4])[0]
+    footer = data[-8 - length : -8]
+    changed = footer.replace(b"\x16" + varint(5) + b"\x19", b"\x16" + varint(declared) + b"\x19", 1)
+    if everywhere:  # The number of rows of a row group comes before its offset in the file.
+        changed = changed.replace(
+            b"\x16" + varint(5) + b"\x26", b"\x16" + varint(declared) + b"\x26"
+        )
+    assert changed != footer
+    path.write_bytes(data[: -8 - length] + changed + struct.pack("<I", len(changed)) + b"PAR1")
+
+
+@pytest.mark.parametrize("field", ["text", "content"])
+@pytest.mark.parametrize("declared", [0, 4, 10**15])
+@pytest.mark.timeout(20)
+def test_footer_declares_other_rows(tmp_path: Path, after: Path, field: str, declared: int) -> None:
+    path = tmp_path / "x.parquet"
+    write_with_rows(path, field, declared)
+    number, reason = problem(path, after)
+    assert number == 1
+    assert f"it declares {declared:,} rows, its row groups 5" in reason
+
+
+@pytest.mark.parametrize("field", ["text", "content"])
+@pytest.mark.timeout(20)
+def test_file_declares_too_many_rows(tmp_path: Path, after: Path, field: str) -> None:
+    path = tmp_path / "x.parquet"
+    write_with_rows(path, field, 10**15, everywhere=True)
+    assert pq.read_metadata(path).row_group(0).num_rows == 10**15
+    _, reason = problem(path, after)
+    assert "it declares 1,000,000,000,000,000 rows in " in reason
+
+
+def test_row_group_with_fewer_rows_than_it_declares(tmp_path: Path, after: Path) -> None:
+    path = tmp_path / "x.parquet"
+    write_with_rows(path, "text", 1000, everywhere=True)
+    assert texts(path) == ["hello"] * 5
+    number, reason = problem(path, after)
+    assert number == 6
+    assert "row group 0 holds 5 of its 1,000 rows" in reason
+
+
+@pytest.mark.parametrize("store_schema", [False, True])
+@pytest.mark.timeout(20)
+def test_dictionary_that_expands_like_a_bomb(
+    tmp_path: Path, after: Path, store_schema: bool
+) -> None:
+    path = tmp_path / "x.parquet"
+    value = pa.array(["a" * 2_000_000])
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 50_000, pa.int32()), value)
+    pq.write_table(pa.table({"text": column}), path, compression="zstd", store_schema=store_schema)
+    assert path.stat().st_size < 2000
+    before = pa.default_memory_pool().bytes_allocated()
+    _, reason = problem(path, after)
+    assert "as in a decompression bomb" in reason
+    assert pa.default_memory_pool().bytes_allocated() - before < 2**20
