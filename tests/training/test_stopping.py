@@ -1,10 +1,12 @@
 """Stopping early: by a signal or by time, in the loop or before it, on all ranks together."""
 
 import dataclasses
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from rich.console import Console
 import fastllama.train as trainer
 from fastllama.config import load_recipe
 from fastllama.run_folder import RunFolder
+from fastllama.training.stopping import stop_signals
 from tests.runs import losses, train
 from tests.workspace import Workspace
 
@@ -75,7 +78,7 @@ def uninterrupted(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
     return losses(run)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_signal_finishes_the_update_and_saves(
     workspace: Workspace, tmp_path: Path, uninterrupted: dict[int, str], name: str
 ) -> None:
@@ -97,6 +100,51 @@ def test_second_signal_stops_at_once(workspace: Workspace, tmp_path: Path) -> No
     interruption = tmp_path, twice, ("update", 3)
     done = train_interrupted(*interruption, workspace.recipe, "--run-dir", tmp_path / "run")
     assert done.returncode == -signal.SIGINT
+
+
+def test_closed_terminal_stops_and_saves(workspace: Workspace, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ours, terminal = os.openpty()
+    training = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "fastllama", "train", workspace.recipe, "--run-dir", run),
+            *("--training.training-tokens", "256000", "--logging.sample-interval", "0"),
+        ],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    printed = b""
+    while b"step 3 " not in printed:
+        printed += os.read(ours, 4096)
+    # The kernel sends SIGHUP, and every later write to the terminal fails.
+    os.close(ours)
+    assert training.wait() == 85
+    last = max(losses(run))
+    assert last < 1000
+    assert (run / "checkpoints" / "latest").resolve().name == f"step-{last:08d}"
+
+
+def test_hangup_may_be_sent_twice() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    with stop_signals() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
+def test_ignored_hangup_stays_ignored() -> None:
+    # As under nohup.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
 
 
 def test_wall_time_saves_and_stops(
