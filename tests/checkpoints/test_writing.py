@@ -417,7 +417,7 @@ def test_training_survives_a_removed_folder(
     assert stop.value.code == 1
     assert updates == 10
     printed = capsys.readouterr()
-    assert "The row of update 8 could not be written: " in printed.out
+    assert f"{run / 'metrics.csv'}: the last " in printed.out
     assert "step-00000010 could not be written: " in printed.err
     # The run folder must not reappear without its options, say below an unmounted mount point.
     assert not run.exists()
