@@ -1,5 +1,6 @@
 """The manifest of a data folder: its shards of token ids, and checks that they are intact."""
 
+import errno
 import hashlib
 import json
 import re
@@ -152,7 +153,13 @@ class Manifest:
             ValueError: `tokenizer.json` is missing, damaged or another tokenizer.
         """
         path = folder / TOKENIZER_FILE
-        tokenizer = load_tokenizer(path)
+        try:
+            tokenizer = load_tokenizer(path)
+        except ValueError as error:
+            raise DamagedFileError(
+                f"{path} is missing or damaged: restore it, or copy the tokenizer.json that the "
+                "data was prepared with"
+            ) from error
         if fingerprint(tokenizer) != self.tokenizer_fingerprint:
             raise ValueError(
                 f"{folder} was not prepared with the tokenizer {path}; restore the file, or "
@@ -209,7 +216,9 @@ class Manifest:
         expected = f"{shard.tokens} {dtype} tokens"
         try:
             tokens = TokenFile(path)
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
             raise damaged(path, "no such file", expected) from None
         except ValueError as error:
             raise damaged(path, f"no valid .npy file ({error})", expected) from error

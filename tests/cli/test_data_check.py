@@ -31,7 +31,7 @@ def test_changed_byte(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_missing_tokenizer(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "tokenizer.json").unlink()
-    assert "tokenizer.json does not exist" in refusal(capsys, "data", "check", data)
+    assert "tokenizer.json is missing or damaged" in refusal(capsys, "data", "check", data)
 
 
 def test_shard_left_out_of_the_list(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

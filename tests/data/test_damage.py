@@ -114,13 +114,13 @@ def preparation(tmp_path: Path) -> Preparation:
     return make_preparation(tmp_path)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_damaged_data_folder(preparation: Preparation, seed: int) -> None:
     preparation.run()
     damage_again_and_again(preparation.output, seed, 150, read_everything)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_damaged_interrupted_folder(preparation: Preparation, seed: int) -> None:
     def resume(output: Path) -> tuple[Manifest, dict[str, bytes | str]]:
         manifest = preparation.run(output)

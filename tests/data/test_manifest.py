@@ -152,6 +152,9 @@ def damage_shard(path: Path, damage: str) -> None:
             np.save(path, TOKENS[1:])
         case "shape":
             np.save(path, TOKENS.reshape(5, 1))
+        case "link":
+            path.unlink()
+            path.symlink_to(path.name)
         case "folder":
             path.unlink()
             path.mkdir()
@@ -171,6 +174,7 @@ def damage_shard(path: Path, damage: str) -> None:
         ("dtype", "int16"),
         ("length", r"shape \(4,\)"),
         ("shape", r"shape \(5, 1\)"),
+        ("link", "no such file"),
         ("folder", "not a regular file"),
         ("pipe", "not a regular file"),
     ],
@@ -226,5 +230,5 @@ def test_check_contents_checks_the_tokenizer(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"was not prepared with the tokenizer .*restore the file"):
         manifest.check_contents(folder)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
+    with pytest.raises(DamagedFileError, match=r"tokenizer\.json is missing or damaged"):
         manifest.check_contents(folder)
