@@ -95,6 +95,8 @@ def point_latest(checkpoint: Path) -> None:
             aside.symlink_to(checkpoint.name)
             replace(aside, latest)
         except OSError as error:
+            # A link that cannot be renamed over can be removed.
+            latest.unlink(missing_ok=True)
             write_atomic(latest, f"{checkpoint.name}\n")
             report_once(
                 "latest",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastllama import atomic
-from fastllama.checkpoints.folder import point_latest, remove_old
+from fastllama.checkpoints.folder import latest_name, point_latest, remove_old
 from fastllama.checkpoints.reading import find_damage
 from fastllama.config import CheckpointConfig, Config, TrainingConfig
 from tests.runs import train
@@ -58,6 +58,26 @@ def test_latest_is_replaced(tmp_path: Path, leftover: str) -> None:
         point_latest(tmp_path / "step-00000008")
         assert os.readlink(tmp_path / "latest") == "step-00000008"
         assert not os.path.lexists(aside)
+
+
+def test_latest_that_cannot_be_renamed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if os.path.lexists(target):
+            refuse()
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(atomic, "RENAME_PAUSE_S", 0)
+    for step in (4, 8, 12):
+        point_latest(tmp_path / f"step-{step:08d}")
+        assert latest_name(tmp_path) == f"step-{step:08d}"
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'latest'} cannot be a link (Operation not permitted); ")
 
 
 def test_foreign_latest_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
