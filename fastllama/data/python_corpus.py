@@ -8,42 +8,50 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastllama.atomic import write_atomic
+from fastllama.printable import printable
 
 # `encodings` holds tables of character codes. A model trained on them writes hexadecimal numbers.
 EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings"}
 
 
-def read_sources(folder: Path) -> Iterator[tuple[str, str]]:
+def read_sources(folder: Path, unreadable: list[Path]) -> Iterator[tuple[str, str]]:
     """Yield (path relative to `folder`, source) of each Python file below it, sorted by path.
 
-    Leaves out empty files, files that cannot be decoded, and copies of an earlier file.
+    Leaves out empty files and copies of an earlier file. Files that cannot be read or decoded are
+    added to `unreadable`.
     """
     seen = {""}
     for path in sorted(folder.rglob("*.py")):
         relative = path.relative_to(folder)
         if EXCLUDED_FOLDERS.intersection(relative.parts):
             continue
+        if not path.is_file():
+            continue
         try:
             with tokenize.open(path) as file:
                 source = file.read()
-        except (SyntaxError, UnicodeDecodeError):
+        except (SyntaxError, UnicodeDecodeError, LookupError, OSError):
+            unreadable.append(path)
             continue
         if source not in seen:
             seen.add(source)
             yield relative.as_posix(), source
 
 
-def write_corpus(output: Path, folder: Path) -> int:
-    """Write the sources below `folder` to `output`, atomically; return the number of documents.
+def write_corpus(output: Path, folder: Path) -> tuple[int, int]:
+    """Write the sources below `folder` to `output`, atomically.
 
-    Each line is a JSON object with the fields "path" and "text".
+    Each line is a JSON object with the fields "path" and "text". Returns the number of documents
+    and the number of files that cannot be read or decoded.
     """
+    unreadable: list[Path] = []
     lines = [
-        json.dumps({"path": path, "text": source}) + "\n" for path, source in read_sources(folder)
+        json.dumps({"path": path, "text": source}) + "\n"
+        for path, source in read_sources(folder, unreadable)
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, "".join(lines))
-    return len(lines)
+    return len(lines), len(unreadable)
 
 
 def main() -> None:
@@ -56,11 +64,19 @@ def main() -> None:
         help="JSON Lines file to write (default: %(default)s); an existing file is reused",
     )
     output: Path = parser.parse_args().output
-    if output.exists():
-        print(f"{output} exists and is reused")
+    if output.is_file():
+        print(f"{printable(output)} exists and is reused")
         return
-    documents = write_corpus(output, Path(sysconfig.get_paths()["stdlib"]))
-    print(f"{output}: {documents} documents, {output.stat().st_size / 1e6:.1f} MB")
+    if output.exists():
+        parser.error(f"output {printable(output)} is not a file: choose another --output")
+    try:
+        documents, unreadable = write_corpus(output, Path(sysconfig.get_paths()["stdlib"]))
+    except OSError as error:
+        parser.error(f"output {printable(output)} cannot be written: {error.strerror}")
+    print(
+        f"{printable(output)}: {documents} documents, {output.stat().st_size / 1e6:.1f} MB; "
+        f"{unreadable} files left out that are not text"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def library(tmp_path: Path) -> Path:
         "empty.py": b"",
         "undecodable.py": b"# \xff\n",
         "unknown.py": b"# coding: nonsense\n",
+        "not-text.py": b"# coding: rot13\n",
         "notes.txt": b"x",
         "site-packages/d.py": b"y = 1\n",
         "a/__pycache__/e.py": b"z = 1\n",
@@ -25,12 +27,14 @@ def library(tmp_path: Path) -> Path:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+    os.mkfifo(folder / "fifo.py")
+    (folder / "folder.py").mkdir()
     return folder
 
 
 def test_sources_are_decoded_sorted_and_distinct(library: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "corpus.jsonl"
-    assert python_corpus.write_corpus(output, library) == 2
+    assert python_corpus.write_corpus(output, library) == (2, 3)
     assert [json.loads(line) for line in output.read_text().splitlines()] == [
         {"path": "a/c.py", "text": "# -*- coding: latin-1 -*-\n# ü\n"},
         {"path": "b.py", "text": "# ü\nx = 1\n"},
@@ -47,8 +51,31 @@ def test_command_reuses_existing_output(
     monkeypatch.setattr(sys, "argv", ["python_corpus", "--output", str(output)])
     monkeypatch.setattr(python_corpus.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     python_corpus.main()
-    assert "2 documents" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 documents" in printed
+    assert "3 files left out that are not text" in printed
     output.write_text("kept")
     python_corpus.main()
     assert "reused" in capsys.readouterr().out
     assert output.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("", "is not a file"), ("file/x.jsonl", "cannot be written: ")],
+)
+def test_output_that_cannot_be_written(
+    library: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    reason: str,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["python_corpus", "--output", str(tmp_path / name)])
+    monkeypatch.setattr(python_corpus.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    with pytest.raises(SystemExit) as caught:
+        python_corpus.main()
+    assert caught.value.code == 2
+    assert reason in capsys.readouterr().err
