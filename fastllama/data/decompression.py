@@ -1,13 +1,11 @@
-"""Opens input files and decompresses them, up to the damage if a file is damaged."""
+"""Decompresses input files, up to the damage if a file is damaged."""
 
 import bz2
 import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import IO, Any
 
 import pyarrow as pa
@@ -29,7 +27,7 @@ DAMAGE = (
     OSError,  # also what gzip, bz2 and Arrow raise, without an errno
     EOFError,
     MemoryError,
-    UnicodeDecodeError,
+    UnicodeDecodeError,  # of a column's name
     zlib.error,
     lzma.LZMAError,
     pa.ArrowException,
@@ -37,16 +35,10 @@ DAMAGE = (
 """What reading a damaged file may raise."""
 
 
-@contextmanager
-def open_content(path: Path) -> Iterator[tuple[IO[bytes], "io.BufferedReader[Any]"]]:
-    """Yield the raw file, whose position tells how much is read, and its decompressed content."""
-    with open(path, "rb") as raw:
-        read = _decompression(raw, path.suffix.lower())
-        if read is None:
-            yield raw, raw
-            return
-        with io.BufferedReader(_Decompressed(raw, read), BUFFER_BYTES) as content:
-            yield raw, content
+def decompressed(raw: io.BufferedReader, suffix: str) -> io.BufferedReader:
+    """The content of the file `raw`, whose suffix, in lower case, tells its compression."""
+    read = _decompression(raw, suffix)
+    return raw if read is None else io.BufferedReader(_Decompressed(raw, read), BUFFER_BYTES)
 
 
 def check_expansion(content_bytes: int, compressed_bytes: int) -> None:

@@ -144,7 +144,9 @@ def _read_values(
 
     Each value is parsed where it begins; if it is incomplete, again with more of the file.
     """
-    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = json.JSONDecoder()
+    # Invalid UTF-8 becomes surrogates, which spoil only the text that holds them.
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
     text, at, number, in_array, at_end = "", 0, 0, False, False
     while True:
         at = next(_SEPARATORS.finditer(text, at)).end()

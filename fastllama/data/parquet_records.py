@@ -30,17 +30,32 @@ def read_parquet(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[
         if rows and problem:
             yield Record(1, replace(problem, records=rows, ends_file=True), size)
             return
-        row = 0
+        end = 0
         for group in range(metadata.num_row_groups):
             group_rows = metadata.row_group(group).num_rows
-            if row + group_rows <= skip:
-                row += group_rows
+            row, end = end, end + group_rows
+            if end <= skip:
                 continue
-            batch_rows = _batch_rows(source, metadata, group, field)
-            for content in _read_group(file, group, field, batch_rows, max_bytes):
+            # Arrow aborts the process if it is asked about a damaged column, so only about groups.
+            group_bytes = metadata.row_group(group).total_byte_size
+            check_expansion(group_bytes, size)
+            longest = _longest_value(source, metadata, group, field)
+            batch_rows = BATCH_BYTES // max(1, longest, group_bytes // max(1, group_rows))
+            batches = file.iter_batches(
+                max(1, min(BATCH_ROWS, batch_rows)),
+                row_groups=[group],
+                columns=[field],
+                use_threads=False,
+            )
+            for content in _read_batches(batches, size, field, max_bytes):
                 row += 1
                 if row > skip:
                     yield Record(row, content, size * row // rows)
+            if row != end:
+                held = row - end + group_rows
+                raise DamagedInputError(
+                    f"row group {group} holds {held:,} of its {group_rows:,} rows"
+                )
 
 
 def _open(source: pa.NativeFile, **options: Any) -> pq.ParquetFile:
@@ -83,32 +98,23 @@ def _check_column(schema: pa.Schema, field: str) -> NoText | None:
     return NoText(f"field {field!r} is of type {kind}, not a string")
 
 
-def _batch_rows(source: pa.NativeFile, metadata: pq.FileMetaData, group: int, field: str) -> int:
-    """Rows to read at once, so that a batch has about `BATCH_BYTES` at most."""
-    chunk = _chunk(metadata, group, field)
-    check_expansion(chunk.total_uncompressed_size, chunk.total_compressed_size)
-    # Any row may repeat the longest value of the dictionary, which a single row makes known.
+def _longest_value(source: pa.NativeFile, metadata: pq.FileMetaData, group: int, field: str) -> int:
+    """Bytes of the longest value in the dictionary of a row group. Any row may repeat it."""
+    # Read as a dictionary, a single row comes with all values of the dictionary page.
     with _open(source, metadata=metadata, read_dictionary=[field]) as file:
-        batches = file.iter_batches(1, row_groups=[group], columns=[field], use_threads=False)
-        first = next(batches, None)
-        longest = pc.max(pc.binary_length(first.column(0).dictionary)).as_py() if first else 0
-    mean = chunk.total_uncompressed_size // max(1, chunk.num_values)
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, longest or 0, mean)))
+        rows = file.iter_batches(1, row_groups=[group], columns=[field], use_threads=False)
+        first = next(rows, None)
+    if first is None:
+        return 0
+    return pc.max(pc.binary_length(first.column(0).dictionary)).as_py() or 0
 
 
-def _read_group(
-    file: pq.ParquetFile, group: int, field: str, batch_rows: int, max_bytes: int
+def _read_batches(
+    batches: Iterator[pa.RecordBatch], size: int, field: str, max_bytes: int
 ) -> Iterator[str | NoText]:
-    """Yield the content of every row of a row group.
-
-    Raises:
-        DamagedInputError: the group has other rows than it declares, or expands like a bomb.
-    """
-    compressed_bytes = _chunk(file.metadata, group, field).total_compressed_size
-    text_bytes = rows = 0
-    for batch in file.iter_batches(
-        batch_rows, row_groups=[group], columns=[field], use_threads=False
-    ):
+    """Yield the content of every row of a row group, from a file of `size` bytes."""
+    text_bytes = 0
+    for batch in batches:
         column = batch.column(0)
         if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
             column = column.cast(pa.large_binary())  # Arrow computes no length of a view.
@@ -117,18 +123,9 @@ def _read_group(
         else:
             lengths = pc.binary_length(column)
         text_bytes += pc.sum(lengths).as_py() or 0
-        check_expansion(text_bytes, compressed_bytes)
+        check_expansion(text_bytes, size)
         for value, length in zip(column, lengths.to_pylist(), strict=True):
             yield too_long(max_bytes) if (length or 0) > max_bytes else _text_of(value, field)
-        rows += len(column)
-    declared = file.metadata.row_group(group).num_rows
-    if rows != declared:
-        raise DamagedInputError(f"row group {group} holds {rows:,} of its {declared:,} rows")
-
-
-def _chunk(metadata: pq.FileMetaData, group: int, field: str) -> pq.ColumnChunkMetaData:
-    names = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-    return metadata.row_group(group).column(names.index(field))
 
 
 def _text_of(value: pa.Scalar, field: str) -> str | NoText:

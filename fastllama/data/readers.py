@@ -10,7 +10,7 @@ from fastllama.data.decompression import (
     BUFFER_BYTES,
     DAMAGE,
     DamagedInputError,
-    open_content,
+    decompressed,
 )
 from fastllama.data.files import COMPRESSIONS
 from fastllama.data.json_records import read_json, read_json_lines
@@ -38,44 +38,57 @@ def read_file(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[Rec
     Raises:
         OSError: the file cannot be opened, or the disk fails.
     """
-    number, bytes_read = skip, 0
+    number = skip
+    with _open(path) as raw:
+        try:
+            for record in _records(raw, path, field, skip, max_bytes):
+                number = record.number
+                yield record
+        except DAMAGE as error:
+            # Damaged data has no errno. A missing file or a failing disk has one, and must end the
+            # reading instead of being skipped as malformed.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise _named(error, path) from error
+            size = path.stat().st_size
+            what = "the rest of the file" if number else "the file"
+            place = f", after {raw.tell():,} of {size:,} bytes" if number and raw.tell() else ""
+            reason = f"{what} cannot be read{place} ({str(error) or 'out of memory'})"
+            yield Record(number + 1, NoText(reason, ends_file=True), size)
+
+
+def _open(path: Path) -> io.BufferedReader:
     try:
-        for record in _records(path, field, skip, max_bytes):
-            number, _, bytes_read = record
-            yield record
-    except DAMAGE as error:
-        # Damaged data has no errno. A missing file or a failing disk has one, and must end the
-        # reading instead of being skipped as malformed.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise type(error)(f"cannot read {printable(path)}: {error.strerror}") from error
-        size = path.stat().st_size
-        what = "the file cannot be read"
-        if number:
-            what = f"the rest of the file cannot be read, from byte {bytes_read:,} of {size:,}"
-        reason = f"{what} ({str(error) or 'out of memory'})"
-        yield Record(number + 1, NoText(reason, ends_file=True), size)
+        return open(path, "rb")
+    except OSError as error:
+        raise _named(error, path) from error
 
 
-def _records(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[Record]:
-    with open(path, "rb") as file:
-        if file.read(len(_GIT_LFS)) == _GIT_LFS:
-            raise DamagedInputError("it is a Git LFS pointer: fetch its content, `git lfs pull`")
+def _named(error: OSError, path: Path) -> OSError:
+    return type(error)(f"cannot read {printable(path)}: {error.strerror}")
+
+
+def _records(
+    raw: io.BufferedReader, path: Path, field: str, skip: int, max_bytes: int
+) -> Iterator[Record]:
     name = path.name.lower()
+    if raw.peek(len(_GIT_LFS)).startswith(_GIT_LFS):
+        raise DamagedInputError("it is a Git LFS pointer: fetch its content, `git lfs pull`")
     if name.endswith(".parquet"):
         yield from read_parquet(path, field, skip, max_bytes)
         return
-    with open_content(path) as (raw, content):
-        first = content.peek(BUFFER_BYTES)
-        for start, problem in _NOT_TEXT.items():
-            if first.startswith(start):
-                raise DamagedInputError(problem)
-        match name.removesuffix(next(filter(name.endswith, COMPRESSIONS), "")).rsplit(".")[-1]:
-            case "json":
-                yield from read_json(raw, content, field, skip, max_bytes)
-            case "jsonl" | "ndjson":
-                yield from read_json_lines(raw, content, field, skip, max_bytes)
-            case _ if not skip:
-                yield _read_text(raw, content, max_bytes)
+    compression = next(filter(name.endswith, COMPRESSIONS), "")
+    content = decompressed(raw, compression)
+    first = content.peek(BUFFER_BYTES)
+    for start, problem in _NOT_TEXT.items():
+        if first.startswith(start):
+            raise DamagedInputError(problem)
+    match name.removesuffix(compression).rsplit(".")[-1]:
+        case "json":
+            yield from read_json(raw, content, field, skip, max_bytes)
+        case "jsonl" | "ndjson":
+            yield from read_json_lines(raw, content, field, skip, max_bytes)
+        case _ if not skip:
+            yield _read_text(raw, content, max_bytes)
 
 
 def _read_text(raw: IO[bytes], content: io.BufferedReader, max_bytes: int) -> Record:

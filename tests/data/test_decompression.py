@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from fastllama.data import decompression
-from fastllama.data.decompression import DAMAGE, open_content
+from fastllama.data.decompression import DAMAGE, decompressed
 from fastllama.data.documents import Document, Malformed, read_documents
 
 
@@ -34,7 +34,8 @@ def content_before_damage(path: Path) -> tuple[bytes, bool]:
     """Everything that can be read, and whether the end was reached without damage."""
     pieces = []
     try:
-        with open_content(path) as (_, content):
+        with open(path, "rb") as raw:
+            content = decompressed(raw, path.suffix)
             while piece := content.read1(1000):
                 pieces.append(piece)
     except DAMAGE:
@@ -45,7 +46,7 @@ def content_before_damage(path: Path) -> tuple[bytes, bool]:
 @pytest.mark.parametrize("suffix", PACK)
 def test_round_trip(tmp_path: Path, suffix: str) -> None:
     data = os.urandom(300_000) + b"\n\0\0"
-    path = tmp_path / f"x{suffix.upper()}"
+    path = tmp_path / f"x{suffix}"
     path.write_bytes(PACK[suffix](data) + PACK[suffix](b"second"))
     assert content_before_damage(path) == (data + b"second", True)
 

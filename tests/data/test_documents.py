@@ -154,8 +154,8 @@ def test_truncated_compressed_file(tmp_path: Path, suffix: str) -> None:
     [(where, reason)] = malformed(path, after)
     assert where == f"{path}:{len(head) + 1}"
     size = path.stat().st_size
-    assert reason.startswith("the rest of the file cannot be read, from byte ")
-    assert f" of {size:,} (" in reason
+    assert reason.startswith("the rest of the file cannot be read, after ")
+    assert f" of {size:,} bytes (" in reason
     assert record_counts_when_resumed(path, after) == {len(head) + 2}
 
 
