@@ -34,7 +34,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fences(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The same, and each allocation lies between two fences of 64.0, which are returned."""
+    """Poisoned memory, each allocation between two fences of 64.0; returns the fences."""
     fences: list[Tensor] = []
 
     def fenced(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What tests on a GPU share: no host wait, streams and CUDA graphs."""
+"""Helpers of tests on a GPU: host waits, streams and CUDA graphs."""
 
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Ways to lay the same numbers out in memory. Each leaves a tensor of too few dimensions alone."""
+"""Memory layouts of the same numbers. A tensor with too few dimensions stays unchanged."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Layout = Callable[[Tensor], Tensor]
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """A copy."""
+    """A contiguous copy."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -54,7 +54,7 @@ def misaligned(x: Tensor) -> Tensor:
 
 
 def filler(x: Tensor) -> float:
-    """What no kernel may read."""
+    """A value between the elements, which no kernel may read."""
     return math.nan if x.is_floating_point() else -1
 
 

@@ -1,4 +1,4 @@
-"""The table of operators: how to call each one, and what its contract depends on."""
+"""The table of operators: how to call each one, and the facts that its contract depends on."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -73,7 +73,7 @@ class Case:
     checked: tuple[str, ...] = ()
     """Inputs whose dtype the operator checks by name."""
     inplace: Literal["", "result", "gradient"] = ""
-    """What overwrites the first input: "result" if it is contiguous, "gradient" always."""
+    """"result" overwrites a contiguous first input, "gradient" needs and overwrites one."""
     has_matmul: bool = False
     scale: float = 1.0
     """Standard deviation of the first input."""
@@ -117,7 +117,7 @@ class Case:
         return replace(arguments, upstream=tuple(upstream))
 
     def of_inputs(self, operator: Operator, T: int = T) -> Operator:
-        """`triton` or `reference` as a function of the inputs alone."""
+        """Bind the constants to `triton` or `reference`."""
         constants = list(self.constants(B, T, DEVICE).values())
         return lambda *inputs: operator(*inputs, *constants)
 

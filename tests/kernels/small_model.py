@@ -54,9 +54,9 @@ def loss_and_gradients(model: Llama, tokens: Tensor, targets: Tensor) -> dict[st
     """Loss and gradients of a training step, by name; the model has no gradients afterwards."""
     loss = model(tokens, targets)
     loss.backward()
-    found = {"loss": loss.detach()}
+    results = {"loss": loss.detach()}
     for name, weight in model.named_parameters():
         if weight.grad is not None:
-            found[name] = weight.grad
+            results[name] = weight.grad
     model.zero_grad()
-    return found
+    return results

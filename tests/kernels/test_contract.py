@@ -1,4 +1,7 @@
-"""The contract that every operator keeps, written once over the table of operators."""
+"""The contract of all operators: shapes, memory, autograd, devices.
+
+Each test runs over the table in operator_cases.py.
+"""
 
 import re
 import subprocess
@@ -90,8 +93,12 @@ def first_input(arguments: Arguments) -> Tensor:
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @every_case
-def test_matches_reference(case: Case, dtype: torch.dtype) -> None:
+def test_matches_reference_aligned_then_misaligned(case: Case, dtype: torch.dtype) -> None:
+    # Triton compiles a kernel for the alignment of its first arguments.
     assert_exact(case, case.arguments(dtype=dtype))
+    arguments = case.arguments(dtype=dtype).map(misaligned)
+    assert first_input(arguments).data_ptr() % 16
+    assert_exact(case, arguments)
 
 
 @every_case
@@ -192,16 +199,6 @@ def test_expanded_upstream_gradient(case: Case, layout: Layout) -> None:
     assert_exact(case, replace(arguments, upstream=upstream))
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@every_case
-def test_misaligned_after_aligned(case: Case, dtype: torch.dtype) -> None:
-    # Triton compiles a kernel for the alignment of its first arguments.
-    assert_exact(case, case.arguments(dtype=dtype))
-    arguments = case.arguments(dtype=dtype).map(misaligned)
-    assert first_input(arguments).data_ptr() % 16
-    assert_exact(case, arguments)
-
-
 @every_case_and_wide
 def test_every_element_is_written_and_no_other(case: Case, fences: list[Tensor]) -> None:
     assert_exact(case, case.arguments().map(misaligned))
@@ -252,13 +249,13 @@ def test_gradients_share_no_memory(case: Case) -> None:
 # Autograd.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("case", "n_sequences"),
+    ("case", "n_sequences", "dtype"),
     [
-        *((case, 3) for case in [*CASES, *WIDE]),
+        *((case, 3, torch.bfloat16) for case in CASES),
+        *((case, 3, torch.float32) for case in [*CASES, *WIDE]),
         # More rows than the backward has programs.
-        *((case, N_PROGRAMS + 1) for case in CASES if "rms_norm" in case.name),
+        *((case, N_PROGRAMS + 1, torch.float32) for case in CASES if "rms_norm" in case.name),
     ],
     ids=str,
 )
@@ -329,7 +326,7 @@ def test_scaled_loss(case: Case, dtype: torch.dtype, scale: float) -> None:
         (case, output)
         for case in CASES
         for output in case.outputs
-        # The residual stream alone has no gradient for the weights; see test_rms_norm.py.
+        # The stream does not depend on the weights; test_rms_norm.py tests it.
         if len(case.outputs) > 1 and output != "stream"
     ],
     ids=str,
@@ -430,15 +427,15 @@ def test_inplace_bumps_version(case: Case) -> None:
 
 @inplace_cases
 def test_dispatch_mode_may_save_the_input(case: Case) -> None:
-    # Selective activation checkpointing saves it, and returns it during recomputation.
+    # Selective activation checkpointing saves the input and returns it during recomputation.
     expected = run(case.triton, case.arguments())
     arguments = case.arguments()
     first = first_input(arguments)
     before = first.detach().clone()
     with FlopCounterMode(display=False):
         results = run(case.triton, arguments)
-    for actual, wanted in zip(results, expected, strict=True):
-        torch.testing.assert_close(actual, wanted)
+    for pair in zip(results, expected, strict=True):
+        torch.testing.assert_close(*pair)
     assert torch.equal(first, before)
     assert first._version == 0
     assert first.data_ptr() not in {x.data_ptr() for x in results}
@@ -535,7 +532,7 @@ def test_more_elements_than_int32(case: Case, n_sequences: int, n_positions: int
     outputs = forward(case.triton, arguments)
     upstream = [randn(x.shape).to(x.dtype) for x in outputs]
     for x in upstream:
-        # The gradient of a weight then comes from the last sequences alone.
+        # Only the last sequences then contribute to the gradient of a weight.
         x[:-2] = 0
     arguments = replace(arguments, upstream=tuple(upstream))
     results = [*outputs, *backward(outputs, arguments)]

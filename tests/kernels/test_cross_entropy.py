@@ -71,10 +71,10 @@ def test_reference_applies_options_in_order(
         if softcap is not None:
             values = [softcap * math.tanh(x / softcap) for x in values]
         total = math.log(sum(math.exp(x) for x in values))
-        wanted = (1 - label_smoothing) * (total - values[target])
-        wanted += label_smoothing * (total - sum(values) / V) + z_loss * total**2
+        expected = (1 - label_smoothing) * (total - values[target])
+        expected += label_smoothing * (total - sum(values) / V) + z_loss * total**2
         assert lse[row].item() == pytest.approx(total, rel=1e-14)
-        assert losses[row].item() == pytest.approx(wanted, rel=1e-13)
+        assert losses[row].item() == pytest.approx(expected, rel=1e-13)
 
 
 def test_reference_ignores_rows() -> None:
@@ -85,9 +85,9 @@ def test_reference_ignores_rows() -> None:
         return cross_entropy_reference(logits, targets, z_loss=0.01)[0]
 
     value, gradient = outputs_and_gradients(lambda x: loss(x, TARGETS), [logits])
-    alone, wanted = outputs_and_gradients(lambda x: loss(x, TARGETS[kept]), [logits[kept]])
+    alone, expected = outputs_and_gradients(lambda x: loss(x, TARGETS[kept]), [logits[kept]])
     torch.testing.assert_close(value, alone, rtol=1e-14, atol=0)
-    torch.testing.assert_close(gradient[kept], wanted, rtol=1e-14, atol=0)
+    torch.testing.assert_close(gradient[kept], expected, rtol=1e-14, atol=0)
     assert not gradient[~kept].any()
 
 
@@ -129,7 +129,7 @@ both_modes = pytest.mark.parametrize("inplace", [False, True])
 def loss_of(
     operator: Callable[..., tuple[Tensor, Tensor]], targets: Tensor, **options: Any
 ) -> Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]:
-    """The operator as a function of the logits; returns loss and lse, or in place the loss."""
+    """Bind targets and options; returns loss and lse, in place only the loss."""
 
     def loss(logits: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         # In place, the operator writes to its input; the `* 1` protects the leaf.
@@ -280,7 +280,7 @@ def test_ignored_rows_are_zero(inplace: bool) -> None:
 @both_modes
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_targets_outside_the_vocabulary_are_nan(dtype: torch.dtype, inplace: bool) -> None:
-    def by(targets: list[int]) -> list[Tensor]:
+    def run(targets: list[int]) -> list[Tensor]:
         return outputs_and_gradients(
             lambda x: cross_entropy(
                 x * 1,
@@ -293,12 +293,12 @@ def test_targets_outside_the_vocabulary_are_nan(dtype: torch.dtype, inplace: boo
         )
 
     logits = randn(N, V, seed=0, dtype=dtype)
-    losses, gradient = by([3, V, -1, 2**40, -(2**40), 0])
+    losses, gradient = run([3, V, -1, 2**40, -(2**40), 0])
     assert losses[1:5].isnan().all()
     assert gradient[1:5].isnan().all()
-    wanted_losses, wanted_gradient = by([3, -100, -100, -100, -100, 0])
-    assert torch.equal(losses[[0, 5]], wanted_losses[[0, 5]])
-    assert torch.equal(gradient[[0, 5]], wanted_gradient[[0, 5]])
+    expected_losses, expected_gradient = run([3, -100, -100, -100, -100, 0])
+    assert torch.equal(losses[[0, 5]], expected_losses[[0, 5]])
+    assert torch.equal(gradient[[0, 5]], expected_gradient[[0, 5]])
 
 
 @both_modes
@@ -432,7 +432,7 @@ def test_inplace_lse_has_no_gradient() -> None:
 
 
 def test_inplace_after_another_use_of_the_logits() -> None:
-    def by(operator: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+    def loss_with(operator: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
         def loss(x: Tensor) -> Tensor:
             logits = x * 1
             total = logits.sum()
@@ -440,21 +440,21 @@ def test_inplace_after_another_use_of_the_logits() -> None:
 
         return loss
 
-    plain = by(cross_entropy_reference)
+    plain = loss_with(cross_entropy_reference)
     logits = randn(N, V, seed=0, dtype=torch.float32)
-    assert_operator_as_exact_as(by(cross_entropy), plain, plain, [logits])
+    assert_operator_as_exact_as(loss_with(cross_entropy), plain, plain, [logits])
 
 
 @both_modes
 def test_logits_of_a_matmul(inplace: bool) -> None:
-    def by(operator: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+    def loss_with(operator: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
         return lambda hidden, weight: operator(
             F.linear(hidden, weight).flatten(0, 1), TARGETS, inplace=inplace
         )[0]
 
     inputs = [randn(*shape, seed=0, dtype=torch.float32) for shape in ((2, 3, 5), (V, 5))]
-    plain = by(cross_entropy_reference)
-    assert_operator_as_exact_as(by(cross_entropy), plain, plain, inputs)
+    plain = loss_with(cross_entropy_reference)
+    assert_operator_as_exact_as(loss_with(cross_entropy), plain, plain, inputs)
 
 
 LOGITS = torch.zeros(2, 3)

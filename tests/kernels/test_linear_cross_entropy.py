@@ -63,8 +63,8 @@ def test_reference_ignore_index() -> None:
     hidden, weight = randn(3, D, seed=0), randn(V, D, seed=1)
     targets = torch.tensor([3, 1, 3], device=DEVICE)
     loss = linear_cross_entropy_reference(hidden, weight, targets, ignore_index=3)
-    wanted = F.cross_entropy(hidden[1:2] @ weight.T, targets[1:2])
-    torch.testing.assert_close(loss, wanted)
+    expected = F.cross_entropy(hidden[1:2] @ weight.T, targets[1:2])
+    torch.testing.assert_close(loss, expected)
 
 
 def test_reference_all_ignored() -> None:
@@ -212,7 +212,7 @@ def test_any_ignore_index(ignore_index: int) -> None:
 def test_targets_outside_the_vocabulary_are_nan(
     reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by(targets: list[int]) -> list[Tensor]:
+    def run(targets: list[int]) -> list[Tensor]:
         return outputs_and_gradients(
             lambda hidden, weight: linear_cross_entropy(
                 hidden, weight, torch.tensor(targets, device=DEVICE), reduction=reduction
@@ -221,13 +221,13 @@ def test_targets_outside_the_vocabulary_are_nan(
         )
 
     set_chunk_length(2, monkeypatch)
-    loss, dhidden, dweight = by([3, V, -1, 2**40, 0])
+    loss, dhidden, dweight = run([3, V, -1, 2**40, 0])
     assert loss.isnan()
     assert dhidden[1:4].isnan().all()
     # Every token contributes to every row of the weight's gradient.
     assert dweight.isnan().all()
-    _, wanted, _ = by([3, 4, 4, 4, 0])
-    assert torch.equal(dhidden[[0, 4]], wanted[[0, 4]])
+    _, expected, _ = run([3, 4, 4, 4, 0])
+    assert torch.equal(dhidden[[0, 4]], expected[[0, 4]])
 
 
 # Rounding and range.
@@ -312,13 +312,13 @@ def test_no_gradient_of_frozen_inputs_is_computed(
 ) -> None:
     set_chunk_length(3, monkeypatch)
     leaves = [x.requires_grad_() for x in hidden_and_weight()]
-    wanted = torch.autograd.grad(linear_cross_entropy(*leaves, TARGETS), leaves)
+    expected = torch.autograd.grad(linear_cross_entropy(*leaves, TARGETS), leaves)
     leaves[frozen].requires_grad_(False)
     linear_cross_entropy(*leaves, TARGETS).backward()
     assert leaves[frozen].grad is None
     gradient = leaves[1 - frozen].grad
     assert gradient is not None
-    assert torch.equal(gradient, wanted[1 - frozen])
+    assert torch.equal(gradient, expected[1 - frozen])
     assert computed == [(8 * D, V * D), sizes]
 
 
@@ -330,10 +330,10 @@ def test_no_gradient_is_computed_without_grad(
 ) -> None:
     set_chunk_length(3, monkeypatch)
     leaves = [x.requires_grad_() for x in hidden_and_weight()]
-    wanted = linear_cross_entropy(*leaves, TARGETS)
+    expected = linear_cross_entropy(*leaves, TARGETS)
     with mode():
         loss = linear_cross_entropy(*leaves, TARGETS)
-    assert torch.equal(loss, wanted)
+    assert torch.equal(loss, expected)
     assert not loss.requires_grad
     assert computed == [(8 * D, V * D), (0, 0)]
 

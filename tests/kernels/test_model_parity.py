@@ -29,8 +29,8 @@ def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
     """Gradients of the weights that require one, for a random upstream gradient."""
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     upstream = randn(*output.shape, seed=0, dtype=BFLOAT16).to(output.dtype)
-    found = torch.autograd.grad(output, list(trained.values()), upstream)
-    return dict(zip(trained, found, strict=True))
+    results = torch.autograd.grad(output, list(trained.values()), upstream)
+    return dict(zip(trained, results, strict=True))
 
 
 def assert_model_as_exact_as_plain(config: ModelConfig, dtype: torch.dtype, kind: Kind) -> None:
@@ -106,11 +106,11 @@ def test_autocast() -> None:
 def test_frozen_weights_change_no_other_gradient() -> None:
     tokens, targets = random_tokens(MULTI_HEAD, 2, *BATCH)
     model = small_model(MULTI_HEAD, TRITON)
-    wanted = gradients(model, model(tokens, targets))
+    expected = gradients(model, model(tokens, targets))
     for name in ("embedding", "blocks.0.attention.qkv", "blocks.1.mlp.norm", "output"):
         model.get_submodule(name).requires_grad_(False)
-        del wanted[f"{name}.weight"]
+        del expected[f"{name}.weight"]
     model.blocks[1].mlp.requires_grad_(False)
-    found = gradients(model, model(tokens, targets))
-    assert 0 < len(found) < len(wanted)
-    assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())
+    results = gradients(model, model(tokens, targets))
+    assert 0 < len(results) < len(expected)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in results.items())

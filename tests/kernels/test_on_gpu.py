@@ -33,9 +33,11 @@ def model_on(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Llama
     return small_model(CONFIG, TRITON, dtype).to(device)
 
 
-def assert_same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert [name for name, x in found.items() if not torch.equal(x.cpu(), wanted[name].cpu())] == []
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert [
+        name for name, x in actual.items() if not torch.equal(x.cpu(), expected[name].cpu())
+    ] == []
 
 
 def trained_with(step: Callable[[Llama], Callable[[Tensor], Tensor]]) -> tuple[Tensor, Llama]:
@@ -110,7 +112,7 @@ def test_cuda_graph() -> None:
 
 def test_freed_memory_is_not_read() -> None:
     model, batch = model_on(torch.device(DEVICE)), batches()[0]
-    wanted = loss_and_gradients(model, *batch)
+    expected = loss_and_gradients(model, *batch)
     # Small tensors first: they fill the gaps, and tensors above 1 MB get their own segments.
     stale = [
         torch.full((size,), torch.nan, device=DEVICE)
@@ -119,26 +121,26 @@ def test_freed_memory_is_not_read() -> None:
     ]
     del stale
     assert torch.empty(2**26, device=DEVICE).isnan().all()
-    assert_same_bits(loss_and_gradients(model, *batch), wanted)
+    assert_same_bits(loss_and_gradients(model, *batch), expected)
 
 
 def test_current_stream() -> None:
     model, batch = model_on(torch.device(DEVICE)), batches()[0]
-    wanted = loss_and_gradients(model, *batch)
+    expected = loss_and_gradients(model, *batch)
     side, late = torch.cuda.Stream(), torch.zeros_like(batch)
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         # A kernel on another stream would not wait for the tokens.
         torch.cuda._sleep(100_000_000)
         late.copy_(batch)
-        found = loss_and_gradients(model, *late)
+        actual = loss_and_gradients(model, *late)
     torch.cuda.synchronize()
-    assert_same_bits(found, wanted)
+    assert_same_bits(actual, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_device_of_the_tensors() -> None:
     (first, second), batch = (torch.device("cuda", index) for index in (0, 1)), batches()[0]
     with torch.cuda.device(first):
-        wanted = loss_and_gradients(model_on(first), *batch.to(first))
-        assert_same_bits(loss_and_gradients(model_on(second), *batch.to(second)), wanted)
+        expected = loss_and_gradients(model_on(first), *batch.to(first))
+        assert_same_bits(loss_and_gradients(model_on(second), *batch.to(second)), expected)

@@ -184,7 +184,7 @@ def test_mixed_dtypes(
 
 def test_weight_gradient_is_summed_in_float32() -> None:
     x, weight = inputs(NORM, 1)
-    # Each of two programs has one row, whose gradient is 64 times the sum of both.
+    # Two programs have one row each; each row's gradient is 64 times the sum of both.
     signs = torch.tensor([[64.0], [-63.0]], device=DEVICE)
 
     def difference(operator: Operator, dtype: torch.dtype = torch.float32) -> Operator:

@@ -94,8 +94,8 @@ def test_reference_positions_index_the_tables() -> None:
     outputs = rope_reference(qkv, cos, sin, 2, 1, starts + torch.arange(T, device=DEVICE))
     for row, start in enumerate((0, 9)):
         shifted = rope_reference(qkv[row : row + 1], cos[start:], sin[start:], 2, 1)
-        for actual, wanted in zip(outputs, shifted, strict=True):
-            assert torch.equal(actual[row : row + 1], wanted)
+        for actual, expected in zip(outputs, shifted, strict=True):
+            assert torch.equal(actual[row : row + 1], expected)
 
 
 # The kernels.
@@ -148,11 +148,13 @@ def test_any_number_of_rows(batch: int, time: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounded_once(dtype: torch.dtype) -> None:
     # The comparator bounds the error by the largest entry, which hides bfloat16 arithmetic.
-    def by(operator: Callable[..., Rotated], qkv: Tensor) -> list[Tensor]:
+    def results(operator: Callable[..., Rotated], qkv: Tensor) -> list[Tensor]:
         return outputs_and_gradients(lambda x: operator(x * 1, *tables(T), 2, 1), [qkv])
 
     qkv = randn(B, T, 4 * K, seed=0, dtype=dtype)
-    for actual, exact in zip(by(rope, qkv), by(rope_reference, qkv.double()), strict=True):
+    for actual, exact in zip(
+        results(rope, qkv), results(rope_reference, qkv.double()), strict=True
+    ):
         assert_rounded_once(actual, exact, magnitude=4.0)
 
 
@@ -238,10 +240,10 @@ def test_two_rotations_add_their_angles() -> None:
 
 def test_outputs_are_views_of_the_input() -> None:
     qkv = randn(B, T, 4 * K, seed=0, dtype=torch.float32)
-    wanted = rope(qkv.clone(), *tables(T), 2, 1)
+    expected = rope(qkv.clone(), *tables(T), 2, 1)
     outputs = rope(qkv, *tables(T), 2, 1)
     assert outputs[0].data_ptr() == qkv.data_ptr()
-    assert torch.equal(qkv, torch.cat(wanted, dim=2).flatten(-2))
+    assert torch.equal(qkv, torch.cat(expected, dim=2).flatten(-2))
     for x, first in zip(outputs, (0, 2, 3), strict=True):
         assert x.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
         assert x.storage_offset() == first * K
