@@ -7,6 +7,7 @@ import tyro
 
 from fastllama.cli.command import Command
 from fastllama.cli.parsing import parse
+from fastllama.cli.streams import say
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ def run(args: list[str]) -> None:
     manifest = Manifest.load(options.folder)
     manifest.check_contents(options.folder)
     tokens = sum(split.tokens for split in manifest.splits.values())
-    print(f"{options.folder}: {tokens:,} tokens, every shard matches its checksum")
+    say(f"{options.folder}: {tokens:,} tokens, every shard matches its checksum")
     if not manifest.is_checksummed:
-        print(
+        say(
             "manifest.json has no checksum, because an older fastllama wrote it: its numbers of "
             "text bytes and skipped records are unverified"
         )

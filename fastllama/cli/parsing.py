@@ -68,7 +68,7 @@ def split_recipe(args: list[str]) -> tuple[Path | None, list[str]]:
         return None, args
     if re.match(r"[\w.-]+=", args[0]):
         raise UsageError(f"{args[0]!r} is not a recipe{_with_dashes(args[0])}")
-    return Path(args[0]).expanduser(), args[1:]
+    return Path(os.path.expanduser(args[0])), args[1:]
 
 
 def asks_help(args: list[str]) -> bool:

@@ -1,10 +1,12 @@
 """`fastllama prepare`."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastllama.cli.command import Command
 from fastllama.cli.parsing import parse
+from fastllama.cli.streams import say
 from fastllama.data.records import MAX_DOCUMENT_MB
 
 
@@ -52,8 +54,8 @@ def run(args: list[str]) -> None:
         workers=options.workers,
     )
     for name, split in manifest.splits.items():
-        print(f"{options.output} {name}: {split.tokens:,} tokens in {split.documents:,} documents")
-    print(f"next: fastllama train CONFIG.toml --data.path {options.output}")
+        say(f"{options.output} {name}: {split.tokens:,} tokens in {split.documents:,} documents")
+    say(f"next: fastllama train CONFIG.toml --data.path {shlex.quote(str(options.output))}")
 
 
 COMMAND = Command(

@@ -11,9 +11,10 @@ import os
 import sys
 import threading
 from contextlib import suppress
-from typing import BinaryIO, cast
+from typing import BinaryIO, TextIO, cast
 
 from fastllama.errors import reason
+from fastllama.printable import printable
 
 MAX_WAITING = 2**16
 """Bytes that wait for a stream which cannot be written now. Older lines are dropped and counted."""
@@ -116,6 +117,14 @@ def guard_streams() -> None:
             line_buffering=True,
         )
         setattr(sys, name, guarded)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a text in which names of files and fields may occur, on stdout unless `file` is given.
+
+    Control characters are shown as escapes.
+    """
+    print(printable(text, keep="\n"), file=file)
 
 
 def report_lost_lines() -> None:

@@ -1,10 +1,12 @@
 """`fastllama tokenizer repair`."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastllama.cli.command import Command
 from fastllama.cli.parsing import parse
+from fastllama.cli.streams import say
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,12 @@ def run(args: list[str]) -> None:
         raise ValueError(f"tokenizer {options.tokenizer}: {error}") from None
     save_tokenizer(complete, options.output)
     before, after = vocabulary_size(tokenizer), vocabulary_size(complete)
-    print(
+    say(
         f"{options.output}: {after} entries, {after - before} of them new, "
         f"fingerprint {fingerprint(complete)[:12]}"
     )
-    print(f"next: fastllama prepare --input … --tokenizer {options.output} --output data/NAME")
+    tokenizer_json = shlex.quote(str(options.output))
+    say(f"next: fastllama prepare --input … --tokenizer {tokenizer_json} --output data/NAME")
 
 
 COMMAND = Command(

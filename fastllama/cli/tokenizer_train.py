@@ -1,5 +1,6 @@
 """`fastllama tokenizer train`."""
 
+import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from fastllama.cli.command import Command
 from fastllama.cli.parsing import parse
+from fastllama.cli.streams import say
 from fastllama.data.records import MAX_DOCUMENT_MB
 
 # Texts that a tokenizer must decode to the same bytes before it is saved.
@@ -52,7 +54,7 @@ def run(args: list[str]) -> None:
 
     check_writable(options.output)
     files = find_files(options.input)
-    report = partial(print, file=sys.stderr)
+    report = partial(say, file=sys.stderr)
     records = read_documents(files.paths, options.field, max_document_mb=options.max_document_mb)
     accounting = Accounting(report)
     texts = (document.text for document in accounting.documents(records))
@@ -63,11 +65,12 @@ def run(args: list[str]) -> None:
         report(line)
     size = vocabulary_size(tokenizer)
     few = "" if size == options.vocab_size else f" of {options.vocab_size} (the text has no more)"
-    print(
+    say(
         f"{options.output}: {size} entries{few}, fingerprint {fingerprint(tokenizer)[:12]}, "
         f"{accounting.counts.malformed:,} malformed records skipped"
     )
-    print(f"next: fastllama prepare --input … --tokenizer {options.output} --output data/NAME")
+    tokenizer_json = shlex.quote(str(options.output))
+    say(f"next: fastllama prepare --input … --tokenizer {tokenizer_json} --output data/NAME")
 
 
 COMMAND = Command(

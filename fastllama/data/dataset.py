@@ -1,5 +1,6 @@
 """Opens a data folder for training and checks that it fits the model."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def open_dataset(config: Config) -> Dataset:
     """
     if not config.data.path:
         raise ValueError("data.path is empty; give the folder that `fastllama prepare` wrote.")
-    folder = Path(config.data.path).expanduser()
+    folder = Path(os.path.expanduser(config.data.path))
     if config.data.path.startswith("~") and not folder.exists():
         raise ValueError(
             f"data.path = {config.data.path} is {folder}, in your home folder, and does not exist: "

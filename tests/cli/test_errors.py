@@ -3,7 +3,7 @@
 import pytest
 
 from fastllama.cli import main
-from fastllama.cli.errors import FAILED, INTERRUPTED, MISTAKE, report
+from fastllama.cli.errors import FAILED, INTERRUPTED, MISTAKE, report, report_to_torchrun
 from fastllama.errors import TrainingFailedError
 from tests.cli.refusal import refusal
 
@@ -45,7 +45,27 @@ def test_exit_code_and_error_line(
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "There is no command 'trian'" in refusal(capsys, "trian")
     assert "There is no command 'data chekc'" in refusal(capsys, "data", "chekc", "data/mine")
-    assert "There is no command 'data'" in refusal(capsys, "data")
+
+
+def test_first_word_of_a_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["data"], ["data", "--help"]):
+        main(arguments)
+        assert "fastllama data check data/NAME" in capsys.readouterr().out
+
+
+def test_error_drives_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    error = ValueError("\x1b]0;title\x07 of\na file")
+    report(error, debug=False)
+    assert capsys.readouterr().err == "error: \\x1b]0;title\\x07 of a file\n"
+    report(error, debug=True)
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed
+    assert printed.startswith("ValueError: ")
+
+
+def test_report_to_torchrun_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/full")
+    report_to_torchrun("a sentence")
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
