@@ -31,6 +31,20 @@ class RunFolder:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        """Check the path.
+
+        Raises:
+            ValueError: it is not UTF-8, so safetensors could not open the checkpoints.
+        """
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"The path {self.path} is not UTF-8, and its checkpoints could not be read; choose "
+                "another --run-dir, or rename the folder."
+            ) from None
+
     @property
     def config(self) -> Path:
         return self.path / "config.toml"
@@ -139,9 +153,12 @@ class RunFolder:
         Other options of a start that saved no checkpoint are set aside.
 
         Raises:
-            ValueError: `checkpoints` is not a folder.
+            ValueError: `checkpoints` is not a folder, or a folder has the name of a file.
             OSError: a file cannot be written.
         """
+        for path in (self.tokenizer, self.config):
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder; move it away.")
         _make_folder(self.checkpoints, "move it away, or mount the disk that it links to")
         write_atomic(self.tokenizer, tokenizer.read_bytes())
         self._record_session()

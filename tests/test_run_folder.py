@@ -87,6 +87,19 @@ def test_path_inside_a_file_is_named(tmp_path: Path) -> None:
             RunFolder(path).locked().__enter__()
 
 
+def test_path_that_is_not_utf8_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"The path .* is not UTF-8, .*; choose another --run-dir"):
+        RunFolder(Path("runs/caf\udce9"))
+
+
+@pytest.mark.parametrize("name", ["config.toml", "tokenizer.json"])
+def test_folder_named_like_a_file_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name} is a folder; move it away."):
+        RunFolder(tmp_path).create(Config(), tmp_path / "tokenizer")
+    assert {path.name for path in tmp_path.iterdir()} == {name}
+
+
 def test_pipe_is_no_configuration(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.toml")
     with pytest.raises(ValueError, match="is not a run folder"):

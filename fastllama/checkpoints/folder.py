@@ -156,8 +156,10 @@ def remove_leftovers(folder: Path) -> None:
                 remove_files(folder / name)
 
 
-def remove_old(newest: Path, config: Config) -> None:
+def remove_old(newest: Path, config: Config, n_kept: int | None = None) -> None:
     """Remove checkpoints older than `newest` that `config.checkpoint` does not keep, oldest first.
+
+    `n_kept` replaces its `keep_last`.
 
     Newer checkpoints stay, and so do links, files, and folders with other files in them. What stays
     though it should go is reported.
@@ -167,7 +169,7 @@ def remove_old(newest: Path, config: Config) -> None:
     """
     paths = [path for path in reversed(complete_checkpoints(newest.parent)) if path <= newest]
     kept = {
-        *[path for path in paths if is_folder(path)][-config.checkpoint.keep_last :],
+        *[path for path in paths if is_folder(path)][-(n_kept or config.checkpoint.keep_last) :],
         # A permanent checkpoint that was moved to another disk may be a link by now.
         *permanent([path for path in paths if path.is_dir()], config),
     }

@@ -1,8 +1,11 @@
 """Reading checkpoints: finding damage, finding the newest one of a run, loading tensors."""
 
+import logging
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +171,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         ValueError: the checkpoint lacks a tensor, or it cannot be read.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_traceback():
         # Generation loads in one process without a process group.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
@@ -179,6 +182,21 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             )
         except CheckpointException as error:
             raise ValueError(f"{path} cannot be loaded: {first_failure(error)}") from None
+
+
+@contextmanager
+def _without_traceback() -> Iterator[None]:
+    """Drop the traceback that PyTorch logs before it raises an error of reading."""
+    root = logging.getLogger()
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return record.module != "state_dict_loader"
+
+    root.addFilter(is_other)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_other)
 
 
 def first_failure(error: CheckpointException) -> BaseException:

@@ -10,6 +10,7 @@ rename, which need the same thread and the same process group once more.
 import contextlib
 import copy
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from fastllama.atomic import fsync_folder, replace, write_atomic
 from fastllama.checkpoints.folder import (
     CheckpointManifest,
     FileEntry,
+    complete_checkpoints,
     describe,
     make_way,
     point_latest,
@@ -138,7 +140,7 @@ class CheckpointWriter:
         final = self._folder / f"step-{progress.step:08d}"
         aside = final.with_name(f".{final.name}.partial")
         try:
-            self._write(self._staged_everywhere(staged), progress, aside, final)
+            self._write_or_free_disk(self._staged_everywhere(staged), progress, aside, final)
             self.saved_step = progress.step
             written = time.perf_counter() - start
             self._report(f"saved {final} ({seconds:.2f} s staged, {written:.2f} s written)")
@@ -159,6 +161,37 @@ class CheckpointWriter:
         self._on_each(lambda: staged if isinstance(staged, OSError) else None)
         assert not isinstance(staged, OSError)
         return staged
+
+    def _write_or_free_disk(
+        self, staged: dict[str, Tensor], progress: TrainProgress, aside: Path, final: Path
+    ) -> None:
+        """Write; on a full disk first remove the checkpoint that this one replaces, and try again.
+
+        An older checkpoint always stays.
+        """
+        try:
+            self._write(staged, progress, aside, final)
+        except OSError as error:
+            # Every rank has the same error.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            removed = self._on_each(lambda: self._remove_replaced() if self._is_main else [])[0]
+            if not removed:
+                raise
+            self._report(
+                f"The disk is full: {', '.join(removed)} is removed before {final.name} is saved."
+            )
+            self._write(staged, progress, aside, final)
+
+    def _remove_replaced(self) -> list[str]:
+        """Remove what `remove_old` will remove after the next checkpoint; return the names."""
+        before = complete_checkpoints(self._folder)
+        n_kept = self._config.checkpoint.keep_last - 1
+        if not 0 < n_kept < len(before):
+            return []
+        remove_old(before[0], self._config, n_kept)
+        after = complete_checkpoints(self._folder)
+        return [path.name for path in before if path not in after]
 
     def _write(
         self, staged: dict[str, Tensor], progress: TrainProgress, aside: Path, final: Path

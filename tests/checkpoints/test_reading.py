@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import fastllama.checkpoints.reading as module
 from fastllama.checkpoints.folder import CheckpointManifest, FileEntry, describe
-from fastllama.checkpoints.reading import find_damage, newest_checkpoint
+from fastllama.checkpoints.reading import find_damage, load_tensors, newest_checkpoint
 from fastllama.checkpoints.state import MODEL
 from fastllama.cli import main
 from fastllama.inference.load import load_run
@@ -206,6 +206,15 @@ def test_unreadable_folder_is_not_an_empty_one(
         train("--resume", run, *more_updates(12))
     assert stop.value.code == 2
     assert f"Permission denied: '{run / 'checkpoints'}'" in capsys.readouterr().err
+
+
+def test_unreadable_shard_is_one_sentence(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    newest = run / "checkpoints" / "step-00000010"
+    (newest / SHARD).write_bytes(b"no header")
+    with pytest.raises(ValueError, match=f"^{newest} cannot be loaded: "):
+        load_tensors(newest, {"model.norm.weight": torch.zeros(32)})
+    # PyTorch would print a traceback; its other loggers print nothing.
+    assert "root" not in {record.name for record in caplog.records}
 
 
 def test_shard_missing_from_manifest(run: Path) -> None:

@@ -261,6 +261,36 @@ def test_full_disk_loses_only_that_checkpoint(
     assert names == ["latest", "step-00000003", "step-00000009", "step-00000010"]
 
 
+@pytest.mark.parametrize("where", ["shard", "manifest"])
+def test_full_disk_takes_the_room_of_the_checkpoint_that_is_replaced(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+) -> None:
+    run = tmp_path / "run"
+    # Save 3, of update 6, fails once; save 4 repeats it.
+    fill_disk(monkeypatch, where, saves=[3])
+    options = ("--checkpoint.interval-tokens", 2 * 256, "--checkpoint.keep-last", 2)
+    train(workspace.recipe, "--run-dir", run, *options)
+    printed = capsys.readouterr().out
+    assert "The disk is full: step-00000002 is removed before step-00000006 is saved." in printed
+    assert "could not be written" not in printed
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["latest", "step-00000008", "step-00000010"]
+
+
+def test_full_disk_never_takes_the_only_checkpoint(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    fill_disk(monkeypatch, "manifest", saves=[2, 3])
+    with pytest.raises(SystemExit):
+        train(workspace.recipe, "--run-dir", run, "--checkpoint.keep-last", 1)
+    assert [path.name for path in (run / "checkpoints").glob("step*")] == ["step-00000005"]
+
+
 def test_failed_last_checkpoint_exits_with_1(
     workspace: Workspace,
     tmp_path: Path,
