@@ -4,7 +4,8 @@
 
 A training of 1 to 4 ranks is killed again and again: at named points inside an update, a copy, a
 write, a rename or a removal, and at random moments. Either one rank is killed or all at once.
-Sometimes the disk is full for one write, or a bit of the newest checkpoint flips. Some trainings
+Sometimes the disk is full for one write, or a bit of the newest checkpoint flips; the disk of the
+console's log is full, the reader of the console goes away, or the terminal hangs up. Some trainings
 are on a file system without locks, or without symbolic links.
 
 After each fault, three things must hold. Every checkpoint reported as saved is whole, except one
@@ -38,14 +39,11 @@ from tests.ranks import Outcome, forked, launch  # first, because it sets PyTorc
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import filesystem
 
-import fastllama.checkpoints.folder
-import fastllama.checkpoints.writing
-import fastllama.logs.sinks
-import fastllama.train
 import fastllama.training.side_jobs
 from fastllama.checkpoints.folder import complete_checkpoints, latest_name, step_of
 from fastllama.checkpoints.reading import find_damage, read_progress
-from fastllama.checkpoints.state import TrainState
+from fastllama.cli.errors import STOPPED
+from tests.fault_points import POINTS, Trigger
 from tests.workspace import make_workspace
 
 N_UPDATES = 30
@@ -66,131 +64,6 @@ LAYOUTS = {
     "2 x 2": (4, ("--parallel.replicate", "2")),
 }
 """Ranks, and the options of the layout."""
-
-Trigger = Callable[..., None]
-"""Called at each visit of a point. At one visit it causes the fault, after calling its argument,
-which leaves the work at this point half done."""
-
-
-def before_update(trigger: Trigger) -> None:
-    original = fastllama.train.update
-
-    def update(*args: Any) -> Any:
-        trigger()
-        return original(*args)
-
-    fastllama.train.update = update
-
-
-def after_update(trigger: Trigger) -> None:
-    original = fastllama.train.update
-
-    def update(*args: Any) -> Any:
-        result = original(*args)
-        trigger()
-        return result
-
-    fastllama.train.update = update
-
-
-def half_a_log_row(trigger: Trigger) -> None:
-    original = fastllama.logs.sinks.append
-
-    def append(path: Path, text: str) -> None:
-        trigger(lambda: original(path, text[: len(text) // 2]))
-        original(path, text)
-
-    fastllama.logs.sinks.append = append
-
-
-def half_staged(trigger: Trigger) -> None:
-    original = TrainState.tensors
-
-    class TriggeringDict(dict[str, Any]):
-        def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
-            for number, item in enumerate(super().items()):
-                if number == len(self) // 2:
-                    trigger()
-                yield item
-
-    TrainState.tensors = lambda state: TriggeringDict(original(state))  # type: ignore[method-assign]
-
-
-def half_a_shard(trigger: Trigger) -> None:
-    original = filesystem.FileSystem.create_stream
-
-    class TriggeringStream:
-        def __init__(self, stream: Any) -> None:
-            self._stream = stream
-
-        def write(self, content: bytes) -> None:
-            half = content[: len(content) // 2]
-            trigger(lambda: (self._stream.write(half), self._stream.flush()))
-            self._stream.write(content)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._stream, name)
-
-    @contextmanager
-    def create_stream(self: Any, path: Any, mode: str) -> Iterator[Any]:
-        with original(self, path, mode) as stream:
-            yield TriggeringStream(stream)
-
-    filesystem.FileSystem.create_stream = create_stream
-
-
-def before_checksums(trigger: Trigger) -> None:
-    original = fastllama.checkpoints.writing.describe
-
-    def describe(folder: Path, names: list[str]) -> Any:
-        if any(name.startswith("shard") for name in names):
-            trigger()
-        return original(folder, names)
-
-    fastllama.checkpoints.writing.describe = describe
-
-
-def half_a_json(name: str) -> Callable[[Trigger], None]:
-    def install(trigger: Trigger) -> None:
-        original = fastllama.checkpoints.writing.write_atomic
-
-        def write_atomic(path: Path, content: str) -> None:
-            if path.name == name:
-                aside = path.with_name(f".{path.name}.partial")
-                trigger(lambda: aside.write_text(content[: len(content) // 2]))
-            original(path, content)
-
-        fastllama.checkpoints.writing.write_atomic = write_atomic
-
-    return install
-
-
-def at_rename(pattern: str, after: bool) -> Callable[[Trigger], None]:
-    def install(trigger: Trigger) -> None:
-        original = os.replace
-
-        def replace(source: Any, target: Any) -> None:
-            matches = re.fullmatch(pattern, Path(target).name) is not None
-            if matches and not after:
-                trigger()
-            original(source, target)
-            if matches and after:
-                trigger()
-
-        os.replace = replace
-
-    return install
-
-
-def half_removed(trigger: Trigger) -> None:
-    original = fastllama.checkpoints.folder.remove_files
-
-    def remove_files(folder: Path) -> None:
-        if folder.name.endswith(".removed"):
-            trigger(lambda: next(iter(folder.iterdir())).unlink())
-        original(folder)
-
-    fastllama.checkpoints.folder.remove_files = remove_files
 
 
 def unsupported(*arguments: Any, **keywords: Any) -> None:
@@ -219,37 +92,36 @@ def train_while_writing() -> None:
     fastllama.training.side_jobs.plot_loss = lambda *args, **keywords: None
 
 
-@dataclass(frozen=True)
-class Point:
-    """A point of the code at which a fault can happen."""
-
-    install: Callable[[Trigger], None]
-    """Makes the code call a trigger at this point."""
-    visits: int
-    """About the most visits by one rank until the next checkpoint is saved."""
-    main_only: bool
-    """Whether only the main rank visits it."""
-
-
-POINTS = {
-    "before the update": Point(before_update, 6, False),
-    "after the update": Point(after_update, 6, False),
-    "half a log row": Point(half_a_log_row, 12, True),
-    "half staged": Point(half_staged, 2, False),
-    "half a shard": Point(half_a_shard, 2, False),
-    "before checksums": Point(before_checksums, 2, False),
-    "half a progress.json": Point(half_a_json("progress.json"), 2, True),
-    "half a manifest.json": Point(half_a_json("manifest.json"), 2, True),
-    "before the rename": Point(at_rename(r"step-\d+", after=False), 2, True),
-    "after the rename": Point(at_rename(r"step-\d+", after=True), 2, True),
-    "before latest": Point(at_rename("latest", after=False), 2, True),
-    "after latest": Point(at_rename("latest", after=True), 2, True),
-    "before a removal": Point(at_rename(r".*\.removed", after=False), 1, True),
-    "half removed": Point(half_removed, 1, True),
-}
 FULL_DISK_POINTS = ("half a shard", "before checksums", "half a manifest.json", "before the rename")
+CONSOLE_POINTS = ("before the update", "half a log row", "half a shard")
 FILES = ("shard", "progress.json", "manifest.json", "latest")
 FILE_SYSTEMS = ("complete", "no locks", "no links")
+
+
+def fill_log() -> None:
+    """Let stdout be on a full disk from now on."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def close_reader() -> None:
+    """Let the reader of stdout and stderr be gone from now on."""
+    read_end, write_end = os.pipe()
+    os.dup2(write_end, 1)
+    os.dup2(write_end, 2)
+    os.close(read_end)
+
+
+def hang_up() -> None:
+    """Close the terminal, as its shell and the kernel both report."""
+    ours, terminal = os.openpty()
+    os.dup2(terminal, 1)
+    os.dup2(terminal, 2)
+    os.close(ours)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGHUP)
+
+
+CONSOLE_FAULTS = {"full log": fill_log, "dead reader": close_reader, "hang-up": hang_up}
 
 
 @dataclass(frozen=True)
@@ -257,7 +129,7 @@ class Fault:
     """One fault."""
 
     kind: str
-    """kill one, kill all, random moment, full disk, or flipped bit."""
+    """kill one, kill all, random moment, full disk, flipped bit, or one of `CONSOLE_FAULTS`."""
     where: str
     """A name of `POINTS`; for a random moment the seconds, for a flipped bit one of `FILES`."""
     visit: int = 0
@@ -277,6 +149,9 @@ class Fault:
             visits += 1
             if visits != self.visit:
                 return
+            if self.kind in CONSOLE_FAULTS:
+                CONSOLE_FAULTS[self.kind]()
+                return
             leave_half()
             if self.kind == "full disk":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -292,6 +167,7 @@ def draw_faults(draw: random.Random) -> Iterator[tuple[str, str]]:
     while True:
         names = draw.sample(list(POINTS), len(POINTS))
         files = draw.sample(FILES, len(FILES))
+        consoles = draw.sample(list(CONSOLE_FAULTS), len(CONSOLE_FAULTS))
         for number, name in enumerate(names):
             for kind in draw.sample(("kill one", "kill all"), 2):
                 yield kind, name
@@ -301,6 +177,8 @@ def draw_faults(draw: random.Random) -> Iterator[tuple[str, str]]:
                 yield "flipped bit", files[number // 4]
             if number % 5 == 2:
                 yield "full disk", draw.choice(FULL_DISK_POINTS)
+            if number % 4 == 3:
+                yield consoles[number // 4], draw.choice(CONSOLE_POINTS)
 
 
 def draw_visit(kind: str, where: str, world_size: int, draw: random.Random) -> Fault:
@@ -308,7 +186,8 @@ def draw_visit(kind: str, where: str, world_size: int, draw: random.Random) -> F
     if where not in POINTS:
         return Fault(kind, where)
     point = POINTS[where]
-    rank = 0 if point.main_only else draw.randrange(world_size)
+    # Only the main rank prints.
+    rank = 0 if point.main_only or kind in CONSOLE_FAULTS else draw.randrange(world_size)
     return Fault(kind, where, visit=draw.randint(1, point.visits), rank=rank)
 
 
@@ -416,13 +295,27 @@ class Training:
         if fault.kind == "full disk":
             check(set(outcome.codes) == {0}, f"ended with {outcome.codes}: {outcome.printed}")
             lost = re.search(r"step-(\d+) could not be written: .*No space left", outcome.printed)
-            check(lost is not None, "the full disk was not reported")
-            return f"checkpoint {int(lost[1])} lost, trained until {self.newest_step}"  # type: ignore[index]
+            if lost is None:
+                freed = re.search(r"The disk is full: step-(\d+) is removed", outcome.printed)
+                check(freed is not None, "the full disk was not reported")
+                return f"checkpoint {int(freed[1])} freed, trained until {self.newest_step}"  # type: ignore[index]
+            return f"checkpoint {int(lost[1])} lost, trained until {self.newest_step}"
+        if fault.kind in CONSOLE_FAULTS:
+            return self._check_console(fault.kind, outcome)
         if set(outcome.codes) == {0}:
             return f"finished before the fault, at {self.newest_step}"
         killed = -signal.SIGKILL in outcome.codes
         check(killed, f"ended with {outcome.codes}: {outcome.printed}")
         return f"codes {' '.join(map(str, outcome.codes))}: {before} -> {self.newest_step}"
+
+    def _check_console(self, kind: str, outcome: Outcome) -> str:
+        code = STOPPED if kind == "hang-up" else 0
+        check(set(outcome.codes) == {code}, f"ended with {outcome.codes}: {outcome.printed}")
+        check("Traceback" not in outcome.printed, outcome.printed)
+        if kind == "full log":
+            said = "lines for stdout could not be written: No space left on device"
+            check(said in outcome.printed, f"the lost lines were not reported: {outcome.printed}")
+        return f"exit code {code}, trained until {self.newest_step}"
 
     def _flip_bit(self, name: str, draw: random.Random) -> str:
         damaged = flip_bit(self.folder, name, draw)
