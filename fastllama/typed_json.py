@@ -57,16 +57,15 @@ def _adapter(kind: Hashable) -> TypeAdapter[Any]:
 
 
 def _first_problem(error: ValidationError) -> str:
-    """One clause about the first field that is wrong, with at most 60 characters of its value."""
+    """One clause about the first field that is wrong, with 60 characters of its name and value."""
     problem = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(map(str, problem["loc"]))
+    field = _shortened(".".join(map(str, problem["loc"])))
     message = problem["msg"][:1].lower() + problem["msg"][1:]
     if problem["type"] == "json_invalid":
         return message
-    found = "" if problem["type"] == "missing" else f", not {_shortened(problem['input'])}"
+    found = "" if problem["type"] == "missing" else f", not {_shortened(repr(problem['input']))}"
     return f"{field}: {message}{found}" if field else f"{message}{found}"
 
 
-def _shortened(value: Any) -> str:
-    text = repr(value)
+def _shortened(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -44,6 +44,7 @@ def test_nested_dataclasses(tmp_path: Path) -> None:
         ('"tokens": 3', '"tokens": true', r"shards\.0\.tokens: .*, not True"),
         ('"tokens": 3', '"token": 3', r"shards\.0\.tokens: field required"),
         ('"tokens": 3', '"tokens": 3, "x": 1', r"shards\.0\.x: unexpected keyword argument"),
+        ('"tokens": 3', f'"tokens": 3, "{1000 * "x"}": 1', r"shards\.0\.x+\.\.\.: unexpected"),
         ('"version": 1', '"version": null', r"version: .*, not None"),
         ('"version": 1', '"version": NaN', r"version: .*, not nan"),
         ("]", "", "invalid JSON"),

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from fastllama.checkpoints.folder import CheckpointManifest, complete_checkpoints, describe
 from fastllama.checkpoints.state import TrainProgress
+from fastllama.printable import one_line
 from fastllama.typed_json import DamagedFileError, read_json
 
 
@@ -93,7 +94,7 @@ def _find_damage_in_share(path: Path, rank: int, size: int, wanted: str) -> str 
         return str(error)
     strange = next((name for name in entries if not _is_file_name(name)), None)
     if strange is not None:
-        return f"{manifest} lists {strange!r}, which is not a file name"
+        return f"{manifest} lists {one_line(strange, 60)!r}, which is not a file name"
     if "progress.json" not in entries:
         return f"{manifest} does not list progress.json"
     if unlisted := shards - entries.keys():
@@ -143,7 +144,8 @@ def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
         return f"{path / 'progress.json'} cannot be read: {error.strerror}"
     for name, value in identity.items():
         if saved.get(name) != value:
-            return f"{path} was trained with {name} = {saved.get(name)}, not {value}"
+            trained = one_line(saved.get(name), 100)
+            return f"{path} was trained with {name} = {trained}, not {value}"
     return None
 
 
