@@ -1,10 +1,10 @@
 """The state that updates change and checkpoints hold, and its names on disk."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from fastllama.model.llama import Llama
@@ -14,6 +14,9 @@ MODEL = "model."
 """Prefix of the weights' names in a checkpoint."""
 
 
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
 @dataclass
 class TrainProgress:
     """The progress of a run. Resuming needs this, the weights and the moments."""
@@ -21,16 +24,20 @@ class TrainProgress:
     # Progress with a field of a newer version cannot be resumed here.
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    step: int = 0
+    step: Count = 0
     """Optimizer updates done, skipped ones included."""
-    position: int = 0
+    position: Count = 0
     """Sequences consumed since the run began."""
-    skipped_steps: int = 0
+    skipped_steps: Count = 0
     """Updates skipped because the loss or gradient norm was not finite or was a spike."""
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: Count = 0
     """Skipped updates since the last applied one."""
     spikes: list[float] = field(default_factory=list)
     """`SpikeDetector.state` at the last checkpoint; empty before the first."""
+
+    def __post_init__(self) -> None:
+        if len(self.spikes) not in (0, 5):
+            raise ValueError(f"spikes must be 0 or 5 numbers, not {len(self.spikes)}")
 
 
 @dataclass

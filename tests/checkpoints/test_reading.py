@@ -129,6 +129,9 @@ def test_unreadable_manifest(run: Path, content: bytes, damage: str) -> None:
         (b"{}", ": progress: field required"),
         (b'{"progress": {"step": 10.5}, "identity": {}}', ": progress.step: input should be "),
         (b'{"progress": {"later": 1}, "identity": {}}', ": progress.later: unexpected keyword"),
+        (b'{"progress": {"step": -1}, "identity": {}}', ": progress.step: input should be "),
+        (b'{"progress": {"position": 1e30}, "identity": {}}', ": progress.position: input "),
+        (b'{"progress": {"spikes": [1]}, "identity": {}}', ": progress: value error, spikes must"),
         (b'{"progress": {}, "identity": []}', ": identity: input should be an object, not []"),
     ],
 )

@@ -75,7 +75,7 @@ def test_changes_after_save_are_not_written(
 
     monkeypatch.setattr(module.dcp, "save", save_late)
     before = full_copies(state.tensors())
-    state.progress.spikes = [1.0, 2.0]
+    state.progress.spikes = [1.0, 2.0, 3.0, 4.0, 5.0]
     reports: list[str] = []
     with CheckpointWriter(tmp_path, config, {"seed": 1}, world.device, reports.append) as writer:
         writer.save(state.tensors(), state.progress)
@@ -87,7 +87,9 @@ def test_changes_after_save_are_not_written(
         writer.wait()
     path = tmp_path / "step-00000003"
     assert find_damage(path) is None
-    assert read_progress(path) == TrainProgress(step=3, position=24, spikes=[1.0, 2.0])
+    assert read_progress(path) == TrainProgress(
+        step=3, position=24, spikes=[1.0, 2.0, 3.0, 4.0, 5.0]
+    )
     loaded = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
     load_tensors(path, loaded)
     for name, tensor in before.items():
