@@ -27,6 +27,8 @@ class GenerateOptions:
     """Run folder, or one checkpoint inside it."""
     prompt: str = ""
     """Text to continue; - reads it from standard input. An empty prompt starts a document."""
+    special_tokens: bool = False
+    """Read names of special tokens in the prompt, such as <EOS>, as these tokens, not as text."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA when there is a GPU."""
@@ -35,15 +37,24 @@ class GenerateOptions:
 def run(args: list[str]) -> None:
     """Print the prompt and its continuation as it is generated."""
     options = parse(GenerateOptions, args, "fastllama generate")
+    from fastllama.data.encoding import prompt_loss
     from fastllama.distributed.world import choose_device
     from fastllama.inference.generate import generate_text, load_run
 
     options.sampling.validate()
     prompt = prompt_of(options)
     loaded = load_run(options.run, choose_device(options.device))
+    loss = prompt_loss(loaded.tokenizer, prompt, loaded.end_token)
+    if loss.lost:
+        print(f"note: of the prompt, the tokenizer cannot represent {loss}", file=sys.stderr)
     show(prompt)
     pieces = generate_text(
-        loaded.model, loaded.tokenizer, prompt, options.sampling, loaded.end_token
+        loaded.model,
+        loaded.tokenizer,
+        prompt,
+        options.sampling,
+        loaded.end_token,
+        special_tokens=options.special_tokens,
     )
     for piece in pieces:
         show(piece)

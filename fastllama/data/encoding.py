@@ -1,6 +1,7 @@
 """Encodes documents to token ids, each followed by the end token."""
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
@@ -27,7 +28,7 @@ class Encoder:
         self._end_token_id = end_token_id
         self._whole = TextEncoder(tokenizer, end_token_id)
         self._continuing = TextEncoder(continuing(tokenizer), end_token_id)
-        self._cutter = Cutter(lambda text: self._continuing.encode([text])[0].tolist())
+        self._cutter = Cutter(self._continuing.words, self._continuing.ids)
         self._meter = LossMeter(tokenizer, loss)
 
     @property
@@ -42,31 +43,30 @@ class Encoder:
             ValueError: the tokenizer cannot encode a text.
         """
         short = [text for text in texts if len(text) <= PIECE_CHARACTERS]
-        encoded = iter(self._encode_batch(self._whole, short))
+        batch = self._whole.encode(short)
+        self._meter.measure(short, batch)
+        encoded = iter(batch)
         for text in texts:
             ids = next(encoded) if len(text) <= PIECE_CHARACTERS else self._encode_long(text)
+            if self._whole.finds_end_token(ids):
+                raise ValueError(
+                    f"the tokenizer encodes text as {self._whole.end_token!r}, which ends "
+                    f"documents (the text begins {text[:40]!r}): choose another special token "
+                    "with --end-token, or another tokenizer"
+                )
             yield np.append(ids, np.uint32(self._end_token_id))
 
     def _encode_long(self, text: str) -> NDArray[np.uint32]:
-        pieces = self._cutter.pieces(text)
-        ids = self._encode_batch(self._whole, [next(pieces)])
-        while batch := list(itertools.islice(pieces, BATCH_PIECES)):
-            ids += self._encode_batch(self._continuing, batch)
-        return np.concatenate(ids)
-
-    def _encode_batch(
-        self, encoder: "TextEncoder", texts: Sequence[str]
-    ) -> list[NDArray[np.uint32]]:
-        batch = encoder.encode(texts)
-        for text, ids in zip(texts, batch, strict=True):
-            if (ids == self._end_token_id).any():
-                raise ValueError(
-                    f"the tokenizer encodes text as {encoder.end_token!r}, which ends documents "
-                    f"(the text begins {text[:40]!r}): choose another special token with "
-                    "--end-token, or another tokenizer"
-                )
-        self._meter.measure(texts, batch)
-        return batch
+        first, *others = self._cutter.pieces(text)
+        starts = range(0, len(others), BATCH_PIECES)
+        batches = [(self._whole, [first])]
+        batches += [(self._continuing, others[i : i + BATCH_PIECES]) for i in starts]
+        encoded = [encoder.encode_once(pieces) for encoder, pieces in batches]
+        if any(self._whole.finds_end_token(ids) for ids in itertools.chain(*encoded)):
+            encoded = [encoder.encode_without_entry(pieces) for encoder, pieces in batches]
+        for (_, pieces), ids in zip(batches, encoded, strict=True):
+            self._meter.measure(pieces, ids)
+        return np.concatenate([*itertools.chain(*encoded)])
 
 
 class TextEncoder:
@@ -88,14 +88,38 @@ class TextEncoder:
             ValueError: the tokenizer cannot encode a text.
         """
         return [
-            _encode(self._without_entry, [text])[0] if (ids == self._end_token_id).any() else ids
-            for text, ids in zip(texts, _encode(self._tokenizer, texts), strict=True)
+            self.encode_without_entry([text])[0] if self.finds_end_token(ids) else ids
+            for text, ids in zip(texts, self.encode_once(texts), strict=True)
         ]
+
+    def encode_once(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """As `encode`, but names of the end token may become end tokens."""
+        return _encode(self._tokenizer, texts)
+
+    def encode_without_entry(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """As `encode`, without the entry of the end token from the beginning."""
+        return _encode(self._without_entry, texts)
+
+    def finds_end_token(self, ids: NDArray[np.uint32]) -> bool:
+        """Whether `ids` hold the end token."""
+        return bool((ids == self._end_token_id).any())
 
     @property
     def end_token(self) -> str:
         """The name of the end token."""
         return str(self._tokenizer.id_to_token(self._end_token_id))
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text, with end tokens."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def words(self, text: str) -> list[str]:
+        """What the pre-tokenizer makes of a text. Without one, a word starts at each space."""
+        normalizer, pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        normalized = text if normalizer is None else normalizer.normalize_str(text)
+        if pre_tokenizer is None:
+            return re.findall("[ \u2581]?[^ \u2581]+|[ \u2581]", normalized)
+        return [word for word, _ in pre_tokenizer.pre_tokenize_str(normalized)]
 
     @cached_property
     def _without_entry(self) -> Tokenizer:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 PIECE_CHARACTERS = 2**18
-WINDOW = 4096
+WINDOW = 1024
 """Characters on each side of a cut that are split twice, with the cut and without."""
 TRIES = 8
 PLACES = tuple(
@@ -26,14 +26,15 @@ line, and before a punctuation mark."""
 class Cutter:
     """Cuts texts for one tokenizer. `forced_cuts` counts the cuts inside words.
 
-    `split` gives what must not change: the token ids of a text, or its words. Pre-tokenizers are
-    regular expressions that look at most one character ahead, so a cut that leaves the split of
-    `WINDOW` characters around it unchanged leaves the whole split unchanged. A piece without such a
-    place is cut at its end.
+    Each of `splits` gives what must not change, the words or the token ids of a text. Words are
+    encoded alone, and the usual pre-tokenizers find them from left to right, looking one character
+    ahead. A cut that leaves the split of `WINDOW` characters around it unchanged then leaves the
+    whole split unchanged. A piece without such a place is cut after a line, before a punctuation
+    mark, or at its end.
     """
 
-    def __init__(self, split: Callable[[str], Sequence[Any]]) -> None:
-        self._split = split
+    def __init__(self, *splits: Callable[[str], Sequence[Any]]) -> None:
+        self._splits = splits
         self.forced_cuts = 0
 
     def pieces(self, text: str) -> Iterator[str]:
@@ -47,6 +48,7 @@ class Cutter:
 
     def _find_cut(self, text: str, start: int) -> int:
         end = start + PIECE_CHARACTERS
+        best = end
         for pattern in PLACES:
             places = [match.start() for match in pattern.finditer(text, end - WINDOW, end)]
             places = places or [
@@ -56,9 +58,13 @@ class Cutter:
             for cut in reversed(places[-TRIES:]):
                 if self._is_harmless(text, cut):
                     return cut
+            if best == end and places:
+                best = places[-1]
         self.forced_cuts += 1
-        return end
+        return best
 
     def _is_harmless(self, text: str, cut: int) -> bool:
         left, right = text[max(0, cut - WINDOW) : cut], text[cut : cut + WINDOW]
-        return [*self._split(left), *self._split(right)] == [*self._split(left + right)]
+        return all(
+            [*split(left), *split(right)] == [*split(left + right)] for split in self._splits
+        )

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from rich.console import Console
+from numpy.typing import NDArray
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from tokenizers import Tokenizer
 
 from fastllama.atomic import locked
+from fastllama.console import Console
 from fastllama.data.accounting import Accounting
 from fastllama.data.documents import Document, Empty, Malformed, read_documents
 from fastllama.data.encoding import Encoder
 from fastllama.data.files import InputFiles, find_files
 from fastllama.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Split
+from fastllama.data.notices import all_held_out, cut_words, lost_text, notices
 from fastllama.data.prepare_state import (
     JobRecord,
     PrepareProgress,
@@ -33,6 +35,8 @@ from fastllama.data.prepare_state import (
     claim_folder,
     delete_folder,
     delete_progress,
+    delete_unused_shards,
+    discard_work,
     record_next_shard,
     reject_other_files,
     restore_progress,
@@ -112,8 +116,9 @@ def prepare(
 
     Raises:
         ValueError: a setting is invalid, `output` holds other files or the data of another job,
-            the input has no document or changes while it is read, or `strict` and a record is
-            malformed.
+            the input has no document or changes while it is read, every document is held out, the
+            tokenizer cannot encode a document, or `strict` and a record is malformed or text is
+            lost.
         OSError: reading or writing fails. Call again to resume.
     """
     if not 0 <= validation_fraction < 1:
@@ -135,7 +140,7 @@ def prepare(
         validation_fraction=validation_fraction,
         shard_tokens=shard_tokens,
     )
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    console = Console(stderr=True)
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     # Before the lock, which would add a file to a folder of other files.
@@ -157,6 +162,8 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
         manifest.check_files(output)
         delete_progress(output)
         console.print(f"{output} is already complete")
+        for line in notices(manifest, job.validation_fraction):
+            console.print(line)
         return manifest
     if not check_tokenizer(output, record):
         save_tokenizer(job.tokenizer, output / TOKENIZER_FILE)
@@ -168,18 +175,24 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
         )
         for name, split in progress.splits.items()
     }
+    delete_unused_shards(output, progress)
     started = time.monotonic()
     _encode(output, job, progress, writers, strict, console)
     if job.describe() != record:
         raise ValueError(
             f"an input file changed while it was read: delete {output} and prepare the data again"
         )
+    if not progress.splits["train"].tokens:
+        discard_work(output, progress)
+        raise ValueError(all_held_out(progress.documents, job.validation_fraction))
     manifest = _complete_folder(output, job, progress, writers)
     splits = ", ".join(f"{split.tokens:,} {name}" for name, split in manifest.splits.items())
     console.print(
         f"{output}: {progress.documents:,} documents, {splits} tokens, "
         f"{progress.read.malformed:,} malformed records skipped, {time.monotonic() - started:.1f} s"
     )
+    for line in notices(manifest, job.validation_fraction):
+        console.print(line)
     return manifest
 
 
@@ -193,7 +206,7 @@ def _encode(
 ) -> None:
     """Append all remaining documents. Record progress every `COMMIT_SECONDS` and at the end."""
     sizes = [path.stat().st_size for path in job.files.paths]
-    encoder = Encoder(job.tokenizer, job.end_token_id)
+    encoder = Encoder(job.tokenizer, job.end_token_id, progress.text_loss)
     started = committed = time.monotonic()
     tokens_before = progress.tokens
     with _progress_bar(console) as bar:
@@ -212,6 +225,8 @@ def _encode(
                 _reject_malformed(batch)
             documents = list(accounting.documents(batch))
             _append(documents, encoder, job.validation_fraction, writers)
+            if strict and progress.text_loss.lost:
+                raise ValueError(f"{lost_text(progress.text_loss)}; or leave out --strict")
             progress.position = batch[-1].next
             now = time.monotonic()
             # Before the first document there is nothing to lose. `read_documents` reports an input
@@ -229,6 +244,8 @@ def _encode(
     _commit(output, progress, writers)
     for line in accounting.summary(job.files):
         console.print(line)
+    if encoder.forced_cuts:
+        console.print(cut_words(encoder.forced_cuts))
 
 
 def _commit(output: Path, progress: PrepareProgress, writers: dict[str, SplitWriter]) -> None:
@@ -276,15 +293,16 @@ def _append(
     writers: dict[str, SplitWriter],
 ) -> None:
     encoded = encoder.encode([document.text for document in documents])
-    ids: dict[str, list[int]] = {name: [] for name in writers}
+    ids: dict[str, list[NDArray[np.uint32]]] = {name: [] for name in writers}
     for document, document_ids in zip(documents, encoded, strict=True):
         data = document.text.encode()
         name = _split_of(data, validation_fraction)
-        ids[name] += document_ids
+        ids[name].append(document_ids)
         writers[name].progress.documents += 1
         writers[name].progress.text_bytes += len(data)
     for name, writer in writers.items():
-        writer.append(np.array(ids[name], writer.dtype))
+        if ids[name]:
+            writer.append(np.concatenate(ids[name], dtype=writer.dtype, casting="same_kind"))
 
 
 def _split_of(data: bytes, validation_fraction: float) -> str:
@@ -305,6 +323,7 @@ def _complete_folder(
         end_token_id=job.end_token_id,
         tokenizer_fingerprint=fingerprint(job.tokenizer),
         skipped_records=progress.read.malformed,
+        text_loss=progress.text_loss if progress.text_loss.lost else None,
         splits={
             name: Split(split.tokens, split.documents, split.text_bytes, tuple(split.shards))
             for name, split in progress.splits.items()

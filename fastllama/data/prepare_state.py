@@ -29,6 +29,7 @@ from fastllama.data.manifest import (
 )
 from fastllama.data.records import MAX_DOCUMENT_MB
 from fastllama.data.shards import SplitProgress, shard_name
+from fastllama.data.text_loss import TextLoss
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
 from fastllama.typed_json import DamagedFileError, read_json
 
@@ -86,6 +87,7 @@ class PrepareProgress:
     format_version: Annotated[int, Field(ge=FORMAT_VERSION)] = FORMAT_VERSION
     position: Position = START
     read: ReadCounts = dataclasses.field(default_factory=ReadCounts)
+    text_loss: TextLoss = dataclasses.field(default_factory=TextLoss)
     splits: dict[SplitName, SplitProgress] = dataclasses.field(
         default_factory=lambda: {name: SplitProgress() for name in SPLITS}
     )
@@ -196,35 +198,62 @@ def check_tokenizer(output: Path, job: JobRecord) -> bool:
     path = output / TOKENIZER_FILE
     if not os.path.lexists(path):
         return False
-    if fingerprint(load_tokenizer(path)) != job.tokenizer:
-        raise ValueError(
-            f"{path} is not the tokenizer of this job: move it elsewhere, and run the same "
-            "command again"
-        )
-    return True
+    with suppress(ValueError):
+        if fingerprint(load_tokenizer(path)) == job.tokenizer:
+            return True
+    raise ValueError(
+        f"{path} is damaged or not the tokenizer of this job: move it elsewhere, and run the same "
+        "command again"
+    )
 
 
 def restore_progress(output: Path, job: JobRecord) -> PrepareProgress:
-    """Read the progress of `output`, check its complete shards, delete the shards after them.
+    """Read the progress of `output`, and check its complete shards.
 
     Raises:
         ValueError: the progress or a shard is damaged.
     """
     progress = PrepareProgress.load(output)
+    record = output / PROGRESS_FILE
     if progress.position.file > len(job.inputs):
-        path = output / PROGRESS_FILE
-        raise damaged(path, f"input file {progress.position.file}", f"{len(job.inputs)} files")
+        raise damaged(record, f"input file {progress.position.file}", f"{len(job.inputs)} files")
     for split in progress.splits.values():
+        if split.open_tokens >= job.shard_tokens:
+            raise damaged(record, f"{split.open_tokens} tokens", f"less than {job.shard_tokens}")
         for shard in split.shards:
             path = output / shard.file
             if shard.tokens != job.shard_tokens:
-                expected = f"{job.shard_tokens} tokens per shard"
-                raise damaged(output / PROGRESS_FILE, f"{shard.tokens}", expected)
+                raise damaged(record, f"{shard.tokens} tokens", f"{job.shard_tokens} per shard")
             found = sha256_of(path) if path.is_file() else "no such file"
             if found != shard.sha256:
                 raise damaged(path, f"SHA-256 {found}", shard.sha256)
-    _delete_unused_shards(output, progress)
     return progress
+
+
+def delete_unused_shards(output: Path, progress: PrepareProgress) -> None:
+    """Delete the shards that were created after `progress`, and record that they are gone.
+
+    Raises:
+        ValueError: one of them is not a file.
+    """
+    for path in _unused_shards(output, progress):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ValueError(
+                f"{path} is in the way: it is a link or a special file; move it elsewhere"
+            )
+        path.unlink()
+    if any(split.created > split.used for split in progress.splits.values()):
+        for split in progress.splits.values():
+            split.created = split.used
+        progress.save(output)
+
+
+def discard_work(output: Path, progress: PrepareProgress) -> None:
+    """Record that the shards of `progress` are not worth keeping: another job may replace them."""
+    discarded = PrepareProgress()
+    for name, split in progress.splits.items():
+        discarded.splits[name].created = split.created
+    discarded.save(output)
 
 
 def delete_progress(output: Path) -> None:
@@ -252,26 +281,12 @@ def delete_folder(output: Path) -> None:
 
 def _delete_work(output: Path, job: JobRecord) -> None:
     """Delete shards, tokenizer and progress of `job`, which recorded no work."""
-    _delete_unused_shards(output, PrepareProgress.load(output))
+    delete_unused_shards(output, PrepareProgress.load(output))
     tokenizer = output / TOKENIZER_FILE
     with suppress(ValueError):
         if tokenizer.exists() and fingerprint(load_tokenizer(tokenizer)) == job.tokenizer:
             tokenizer.unlink()
     delete_progress(output)
-
-
-def _delete_unused_shards(output: Path, progress: PrepareProgress) -> None:
-    """Delete the shards that were created after `progress`, and record that they are gone."""
-    for path in _unused_shards(output, progress):
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise ValueError(
-                f"{path} is in the way: it is a link or a special file; move it elsewhere"
-            )
-        path.unlink()
-    if any(split.created > split.used for split in progress.splits.values()):
-        for split in progress.splits.values():
-            split.created = split.used
-        progress.save(output)
 
 
 def _unused_shards(output: Path, progress: PrepareProgress) -> list[Path]:

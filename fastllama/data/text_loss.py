@@ -61,17 +61,18 @@ class LossMeter:
         content = description(tokenizer)
         self._loss = loss
         self._decoder = None if is_lossless(content) else with_decoder(tokenizer)
-        self._unknown_id = unknown_id(content)
+        unknown = unknown_id(content)
+        self._unknown = "" if unknown is None else str(tokenizer.id_to_token(unknown))
 
     def measure(self, texts: Sequence[str], batch: Sequence[NDArray[np.uint32]]) -> None:
         """Compare `texts` with what their token ids decode to."""
         if self._decoder is None:
             self._loss.characters += sum(map(len, texts))
             return
-        known = [ids[ids != self._unknown_id].tolist() for ids in batch]
-        decoded = self._decoder.decode_batch(known, skip_special_tokens=False)
+        ids = [token_ids.tolist() for token_ids in batch]
+        decoded = self._decoder.decode_batch(ids, skip_special_tokens=False)
         for text, returned in zip(texts, decoded, strict=True):
-            self._loss.add(text, returned)
+            self._loss.add(text, returned.replace(self._unknown, "") if self._unknown else returned)
 
 
 def _composed(text: str) -> str:

@@ -6,10 +6,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fastllama.data.encoding import encode_prompt
+from fastllama.errors import SideJobFailedError
 from fastllama.inference.load import LoadedRun as LoadedRun
 from fastllama.inference.load import load_run as load_run
-from fastllama.errors import SideJobFailedError
 from fastllama.inference.sampling import Sampling
+from fastllama.inference.text_stream import TextStream
 from fastllama.model.kv_cache import KVCache
 from fastllama.model.llama import Llama
 
@@ -82,20 +84,19 @@ def generate_text(
     sampling: Sampling,
     end_token: int,
     agree: Callable[[Tensor], Tensor] = Tensor.clone,
+    special_tokens: bool = False,
 ) -> Iterator[str]:
     """Yield the text that follows `prompt`, in pieces of whole characters.
 
-    A document starts after an end token, so an empty prompt becomes one.
+    A document starts after an end token, so an empty prompt becomes one. With `special_tokens`, the
+    names of special tokens in the prompt mean these tokens; otherwise they are ordinary text.
+
+    Raises:
+        ValueError: the tokenizer cannot encode the prompt, or the prompt fills the whole context.
+        SideJobFailedError: as `generate_tokens`.
     """
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    new: list[int] = []
-    shown = ""
+    ids = encode_prompt(tokenizer, prompt, end_token, special_tokens)
+    stream = TextStream(tokenizer, ids)
     for token in generate_tokens(model, ids or [end_token], sampling, end_token, agree):
-        new.append(token)
-        text = tokenizer.decode(new, skip_special_tokens=False)
-        # A token may end inside a character. The decoder then returns U+FFFD until the rest comes.
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    if new:
-        yield tokenizer.decode(new, skip_special_tokens=False)[len(shown) :]
+        yield stream.add(token)
+    yield stream.finish()
