@@ -1,5 +1,6 @@
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,10 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 
+import fastllama.data.tokenizer as module
 from fastllama.data.tokenizer import (
+    MAX_WORD_BYTES,
     SPECIAL_TOKENS,
     check_writable,
     end_token_id,
@@ -64,6 +70,33 @@ def test_min_vocab_size() -> None:
         train_tokenizer(CORPUS, vocab_size=259)
 
 
+def test_long_words_leave_ordinary_words_as_they_are() -> None:
+    letters, spaces = "ab" * 300_000, " " * 600_000
+    started = time.process_time()
+    tokenizer = train_tokenizer([*CORPUS, letters, spaces], vocab_size=1000)
+    # A minute and more if each merge passes over a whole word.
+    assert time.process_time() - started < 10
+    assert max(map(len, tokenizer.get_vocab())) <= MAX_WORD_BYTES
+    assert tokenizer.decode(tokenizer.encode(letters).ids) == letters
+    limit = [*CORPUS, "x" * MAX_WORD_BYTES]
+    assert train_tokenizer(limit, 400).to_str() == untouched(limit, 400).to_str()
+
+
+def untouched(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer as the library trains it, without a limit of words."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
 def test_save_and_load(tmp_path: Path) -> None:
     path = tmp_path / "new" / "tokenizer.json"
     save_tokenizer(TOKENIZER, path)
@@ -97,11 +130,14 @@ def test_fingerprint_ignores_formatting_but_not_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "does not exist"),
+        (None, r"tokenizer\.json does not exist: train one"),
         (b"nonsense", "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"\x0a\x09piece\x15\x00", "not the vocabulary of another library"),
         (b"{}", "is not a tokenizer"),
         (b"[]", "is not a tokenizer"),
+        (Tokenizer(WordLevel({}, "a")).to_str().encode(), "has no tokens"),
     ],
 )
 def test_rejects_bad_files(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -112,9 +148,32 @@ def test_rejects_bad_files(tmp_path: Path, content: bytes | None, message: str) 
         load_tokenizer(path)
 
 
-def test_rejects_folder(tmp_path: Path) -> None:
+def test_rejects_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder"):
         load_tokenizer(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is not a regular file"):
+        load_tokenizer(tmp_path / "pipe")
+
+
+def test_rejects_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tokenizer(TOKENIZER, tmp_path / "tokenizer.json")
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
+    with pytest.raises(ValueError, match="is larger than 1,000 bytes"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "meta-llama/Llama-3.2-1B", "mistral_7b"])
+def test_names_of_a_hub_are_explained(name: str) -> None:
+    remedy = f"downloads nothing: .*https://huggingface.co/{name}/resolve/main/tokenizer.json"
+    with pytest.raises(ValueError, match=remedy):
+        load_tokenizer(Path(name))
+
+
+def test_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(TOKENIZER.to_str(), encoding="utf-8-sig")
+    assert fingerprint(load_tokenizer(path)) == fingerprint(TOKENIZER)
 
 
 @pytest.mark.parametrize("name", ["<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>"])
