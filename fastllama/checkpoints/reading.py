@@ -94,7 +94,7 @@ def _find_damage_in_share(path: Path, rank: int, size: int, wanted: str) -> str 
         return str(error)
     strange = next((name for name in entries if not _is_file_name(name)), None)
     if strange is not None:
-        return f"{manifest} lists {one_line(strange, 60)!r}, which is not a file name"
+        return f"{manifest} lists {one_line(repr(strange), 60)}, which is not a file name"
     if "progress.json" not in entries:
         return f"{manifest} does not list progress.json"
     if unlisted := shards - entries.keys():
