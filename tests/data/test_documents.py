@@ -289,7 +289,7 @@ def test_utf_16_is_recognised_by_its_mark(tmp_path: Path, suffix: str, encoding:
 @pytest.mark.parametrize(
     ("content", "remedy"),
     [
-        (gzip.compress(b"a"), "gzip: add .gz"),
+        (gzip.compress(b"a", mtime=0), "gzip: add .gz"),
         (zstd(b"a"), "zstd: add .zst"),
         (bz2.compress(b"a"), "bzip2: add .bz2"),
         (lzma.compress(b"a"), "xz: add .xz"),
