@@ -31,7 +31,7 @@ class PrepareOptions:
     end_token: str | None = None
     """Special token that ends each document; None means the tokenizer's own."""
     strict: bool = False
-    """Stop at the first malformed record instead of skipping and counting it."""
+    """Stop at the first malformed record, or text that the tokenizer would lose."""
     workers: int | None = None
     """Encoding threads; None means one per core."""
 
