@@ -271,6 +271,8 @@ class Training:
     def _prepare(self, rank: int, fault: Fault | None) -> None:
         use_file_system(self.file_system)
         train_while_writing()
+        # Ignored if this script runs under nohup.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         if fault is not None:
             fault.prepare(rank)
 

@@ -10,9 +10,8 @@ import tyro
 from fastllama.cli.command import Command
 from fastllama.cli.errors import UsageError
 from fastllama.cli.parsing import parse
-from fastllama.cli.streams import require_stdout, stdout_fails
+from fastllama.cli.streams import print_result, require_stdout, stdout_fails
 from fastllama.inference.sampling import Sampling
-from fastllama.printable import printable
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def run(args: list[str]) -> None:
     loss = prompt_loss(loaded.tokenizer, prompt, loaded.end_token)
     if loss.lost:
         print(f"note: of the prompt, the tokenizer cannot represent {loss}", file=sys.stderr)
-    show(prompt)
+    print_result(prompt, end="")
     pieces = generate_text(
         loaded.model,
         loaded.tokenizer,
@@ -56,18 +55,14 @@ def run(args: list[str]) -> None:
         loaded.end_token,
         special_tokens=options.special_tokens,
     )
-    for piece in pieces:
-        show(piece)
-        if stdout_fails():
-            break
-    print()
+    try:
+        for piece in pieces:
+            print_result(piece, end="")
+            if stdout_fails():
+                break
+    finally:
+        print()
     require_stdout()
-
-
-def show(text: str) -> None:
-    """Print a piece of the text now; on a terminal without characters that would drive it."""
-    text = printable(text, keep="\n\t") if sys.stdout.isatty() else text
-    print(text, end="", flush=True)
 
 
 def prompt_of(options: GenerateOptions) -> str:

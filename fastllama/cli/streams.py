@@ -127,6 +127,15 @@ def say(text: str, file: TextIO | None = None) -> None:
     print(printable(text, keep="\n"), file=file)
 
 
+def print_result(text: str, end: str = "\n") -> None:
+    """Print text that is a command's result, at once.
+
+    Control characters are shown as escapes on a terminal. A file or a pipe gets the text unchanged.
+    """
+    on_terminal = sys.stdout.isatty()
+    print(printable(text, keep="\n\t") if on_terminal else text, end=end, flush=True)
+
+
 def report_lost_lines() -> None:
     """Say on stderr how many lines stdout lost, and on stdout how many stderr lost."""
     for name, other in (("stdout", sys.stderr), ("stderr", sys.stdout)):

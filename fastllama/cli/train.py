@@ -11,7 +11,7 @@ from pathlib import Path
 from fastllama.cli.command import Command
 from fastllama.cli.errors import STOPPED, UsageError, report_to_torchrun
 from fastllama.cli.parsing import ConfigOptions, asks_help, base_config, parse, split_recipe
-from fastllama.cli.streams import require_stdout
+from fastllama.cli.streams import print_result, require_stdout
 from fastllama.config import Config, validate
 
 
@@ -98,7 +98,7 @@ def print_config(config: Config) -> None:
 
     validate(config, world_size())
     model = config.model
-    print(resolved_toml(config))
+    print_result(resolved_toml(config))
     print(f"# parameters             {n_parameters(model):,}")
     print(f"# feed-forward width     {model.ffn_hidden}")
     print(f"# head_dim               {model.head_dim}")

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from fastllama.cli.streams import MAX_WAITING, PatientFile
+from fastllama.cli.streams import MAX_WAITING, PatientFile, print_result
 from tests.runs import losses, train_in_child
 from tests.workspace import Workspace
 
@@ -105,6 +105,17 @@ def test_reader_that_wanted_only_the_beginning(arguments: str) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: fastllama")
+
+
+def test_result_drives_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "\x1b]0;title\x07\ttext\n"
+    print_result(text, end="")
+    assert capsys.readouterr().out == text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_result(text, end="")
+    assert capsys.readouterr().out == "\\x1b]0;title\\x07\ttext\n"
 
 
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-"])

@@ -25,6 +25,7 @@ import os, signal, sys, time
 import fastllama.train
 from fastllama.cli import main
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
 name, call, rank = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 original, calls = getattr(fastllama.train, name), 0
 def interrupted(*arguments, **options):
@@ -102,6 +103,12 @@ def test_second_signal_stops_at_once(workspace: Workspace, tmp_path: Path) -> No
     assert done.returncode == -signal.SIGINT
 
 
+def own_terminal() -> None:
+    """Make stdin the terminal of this session, whose end the kernel reports."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_closed_terminal_stops_and_saves(workspace: Workspace, tmp_path: Path) -> None:
     run = tmp_path / "run"
     ours, terminal = os.openpty()
@@ -115,7 +122,7 @@ def test_closed_terminal_stops_and_saves(workspace: Workspace, tmp_path: Path) -
         stderr=terminal,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=own_terminal,
     )
     os.close(terminal)
     printed = b""
@@ -130,12 +137,12 @@ def test_closed_terminal_stops_and_saves(workspace: Workspace, tmp_path: Path) -
 
 
 def test_hangup_may_be_sent_twice() -> None:
-    before = signal.getsignal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with stop_signals() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGHUP)
         assert stop.requested
-    assert signal.getsignal(signal.SIGHUP) == before
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_DFL
 
 
 def test_ignored_hangup_stays_ignored() -> None:
