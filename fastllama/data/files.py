@@ -20,11 +20,11 @@ SUFFIXES = (
 KNOWN_SUFFIXES = f"{', '.join(TEXTS)} (also with {', '.join(COMPRESSIONS)}) or .parquet"
 
 HIDDEN = "hidden"
-OTHER_SUFFIX = "with another suffix"
+OTHER_SUFFIX = "other suffixes"
 UNREADABLE = "unreadable"
 BROKEN_LINK = "broken links"
-NOT_A_FILE = "FIFOs, sockets or devices"
-SEARCHED_BEFORE = "links to folders already searched"
+NOT_A_FILE = "FIFOs, sockets and devices"
+SEARCHED_BEFORE = "folders searched already"
 DATA_FOLDER = "data folders of fastllama"
 
 NAMED = 3
@@ -62,11 +62,11 @@ class InputFiles:
             entries.names.append(one_line(path, 200))
 
     def describe_left_out(self) -> str:
-        """One clause: "2 hidden (.git, a/.b.txt), 1 unreadable (c)", or "" if nothing is."""
+        """One clause: "hidden 2 (.git, a/.b.txt), unreadable 1 (c)", or "" if nothing is."""
         clauses = []
         for reason, entries in self.left_out.items():
             more = ", …" if entries.count > len(entries.names) else ""
-            clauses.append(f"{entries.count:,} {reason} ({', '.join(entries.names)}{more})")
+            clauses.append(f"{reason} {entries.count:,} ({', '.join(entries.names)}{more})")
         return ", ".join(clauses)
 
 

@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.json
 
 from fastllama.data.decompression import BUFFER_BYTES, DamagedInputError
-from fastllama.data.records import NoText, Record, check_text, missing_field, too_long
+from fastllama.data.records import EMPTY, NoText, Record, check_text, missing_field, too_long
 
 LONG_RECORD_BYTES = 2**23
 """Parsed as Python objects, JSON may take 30 times its size. Arrow parses a longer line, and builds
 only the text."""
 
+_ARRAY_REMEDY = "; end the name of a file that is one array in .json"
 _SEPARATORS = re.compile(r"[\s,]*")
 
 
@@ -100,7 +101,9 @@ def _parse_line(line: bytes, field: str) -> str | NoText:
     except RecursionError:
         return NoText("not JSON (nested too deeply)")
     except ValueError as error:
-        return NoText(f"not JSON ({error})")
+        return NoText(f"not JSON ({error}){_ARRAY_REMEDY if line[:1] == b'[' else ''}")
+    if isinstance(record, list):
+        return NoText(f"an array, not a JSON object{_ARRAY_REMEDY}")
     return _text_of(record, field)
 
 
@@ -132,9 +135,7 @@ def _parse_long_line(line: bytes, field: str) -> str | NoText:
     if table.num_rows != 1:
         return NoText(f"{table.num_rows} JSON objects in a line")
     text = table.column(0)[0].as_py()
-    if text is None:
-        return NoText(f"field {field!r} is missing or null")
-    return check_text(text, field)
+    return NoText(f"field {field!r} is missing or null") if text is None else text or EMPTY
 
 
 def _read_values(

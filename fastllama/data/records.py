@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fastllama.printable import one_line
 
 MAX_DOCUMENT_MB = 256
-"""Default limit of a record, in MB (10^6 bytes). Reading takes up to twice as much memory."""
+"""Default limit of a record, in MB (10^6 bytes). Reading takes up to five times as much memory."""
 NAMED_FIELDS = 10
 
 

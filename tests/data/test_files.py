@@ -35,9 +35,9 @@ def test_folders_give_visible_supported_files(tree: Path) -> None:
 
 def test_hidden_files_and_other_suffixes_are_counted(tree: Path) -> None:
     found = find_files([str(tree)])
-    assert left_out(found) == {"hidden": [".hidden", ".f.txt"], "with another suffix": ["g.md"]}
+    assert left_out(found) == {"hidden": [".hidden", ".f.txt"], "other suffixes": ["g.md"]}
     assert found.describe_left_out() == (
-        f"2 hidden ({tree}/.hidden, {tree}/a/.f.txt), 1 with another suffix ({tree}/a/g.md)"
+        f"hidden 2 ({tree}/.hidden, {tree}/a/.f.txt), other suffixes 1 ({tree}/a/g.md)"
     )
 
 
@@ -46,7 +46,7 @@ def test_only_the_first_names_are_kept(tmp_path: Path) -> None:
         (tmp_path / f"{number:03}.csv").touch()
     (tmp_path / "a.txt").touch()
     description = find_files([str(tmp_path)]).describe_left_out()
-    assert description.startswith("1,000 with another suffix (")
+    assert description.startswith("other suffixes 1,000 (")
     assert description.endswith("002.csv, …)")
     assert len(description) < 1000
 
@@ -114,7 +114,7 @@ def test_rejects_input_without_files(tree: Path, name: str) -> None:
 
 def test_error_counts_what_was_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.csv").touch()
-    with pytest.raises(ValueError, match=r"left out: 1 with another suffix \(.*a\.csv\)"):
+    with pytest.raises(ValueError, match=r"left out: other suffixes 1 \(.*a\.csv\)"):
         find_files([str(tmp_path)])
 
 
@@ -135,7 +135,7 @@ def test_folders_that_link_to_themselves(tree: Path, pattern: str) -> None:
     found = find_files([f"{tree}{pattern}"])
     assert [path.name for path in found.paths if path.suffix == ".txt"] == ["b.txt"]
     if pattern != "/*/*.txt":
-        assert found.left_out["links to folders already searched"].count == 4
+        assert found.left_out["folders searched already"].count == 4
 
 
 @pytest.mark.timeout(20)
@@ -166,7 +166,7 @@ def test_special_files(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         server.bind("socket.jsonl")
         assert names(tree, ".") == ["a/d.txt.gz", "a/deep/c.jsonl", "b.txt"]
         found = find_files(["."])
-        assert left_out(found)["FIFOs, sockets or devices"] == ["pipe.txt", "socket.jsonl"]
+        assert left_out(found)["FIFOs, sockets and devices"] == ["pipe.txt", "socket.jsonl"]
         for name, kind in (("pipe.txt", "FIFO"), ("socket.jsonl", "socket"), ("/dev/null", "devi")):
             with pytest.raises(ValueError, match=f"{name}: it is a {kind}"):
                 find_files([name])
@@ -209,5 +209,5 @@ def test_data_folders_hold_no_documents(tree: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}")
     assert names(tree, str(tree)) == ["a/d.txt.gz", "a/deep/c.jsonl", "b.txt"]
-    with pytest.raises(ValueError, match="1 data folders of fastllama"):
+    with pytest.raises(ValueError, match="data folders of fastllama 1"):
         find_files([str(tree / "data")])
