@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from fastllama.config import Config
+from fastllama.data.encoding import encode_prompt
 from fastllama.data.manifest import Manifest
 from fastllama.data.stream import TokenStream
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
@@ -74,8 +75,8 @@ def open_dataset(config: Config) -> Dataset:
             f"model.max_seq_len = {config.model.max_seq_len} is longer than the data, "
             f"{train.n_tokens} tokens in {folder}; prepare more text or lower model.max_seq_len."
         )
-    prompt = tokenizer.encode(config.logging.sample_prompt, add_special_tokens=False)
-    if len(prompt.ids) >= config.model.max_seq_len:
+    prompt = encode_prompt(tokenizer, config.logging.sample_prompt, manifest.end_token_id)
+    if len(prompt) >= config.model.max_seq_len:
         raise ValueError(
             f"logging.sample_prompt fills the {config.model.max_seq_len} tokens of a sequence and "
             "leaves no room for a sample; shorten it."
