@@ -38,7 +38,8 @@ def run(args: list[str]) -> None:
     options = parse(GenerateOptions, args, "fastllama generate")
     from fastllama.data.encoding import prompt_loss
     from fastllama.distributed.world import choose_device
-    from fastllama.inference.generate import generate_text, load_run
+    from fastllama.inference.generate import generate_text
+    from fastllama.inference.load import load_run
 
     options.sampling.validate()
     prompt = prompt_of(options)

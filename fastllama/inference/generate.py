@@ -8,8 +8,6 @@ from torch import Tensor
 
 from fastllama.data.encoding import encode_prompt
 from fastllama.errors import SideJobFailedError
-from fastllama.inference.load import LoadedRun as LoadedRun
-from fastllama.inference.load import load_run as load_run
 from fastllama.inference.sampling import Sampling
 from fastllama.inference.text_stream import TextStream
 from fastllama.model.kv_cache import KVCache
