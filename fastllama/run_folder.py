@@ -178,8 +178,9 @@ class RunFolder:
             try:
                 sessions = read_json(path, list[dict[str, Any]])
             except (DamagedFileError, OSError) as error:
+                reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
                 aside = set_aside(path)
-                report_once(str(path), f"Not used: {error}. It is kept as {aside.name}.")
+                report_once(str(path), f"Not used: {reason}. It is kept as {aside.name}.")
         write_atomic(path, json.dumps([*sessions, environment()], indent=2) + "\n")
 
 

@@ -126,6 +126,9 @@ def _may_hold(file: Path, wanted: str) -> bool:
     """Whether a file may hold a tensor whose name begins with `wanted`."""
     if not wanted:
         return True
+    # safetensors calls a file missing that it may not open.
+    with open(file, "rb"):
+        pass
     try:
         with safe_open(file, framework="pt") as tensors:
             names = tensors.keys()

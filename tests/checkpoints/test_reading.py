@@ -211,6 +211,21 @@ def test_unreadable_folder_is_not_an_empty_one(
     assert f"Permission denied: '{run / 'checkpoints'}'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("wanted", ["", MODEL])
+def test_shard_of_another_user_is_not_missing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    newest, original = run / "checkpoints" / "step-00000010", open
+
+    def of_another_user(path: Path, *arguments: Any, **keywords: Any) -> Any:
+        if path.name == SHARD:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return original(path, *arguments, **keywords)
+
+    monkeypatch.setattr("builtins.open", of_another_user)
+    assert find_damage(newest, wanted) == f"{newest / SHARD} cannot be read: Permission denied"
+
+
 def test_unreadable_shard_is_one_sentence(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     newest = run / "checkpoints" / "step-00000010"
     (newest / SHARD).write_bytes(b"no header")
