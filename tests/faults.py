@@ -298,7 +298,7 @@ class Training:
             check(set(outcome.codes) == {0}, f"ended with {outcome.codes}: {outcome.printed}")
             lost = re.search(r"step-(\d+) could not be written: .*No space left", outcome.printed)
             if lost is None:
-                freed = re.search(r"The disk is full: step-(\d+) is removed", outcome.printed)
+                freed = re.search(r"The disk is full: removed step-(\d+)", outcome.printed)
                 check(freed is not None, "the full disk was not reported")
                 return f"checkpoint {int(freed[1])} freed, trained until {self.newest_step}"  # type: ignore[index]
             return f"checkpoint {int(lost[1])} lost, trained until {self.newest_step}"

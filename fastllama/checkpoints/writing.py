@@ -179,7 +179,7 @@ class CheckpointWriter:
             if not removed:
                 raise
             self._report(
-                f"The disk is full: {', '.join(removed)} is removed before {final.name} is saved."
+                f"The disk is full: removed {', '.join(removed)} before saving {final.name}."
             )
             self._write(staged, progress, aside, final)
 

@@ -277,7 +277,7 @@ def test_full_disk_takes_the_room_of_the_checkpoint_that_is_replaced(
     options = ("--checkpoint.interval-tokens", 2 * 256, "--checkpoint.keep-last", 2)
     train(workspace.recipe, "--run-dir", run, *options)
     printed = capsys.readouterr().out
-    assert "The disk is full: step-00000002 is removed before step-00000006 is saved." in printed
+    assert "The disk is full: removed step-00000002 before saving step-00000006." in printed
     assert "could not be written" not in printed
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["latest", "step-00000008", "step-00000010"]
