@@ -1,7 +1,6 @@
 """Decompresses input files, up to the damage if a file is damaged."""
 
 import bz2
-import gzip
 import io
 import lzma
 import zlib
@@ -51,9 +50,9 @@ def check_expansion(content_bytes: int, compressed_bytes: int) -> None:
 
 
 class _Decompressed(io.RawIOBase):
-    """The decompressed content of `raw`, which `read` returns piece by piece."""
+    """The decompressed content of `raw`, which `read` writes into buffers."""
 
-    def __init__(self, raw: IO[bytes], read: Callable[[int], bytes]) -> None:
+    def __init__(self, raw: IO[bytes], read: Callable[[Any], int]) -> None:
         self._raw = raw
         self._read = read
         self._bytes = 0
@@ -62,45 +61,46 @@ class _Decompressed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._read(len(buffer))
-        self._bytes += len(data)
+        count = self._read(buffer)
+        self._bytes += count
         check_expansion(self._bytes, self._raw.tell())
-        buffer[: len(data)] = data
-        return len(data)
+        return count
 
 
-def _decompression(raw: IO[bytes], suffix: str) -> Callable[[int], bytes] | None:
-    """A function that returns the next bytes, at most as many as it is told; None for other files.
+def _decompression(raw: IO[bytes], suffix: str) -> Callable[[Any], int] | None:
+    """A function that fills a buffer and returns the number of bytes; None for other files.
 
     It returns everything before damage before it raises, so no whole record is lost.
     """
     match suffix:
         case ".gz":
-            return gzip.GzipFile(fileobj=raw).read1
+            return _Arrow(raw, "gzip").readinto
         case ".bz2":
-            return bz2.BZ2File(raw).read1
+            return bz2.BZ2File(raw).readinto1
         case ".xz":
-            return lzma.LZMAFile(raw).read1
+            return lzma.LZMAFile(raw).readinto1
         case ".zst":
-            return _Zstd(raw).read1
+            return _Arrow(raw, "zstd").readinto
     return None
 
 
-class _Zstd:
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._stream = pa.CompressedInputStream(raw, "zstd")
+class _Arrow:
+    """Decompresses with Arrow, faster than the standard library."""
+
+    def __init__(self, raw: IO[bytes], compression: str) -> None:
+        self._stream = pa.CompressedInputStream(raw, compression)
         self._damage: BaseException | None = None
 
-    def read1(self, size: int) -> bytes:
+    def readinto(self, buffer: Any) -> int:
         if self._damage is not None:
             raise self._damage
-        data = bytearray(size)
+        buffer[:] = bytes(len(buffer))
         try:
-            count = self._stream.readinto(data)
+            return self._stream.readinto(buffer)
         except DAMAGE as damage:
             # Arrow does not say how many bytes it wrote before the damage. Text ends in no NUL.
             self._damage = damage
-            count = len(data.rstrip(b"\0"))
+            count = len(bytes(buffer).rstrip(b"\0"))
             if not count:
                 raise
-        return bytes(data[:count])
+            return count
