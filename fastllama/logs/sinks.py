@@ -14,6 +14,15 @@ from fastllama.logs.rows import COLUMNS, Row, columns_of, csv_line, json_line, p
 from fastllama.logs.tensorboard import event_log
 from fastllama.typed_json import parse_json
 
+_HEADER = (",".join(COLUMNS) + "\n").encode()
+
+
+@dataclass
+class LoggedStep:
+    """The field that every line of our JSON Lines has."""
+
+    step: int
+
 
 @contextmanager
 def report_write_errors(console: Console, what: str) -> Iterator[None]:
@@ -112,16 +121,6 @@ class MetricsLog:
                     sink.log.flush()
             if n_lost := sink.log.n_waiting:
                 self._say(f"{sink.log.path}: the last {n_lost} rows are lost.")
-
-
-@dataclass
-class LoggedStep:
-    """The field that every line of our JSON Lines has."""
-
-    step: int
-
-
-_HEADER = (",".join(COLUMNS) + "\n").encode()
 
 
 def tidy_csv(path: Path, last_step: int, say: Say) -> None:
