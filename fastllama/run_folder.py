@@ -31,20 +31,6 @@ class RunFolder:
 
     path: Path
 
-    def __post_init__(self) -> None:
-        """Check the path.
-
-        Raises:
-            ValueError: it is not UTF-8, so safetensors could not open the checkpoints.
-        """
-        try:
-            str(self.path).encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"The path {self.path} is not UTF-8, and its checkpoints could not be read; choose "
-                "another --run-dir, or rename the folder."
-            ) from None
-
     @property
     def config(self) -> Path:
         return self.path / "config.toml"

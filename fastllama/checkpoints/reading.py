@@ -130,7 +130,7 @@ def _may_hold(file: Path, wanted: str) -> bool:
     with open(file, "rb"):
         pass
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with _utf8_path(file) as path, safe_open(path, framework="pt") as tensors:
             names = tensors.keys()
         return any(name.startswith(wanted) for name in names)
     except SafetensorError:
@@ -180,13 +180,29 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         # Generation loads in one process without a process group.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            dcp.load(
-                tensors,
-                storage_reader=HuggingFaceStorageReader(str(path)),
-                no_dist=not dist.is_initialized(),
-            )
+            with _utf8_path(path) as name:
+                dcp.load(
+                    tensors,
+                    storage_reader=HuggingFaceStorageReader(name),
+                    no_dist=not dist.is_initialized(),
+                )
         except CheckpointException as error:
             raise ValueError(f"{path} cannot be loaded: {first_failure(error)}") from None
+
+
+@contextmanager
+def _utf8_path(path: Path) -> Iterator[str]:
+    """A name of a file or folder in UTF-8, for safetensors, which opens no other."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield f"/dev/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+    else:
+        yield str(path)
 
 
 @contextmanager

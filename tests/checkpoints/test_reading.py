@@ -58,6 +58,13 @@ def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return read
 
 
+def test_run_folder_whose_name_is_not_utf8(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moved = run.rename(run.with_name("caf\udce9"))
+    train("--resume", moved, *more_updates(12))
+    assert "resuming after update 10 of 12" in " ".join(capsys.readouterr().out.split())
+    main(["generate", str(moved)])
+
+
 @pytest.mark.parametrize("name", ["progress.json", SHARD])
 def test_checkpoint_with_flipped_bit_is_not_used(
     run: Path, name: str, capsys: pytest.CaptureFixture[str]
