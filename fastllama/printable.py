@@ -24,11 +24,15 @@ def one_line(text: object, limit: int = 1000) -> str:
     White space becomes single spaces. A text that is too long loses its middle, because an error
     ends with its remedy.
     """
-    line = printable(" ".join(str(text).split()))
-    if len(line) <= limit:
-        return line
+    return shortened(printable(" ".join(str(text).split())), limit)
+
+
+def shortened(text: str, limit: int) -> str:
+    """`text`, without its middle if it is longer than `limit` characters (10 or more)."""
+    if len(text) <= limit:
+        return text
     tail = (limit - 5) // 3
-    return f"{line[: limit - 5 - tail]} ... {line[-tail:]}"
+    return f"{text[: limit - 5 - tail]} ... {text[-tail:]}"
 
 
 def _escaped(character: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from fastllama.data.documents import Document, Empty, Malformed
 from fastllama.data.files import InputFiles
-from fastllama.printable import printable
+from fastllama.printable import printable, shortened
 
 REPORTED_RECORDS = 10
 LISTED_FILES = 10
@@ -72,7 +72,7 @@ class Accounting:
         counts = self.counts
         lines = [f"{_number(len(files.paths), 'file')} read: {_describe(counts)}"]
         for file in counts.files:
-            name = printable(files.paths[file.file])
+            name = shortened(printable(files.paths[file.file]), 300)
             first = f"; first, {file.problem}" if file.problem else ""
             lines.append(f"  {name}: {_describe(file)}{first}")
         if counts.unlisted:

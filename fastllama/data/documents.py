@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fastllama.data.readers import read_file
+from fastllama.data.readers import read_file, size_of
 from fastllama.data.records import MAX_DOCUMENT_MB, list_fields
-from fastllama.printable import one_line, printable
+from fastllama.printable import one_line, printable, shortened
 
 MAX_FIELDS = 1000
+FIELD_CHARACTERS = 100
 REASON_CHARACTERS = 400
 
 
@@ -79,7 +80,7 @@ def read_documents(
     field_found = False
     other_fields: dict[str, None] = {}
     first_malformed = ""
-    bytes_before = sum(path.stat().st_size for path in files[: start.file])
+    bytes_before = sum(map(size_of, files[: start.file]))
     for index, path in enumerate(files[start.file :], start.file):
         skip = start.record if index == start.file else 0
         number = skip
@@ -93,18 +94,19 @@ def read_documents(
             if content.fields is None:
                 field_found = True
             elif len(other_fields) < MAX_FIELDS:
-                other_fields.update(dict.fromkeys(content.fields[:MAX_FIELDS]))
+                names = (name[:FIELD_CHARACTERS] for name in content.fields[:MAX_FIELDS])
+                other_fields.update(dict.fromkeys(names))
             if content.ends_file:
                 after = Position(index + 1, 0)
             if not content.malformed:
                 yield Empty(index, after, bytes_read)
                 continue
-            where = f"{printable(path)}:{number}"
+            where = f"{shortened(printable(path), 300)}:{number}"
             reason = one_line(content.reason, REASON_CHARACTERS)
             if not first_malformed:
                 first_malformed = f"; the first malformed record is {where}: {reason}"
             yield Malformed(where, reason, content.records, index, after, bytes_read)
-        bytes_before += path.stat().st_size
+        bytes_before += size_of(path)
         if not number:
             yield Empty(index, Position(index + 1, 0), bytes_before)
     if not documents and start == START:

@@ -2,20 +2,20 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fastllama.data.pieces import PIECE_CHARACTERS, Cutter
+from fastllama.data.pieces import Cutter
 from fastllama.data.text_loss import LossMeter, TextLoss
 from fastllama.data.tokenizer_variants import continuing, without_token
 from fastllama.printable import one_line
 
-BATCH_PIECES = 16
-"""Pieces of a long document that are encoded at once."""
+BATCH_CHARACTERS = 6_000_000
+"""Limit of the pieces that are encoded at once."""
 
 
 class Encoder:
@@ -25,9 +25,11 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, end_token_id: int, loss: TextLoss) -> None:
-        self._end_token_id = end_token_id
+        self._end = np.array([end_token_id], np.uint32)
         self._whole = TextEncoder(tokenizer, end_token_id)
-        self._continuing = TextEncoder(continuing(tokenizer), end_token_id)
+        without_space = continuing(tokenizer)
+        is_same = without_space.to_str() == tokenizer.to_str()
+        self._continuing = self._whole if is_same else TextEncoder(without_space, end_token_id)
         self._cutter = Cutter(self._continuing.words, self._continuing.ids)
         self._meter = LossMeter(tokenizer, loss)
 
@@ -42,31 +44,29 @@ class Encoder:
         Raises:
             ValueError: the tokenizer cannot encode a text.
         """
-        short = [text for text in texts if len(text) <= PIECE_CHARACTERS]
-        batch = self._whole.encode(short)
-        self._meter.measure(short, batch)
-        encoded = iter(batch)
-        for text in texts:
-            ids = next(encoded) if len(text) <= PIECE_CHARACTERS else self._encode_long(text)
-            if self._whole.finds_end_token(ids):
+        documents = [list(self._cutter.pieces(text)) for text in texts]
+        encoded = self._encode_pieces(documents)
+        for text, pieces in zip(texts, documents, strict=True):
+            ids = np.concatenate([*itertools.islice(encoded, len(pieces)), self._end])
+            if (ids[:-1] == self._end).any():
                 raise ValueError(
                     f"the tokenizer encodes text as {self._whole.end_token!r}, which ends "
                     f"documents (the text begins {text[:40]!r}): choose another special token "
                     "with --end-token, or another tokenizer"
                 )
-            yield np.append(ids, np.uint32(self._end_token_id))
+            yield ids
 
-    def _encode_long(self, text: str) -> NDArray[np.uint32]:
-        first, *others = self._cutter.pieces(text)
-        starts = range(0, len(others), BATCH_PIECES)
-        batches = [(self._whole, [first])]
-        batches += [(self._continuing, others[i : i + BATCH_PIECES]) for i in starts]
-        encoded = [encoder.encode_once(pieces) for encoder, pieces in batches]
-        if any(self._whole.finds_end_token(ids) for ids in itertools.chain(*encoded)):
-            encoded = [encoder.encode_without_entry(pieces) for encoder, pieces in batches]
-        for (_, pieces), ids in zip(batches, encoded, strict=True):
-            self._meter.measure(pieces, ids)
-        return np.concatenate([*itertools.chain(*encoded)])
+    def _encode_pieces(self, documents: list[list[str]]) -> Iterator[NDArray[np.uint32]]:
+        jobs = [
+            (self._continuing if number else self._whole, piece)
+            for pieces in documents
+            for number, piece in enumerate(pieces)
+        ]
+        for encoder, group in itertools.groupby(jobs, key=lambda job: job[0]):
+            for batch in _batches(piece for _, piece in group):
+                encoded = encoder.encode(batch)
+                self._meter.measure(batch, encoded)
+                yield from encoded
 
 
 class TextEncoder:
@@ -88,21 +88,9 @@ class TextEncoder:
             ValueError: the tokenizer cannot encode a text.
         """
         return [
-            self.encode_without_entry([text])[0] if self.finds_end_token(ids) else ids
-            for text, ids in zip(texts, self.encode_once(texts), strict=True)
+            _encode(self._without_entry, [text])[0] if (ids == self._end_token_id).any() else ids
+            for text, ids in zip(texts, _encode(self._tokenizer, texts), strict=True)
         ]
-
-    def encode_once(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """As `encode`, but names of the end token may become end tokens."""
-        return _encode(self._tokenizer, texts)
-
-    def encode_without_entry(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """As `encode`, without the entry of the end token from the beginning."""
-        return _encode(self._without_entry, texts)
-
-    def finds_end_token(self, ids: NDArray[np.uint32]) -> bool:
-        """Whether `ids` hold the end token."""
-        return bool((ids == self._end_token_id).any())
 
     @property
     def end_token(self) -> str:
@@ -148,6 +136,19 @@ def prompt_loss(tokenizer: Tokenizer, prompt: str, end_token_id: int) -> TextLos
     ids = encode_prompt(tokenizer, prompt, end_token_id)
     LossMeter(tokenizer, loss).measure([prompt], [np.array(ids, np.uint32)])
     return loss
+
+
+def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.uint32]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastllama.printable import one_line
+from fastllama.printable import printable, shortened
 
 TEXTS = (".txt", ".json", ".jsonl", ".ndjson")
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
@@ -59,7 +59,7 @@ class InputFiles:
         entries = self.left_out.setdefault(reason, LeftOut())
         entries.count += 1
         if len(entries.names) < NAMED:
-            entries.names.append(one_line(path, 200))
+            entries.names.append(_shown(path, 100))
 
     def describe_left_out(self) -> str:
         """One clause: "hidden 2 (.git, a/.b.txt), unreadable 1 (c)", or "" if nothing is."""
@@ -86,7 +86,7 @@ def find_files(inputs: Sequence[str]) -> InputFiles:
         if not matches:
             left_out = files.describe_left_out()
             raise ValueError(
-                f"input {one_line(value, 300)!r} matches no file: name files, folders or patterns "
+                f"input '{_shown(value)}' matches no file: name files, folders or patterns "
                 f"with one of the suffixes {KNOWN_SUFFIXES}"
                 + (f"; left out: {left_out}" if left_out else "")
             )
@@ -106,11 +106,11 @@ def _files_of(value: str, files: InputFiles) -> Iterator[str]:
         yield path
     elif stat.S_ISDIR(mode):
         if not os.access(path, os.R_OK | os.X_OK):
-            raise ValueError(f"cannot read the folder {one_line(path, 300)}: permission denied")
+            raise ValueError(f"cannot read the folder {_shown(path)}: permission denied")
         yield from _files_below(path, files)
     elif mode:
         raise ValueError(
-            f"cannot read {one_line(path, 300)}: it is {_SPECIAL[stat.S_IFMT(mode)]}, not a file; "
+            f"cannot read {_shown(path)}: it is {_SPECIAL[stat.S_IFMT(mode)]}, not a file; "
             "write its text to a file first, because an interrupted command reads it again"
         )
     else:
@@ -124,11 +124,11 @@ def _files_of(value: str, files: InputFiles) -> Iterator[str]:
 def _check_named_file(path: str) -> None:
     if not _has_known_suffix(path):
         raise ValueError(
-            f"cannot read {one_line(path, 300)}: its suffix is not {KNOWN_SUFFIXES}; "
+            f"cannot read {_shown(path)}: its suffix is not {KNOWN_SUFFIXES}; "
             "convert it, or unpack it first"
         )
     if not os.access(path, os.R_OK):
-        raise ValueError(f"cannot read {one_line(path, 300)}: permission denied")
+        raise ValueError(f"cannot read {_shown(path)}: permission denied")
 
 
 def _files_below(top: str, files: InputFiles) -> Iterator[str]:
@@ -225,6 +225,10 @@ def _step(folder: str, part: str, files: InputFiles) -> list[str]:
 
 def _has_known_suffix(path: str) -> bool:
     return path.lower().endswith(SUFFIXES)
+
+
+def _shown(path: str, limit: int = 300) -> str:
+    return shortened(printable(path), limit)
 
 
 def _mode(path: str) -> int:

@@ -14,10 +14,11 @@ def notices(manifest: Manifest, validation_fraction: float) -> Iterator[str]:
     """Yield a line for each defect of complete data, with the option that would change it."""
     if (loss := manifest.text_loss) is not None:
         yield f"{'warning' if loss.is_large else 'note'}: {lost_text(loss)}"
+    documents = sum(split.documents for split in manifest.splits.values())
     if validation_fraction and "validation" not in manifest.splits:
         yield (
-            f"warning: nothing was held out for validation, of {_documents(manifest):,} documents "
-            f"at --validation-fraction {validation_fraction}: raise it, or {MORE_DOCUMENTS}"
+            f"warning: none of the documents ({documents:,}) was held out for validation: raise "
+            f"--validation-fraction {validation_fraction}, or {MORE_DOCUMENTS}"
         )
     sequence = ModelConfig().max_seq_len
     for name, split in manifest.splits.items():
@@ -49,10 +50,6 @@ def cut_words(cuts: int) -> str:
 def all_held_out(documents: int, validation_fraction: float) -> str:
     """The error of a preparation whose training split is empty."""
     return (
-        f"all {documents:,} documents were held out for validation, and none is left to train on: "
-        f"lower --validation-fraction {validation_fraction}, or {MORE_DOCUMENTS}"
+        f"all documents ({documents:,}) were held out for validation, and none is left to train "
+        f"on: lower --validation-fraction {validation_fraction}, or {MORE_DOCUMENTS}"
     )
-
-
-def _documents(manifest: Manifest) -> int:
-    return sum(split.documents for split in manifest.splits.values())

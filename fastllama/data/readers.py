@@ -49,11 +49,19 @@ def read_file(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[Rec
             # reading instead of being skipped as malformed.
             if isinstance(error, OSError) and error.errno is not None:
                 raise _named(error, path) from error
-            size = path.stat().st_size
+            size = size_of(path)
             what = "the rest of the file" if number else "the file"
             place = f", after {raw.tell():,} of {size:,} bytes" if number and raw.tell() else ""
             reason = f"{what} cannot be read{place} ({str(error) or 'out of memory'})"
             yield Record(number + 1, NoText(reason, ends_file=True), size)
+
+
+def size_of(path: Path) -> int:
+    """The size of a file in bytes; raise an OSError that names it."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise _named(error, path) from error
 
 
 def _open(path: Path) -> io.BufferedReader:

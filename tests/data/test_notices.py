@@ -35,8 +35,8 @@ def test_nothing_to_say(source: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_nothing_held_out(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [warning] = said(source, capsys, "one.txt", 0.001)
-    assert "nothing was held out for validation, of 1 documents" in warning
-    assert "--validation-fraction 0.001: raise it, or give the text as more documents" in warning
+    assert "none of the documents (1) was held out for validation: raise" in warning
+    assert "--validation-fraction 0.001, or give the text as more documents" in warning
 
 
 def test_split_shorter_than_a_sequence(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +53,7 @@ def test_split_shorter_than_a_sequence(source: Path, capsys: pytest.CaptureFixtu
 
 def test_all_held_out_leaves_nothing_in_the_way(source: Path) -> None:
     inputs, output = [str(source / "one.txt")], source / "data"
-    sentence = "all 1 documents were held out .* lower --validation-fraction 0.9999, or give"
+    sentence = r"all documents \(1\) were held out .* lower --validation-fraction 0.9999, or give"
     for _ in range(2):
         with pytest.raises(ValueError, match=sentence):
             prepare(inputs, source / "t.json", output, validation_fraction=0.9999)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fastllama.data import encoding, pieces
+from fastllama.data import pieces
 from fastllama.data.encoding import Encoder
 from fastllama.data.pieces import Cutter
 from fastllama.data.text_loss import TextLoss
@@ -43,7 +43,6 @@ class Limit:
 
     def set(self, characters: int) -> None:
         self._patch.setattr(pieces, "PIECE_CHARACTERS", characters)
-        self._patch.setattr(encoding, "PIECE_CHARACTERS", characters)
 
 
 def random_text(draw: random.Random) -> str:
