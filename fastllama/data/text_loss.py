@@ -16,7 +16,6 @@ from fastllama.data.tokenizer_variants import (
     unknown_id,
     with_decoder,
 )
-from fastllama.printable import printable
 
 SAMPLES = 10
 WARNING_SHARE = 0.001
@@ -50,7 +49,8 @@ class TextLoss:
 
     def __str__(self) -> str:
         share = self.lost / max(1, self.characters)
-        samples = " ".join(map(_shown, self.samples))
+        # A quoted character also drives no terminal.
+        samples = " ".join(map(repr, self.samples))
         return f"{self.lost:,} of {self.characters:,} characters ({share:.2%}): {samples}"
 
 
@@ -78,7 +78,3 @@ class LossMeter:
 def _composed(text: str) -> str:
     """`text` with canonically equal spellings made equal, such as é of one and two characters."""
     return unicodedata.normalize("NFC", text).removeprefix(" ")
-
-
-def _shown(character: str) -> str:
-    return printable(character) if character.strip() else repr(character)

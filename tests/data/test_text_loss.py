@@ -43,7 +43,7 @@ def test_missing_bytes() -> None:
     loss = loss_of(incomplete(), TEXT, "text", "é")
     assert (loss.characters, loss.lost) == (24, 6)
     assert loss.samples == ["ï", "é", "日", "本", "語"]
-    assert str(loss) == "6 of 24 characters (25.00%): ï é 日 本 語"
+    assert str(loss) == "6 of 24 characters (25.00%): 'ï' 'é' '日' '本' '語'"
 
 
 @pytest.mark.parametrize(
