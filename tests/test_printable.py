@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from fastllama.printable import one_line, printable
+from fastllama.printable import one_line, printable, shortened
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,8 @@ def test_long_line_loses_its_middle(limit: int) -> None:
     assert " ... " in line
     assert line[0] == "h"
     assert line[-1] == "l"
+
+
+def test_shortened_keeps_white_space() -> None:
+    assert shortened("a  b", 10) == "a  b"
+    assert shortened("start of a long name  end", 14) == "start  ... end"

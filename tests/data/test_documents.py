@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastllama.data.documents import Document, Empty, Malformed, read_documents
+from fastllama.data.documents import Document, Empty, Malformed, Position, read_documents
 from fastllama.data.records import MAX_DOCUMENT_MB
 
 
@@ -270,6 +270,23 @@ def test_messages_are_printable(tmp_path: Path) -> None:
     [(where, reason)] = malformed(path)
     assert where == rf"{tmp_path}/lat\xe9\x1b[2J\n.jsonl:1"
     assert reason == r"no field 'text' among \x1b]0;title\x07"
+
+
+def test_long_paths_are_short_in_messages(tmp_path: Path) -> None:
+    folder = tmp_path.joinpath(*["d" * 200] * 5)
+    folder.mkdir(parents=True)
+    path = write_lines(folder / "x.jsonl", {"text": None}, {"text": "a"})
+    [(where, _)] = malformed(path)
+    assert where.startswith(str(tmp_path))
+    assert where.endswith("/x.jsonl:1")
+    assert len(where) < 310
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "gone.jsonl"
+    for start in (Position(0, 0), Position(1, 0)):
+        with pytest.raises(FileNotFoundError, match=f"^cannot read {path}: No such file"):
+            list(read_documents([path], start=start))
 
 
 @pytest.mark.parametrize("suffix", PACK)
