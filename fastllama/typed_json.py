@@ -28,6 +28,16 @@ def read_json(path: Path, kind: type[T]) -> T:
             a field of another type; the message names the file and the field.
         OSError: the file cannot be read.
     """
+    return parse_json(read_regular(path), kind, str(path))
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        DamagedFileError: the path is not a regular file, or it is larger than `MAX_BYTES`.
+        OSError: the file cannot be read.
+    """
     # A pipe would wait for a writer.
     if path.exists() and not path.is_file():
         raise DamagedFileError(f"{path} is not a regular file")
@@ -35,7 +45,7 @@ def read_json(path: Path, kind: type[T]) -> T:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise DamagedFileError(f"{path} is larger than {MAX_BYTES} bytes")
-    return parse_json(content, kind, str(path))
+    return content
 
 
 def parse_json(content: bytes | str, kind: type[T], source: str) -> T:

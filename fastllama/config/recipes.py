@@ -1,5 +1,6 @@
 """Recipes: TOML with `extends`, read into typed options."""
 
+import os
 import tomllib
 import types
 import typing
@@ -8,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from fastllama.config.names import unknown_key
 from fastllama.config.options import Config
+from fastllama.typed_json import read_regular
 
 Group = TypeVar("Group")
 
@@ -26,11 +28,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file of UTF-8 text, with or without a byte order mark.
 
     Raises:
-        ValueError: it is not UTF-8 or not TOML; the message names the file.
+        ValueError: it is not a regular file, not UTF-8 or not TOML; the message names the file.
         OSError: it cannot be read.
     """
+    content = read_regular(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(
@@ -42,22 +45,26 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
+    """The values of a recipe over those that it extends. `seen` are the recipes that lead here."""
+    if os.path.realpath(path) in map(os.path.realpath, seen):
         raise ValueError(f"{path} extends itself; remove one `extends` of the cycle.")
-    if (path / "config.toml").is_file():
+    if os.path.isfile(path / "config.toml"):
         raise ValueError(f"{path} is a run folder, not a recipe; resume it with --resume {path}.")
+    because = f", which {seen[-1]} extends" if seen else ""
     try:
         values = read_toml(path)
     except FileNotFoundError:
-        raise ValueError(f"There is no recipe {path}; see the folder configs.") from None
+        raise ValueError(f"There is no recipe {path}{because}; see the folder configs.") from None
     except OSError as error:
-        raise ValueError(f"The recipe {path} cannot be read: {error.strerror}.") from None
+        raise ValueError(f"The recipe {path}{because} cannot be read: {error.strerror}.") from None
     base = values.pop("extends", None)
+    # Before the merge, so that an error names the file that has the mistake.
+    config_from_dict(values, source=str(path))
     if base is None:
         return values
-    if not isinstance(base, str):
+    if not isinstance(base, str) or "\0" in base:
         raise ValueError(f"{path}: extends must be the path of one recipe, not {base!r}.")
-    return _merge(_read_with_base(path.parent / base, (*seen, path.resolve())), values)
+    return _merge(_read_with_base(path.parent / base, (*seen, path)), values)
 
 
 def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 MAX_WORD_BYTES = 1024
 """Longer words are cut for training, because a merge takes time in proportion to its word."""
 MAX_FILE_BYTES = 2**28
+MAX_TOKEN_ID = 2**24
+"""The tokenizers library writes a tokenizer in memory and time in proportion to the largest id."""
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -85,7 +87,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Read any Hugging Face `tokenizer.json`.
 
     Raises:
-        ValueError: the file is missing or too large, is not JSON, or is not a tokenizer.
+        ValueError: the file is missing or too large, is not JSON, is not a tokenizer, or has an id
+            above `MAX_TOKEN_ID`.
         OSError: the file cannot be read.
     """
     shown = printable(path)
@@ -114,6 +117,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ) from None
     if not tokenizer.get_vocab_size():
         raise ValueError(f"tokenizer {shown} has no tokens: name another tokenizer.json")
+    if (largest := vocabulary_size(tokenizer) - 1) > MAX_TOKEN_ID:
+        raise ValueError(
+            f"tokenizer {shown} has a token with the id {largest:,}, more than {MAX_TOKEN_ID:,}: "
+            "name another tokenizer.json"
+        )
     return _reset_encoding_options(tokenizer)
 
 

@@ -202,8 +202,9 @@ def _version(package: str) -> str:
 def _read(file: Path) -> dict[str, Any]:
     """The entries of the cache; empty if the file is missing, unreadable or malformed."""
     try:
-        entries = json.loads(file.read_text())
-    except (OSError, ValueError):
+        # A pipe would wait for a writer.
+        entries = json.loads(file.read_text()) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}
 

@@ -1,6 +1,7 @@
 """Recipes: `extends`, types, and errors that name the file."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def test_cycle_of_extends_is_an_error(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("extends = 3", r"recipe\.toml: extends must be the path of one recipe, not 3"),
-        ("extends = 'gone.toml'", r"no recipe .*gone\.toml"),
+        (r'extends = "a\u0000b"', r"recipe\.toml: extends must be the path of one recipe"),
+        ("extends = 'gone.toml'", r"no recipe .*gone\.toml, which .*/recipe\.toml extends"),
+        (f"extends = '{300 * 'a'}'", r", which .*/recipe\.toml extends cannot be read: .*too long"),
         ("[model", r"recipe\.toml cannot be read as TOML"),
         (
             "[model]\nn_layer = 2",
@@ -60,6 +63,28 @@ def test_cycle_of_extends_is_an_error(tmp_path: Path) -> None:
 def test_recipe_errors(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe(write(tmp_path / "recipe.toml", text))
+
+
+@pytest.mark.parametrize(
+    "text", ["[model]\nn_layer = 2", "[model]\nn_layers = []", "training = 2", "model"]
+)
+def test_error_names_the_recipe_with_the_mistake(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "base.toml", text)
+    with pytest.raises(ValueError, match=r"base\.toml"):
+        load_recipe(write(tmp_path / "recipe.toml", "extends = 'base.toml'"))
+
+
+def test_recipe_that_is_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "zero.toml").symlink_to("/dev/zero")
+    (tmp_path / "loop.toml").symlink_to("loop.toml")
+    for name, message in (
+        ("pipe.toml", "is not a regular file"),
+        ("zero.toml", "is not a regular file"),
+        ("loop.toml", "cannot be read: Too many levels of symbolic links"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            load_recipe(tmp_path / name)
 
 
 def test_missing_recipe_is_an_error(tmp_path: Path) -> None:

@@ -139,6 +139,13 @@ def test_fingerprint_ignores_formatting_but_not_content(tmp_path: Path) -> None:
         (b"{}", "is not a tokenizer"),
         (b"[]", "is not a tokenizer"),
         (Tokenizer(WordLevel({}, "a")).to_str().encode(), "has no tokens"),
+        (
+            Tokenizer(WordLevel({"a": 0}, "a"))
+            .to_str()
+            .replace('"a":0', '"a":4294967295')
+            .encode(),
+            "has a token with the id 4,294,967,295, more than 16,777,216",
+        ),
     ],
 )
 def test_rejects_bad_files(tmp_path: Path, content: bytes | None, message: str) -> None:

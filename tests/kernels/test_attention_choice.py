@@ -365,6 +365,7 @@ def test_key_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         b"\xff\xfe\x00",
         b"[1, 2]",
         b"null",
+        b"[" * 100_000,
         b'{"KEY": 3}',
         b'{"KEY": {"name": "b"}}',
         b'{"KEY": {"name": ["b"], "reason": "x"}}',
@@ -383,6 +384,16 @@ def test_malformed_cache_is_rewritten(
     choice = choose_attention(SHAPE, cache_folder=tmp_path)
     assert choice == AttentionChoice("b", "2.00x as fast as a, measured")
     assert json.loads(file.read_text()) == {key: {"name": "b", "reason": choice.reason}}
+
+
+def test_cache_that_is_no_file(
+    set_backends: SetBackends, set_times: SetTimes, tmp_path: Path
+) -> None:
+    set_backends(fake("a"), fake("b"))
+    set_times(0.2, 0.1)
+    os.mkfifo(tmp_path / "attention.json")
+    assert choose_attention(SHAPE, cache_folder=tmp_path).name == "b"
+    assert (tmp_path / "attention.json").is_file()
 
 
 def test_other_entries_are_kept(
