@@ -59,11 +59,12 @@ def read_parquet(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[
 
 
 def _open(source: pa.NativeFile, **options: Any) -> pq.ParquetFile:
-    # By default Arrow reads whole row groups, and ignores checksums.
+    # By default Arrow reads whole row groups, and ignores checksums. Its buffered reader bounds the
+    # memory for large columns, but also allocates the 2 GB that a damaged page may declare.
     return pq.ParquetFile(
         source,
         pre_buffer=False,
-        buffer_size=BUFFER_BYTES,
+        buffer_size=BUFFER_BYTES if source.size() > BATCH_BYTES else 0,
         page_checksum_verification=True,
         **options,
     )

@@ -173,3 +173,23 @@ def test_dictionary_that_expands_like_a_bomb(
     _, reason = problem(path, after)
     assert "as in a decompression bomb" in reason
     assert pa.default_memory_pool().bytes_allocated() - before < 2**20
+
+
+def test_page_that_declares_gigabytes(tmp_path: Path, after: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": [f"text {number}" for number in range(20)]}), path)
+    data = bytearray(path.read_bytes())
+    # The header of the first page in Thrift: an unknown type, 1 byte, compressed 1.6 GB.
+    header = bytes.fromhex("15 2e 15 02 15 8e e9 fc eb 0b 00")
+    data[4 : 4 + len(header)] = header
+    path.write_bytes(data)
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        number, reason = problem(path, after)
+    finally:
+        pa.set_memory_pool(before)
+    assert number == 1
+    assert "row group 0 holds 0 of its 20 rows" in reason
+    assert (pool.max_memory() or 0) < 2**24
