@@ -185,9 +185,12 @@ def _open_closed_descriptors() -> None:
         except OSError:
             # `open` returns the lowest free number.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, stream)
+            # As Python does for others: a stream without a reference would be closed.
+            setattr(sys, f"__{name}__", stream)
 
 
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:

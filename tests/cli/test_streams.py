@@ -126,6 +126,10 @@ def test_closed_streams(tmp_path: Path, closed: str) -> None:
         ["bash", "-c", script, sys.executable], capture_output=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 2
+    (tmp_path / "text.txt").write_text("some text")
+    script = f'"$0" -m fastllama tokenizer train --input text.txt --output tokenizer.json {closed}'
+    subprocess.run(["bash", "-c", script, sys.executable], check=True, cwd=tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
 
 
 FULL_STDOUT = "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
