@@ -7,7 +7,7 @@ CORPUS := data/python-stdlib
 # A larger model where there is a GPU.
 RECIPE ?= configs/quickstart$(if $(shell nvidia-smi -L 2>/dev/null),-gpu).toml
 
-.PHONY: train test faults lint bench clean
+.PHONY: train test test-all faults fuzz lint bench clean
 .DELETE_ON_ERROR:
 
 train: $(CORPUS)/manifest.json
@@ -16,6 +16,14 @@ train: $(CORPUS)/manifest.json
 # Two processes with a thread each finish sooner than one with two.
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# What takes too long for every change: damaged files for a minute, and some killed trainings.
+test-all: test
+	$(BIN)/python -m tests.fuzz --seconds 60
+	$(BIN)/python -m tests.faults --kills 8
+
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python -m tests.fuzz --seconds 600
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults

@@ -22,6 +22,7 @@ from fastllama.atomic import LOCK_FILE, locked, report_once, set_aside, write_at
 from fastllama.config import Config, ModelConfig, config_from_dict, validate_values
 from fastllama.config.recipes import read_toml
 from fastllama.data.dataset import Dataset
+from fastllama.data.manifest import MANIFEST_FILE
 from fastllama.typed_json import DamagedFileError, read_json
 
 
@@ -71,9 +72,9 @@ class RunFolder:
             ValueError: the folder holds no run, or its configuration cannot be read.
         """
         if not self.exists:
-            run = self.path.parent.parent
-            if (run / "config.toml").is_file():
-                raise ValueError(f"{self.path} is a checkpoint; give its run folder {run}.")
+            run = RunFolder(self.path.parent.parent)
+            if run.exists and run.checkpoints == self.path.parent:
+                raise ValueError(f"{self.path} is a checkpoint; give its run folder {run.path}.")
             raise ValueError(
                 f"{self.path} is not a run folder: it has no config.toml; see the folder runs."
             )
@@ -91,8 +92,11 @@ class RunFolder:
         On exit, remove the folder if it was created here and is still empty.
 
         Raises:
-            ValueError: another process holds the lock, or the path is not a folder.
+            ValueError: another process holds the lock, or the path is not a folder, or a data
+                folder.
         """
+        if (self.path / MANIFEST_FILE).is_file():
+            raise ValueError(f"{self.path} is a data folder; choose another --run-dir.")
         created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         _make_folder(self.path, "choose another --run-dir")
         with locked(self.path):

@@ -10,6 +10,7 @@ import pytest
 from fastllama import atomic
 from fastllama.config import Config, TrainingConfig
 from fastllama.run_folder import RunFolder
+from tests.workspace import Workspace
 
 
 @pytest.fixture(autouse=True)
@@ -18,11 +19,21 @@ def nothing_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "_reported", set())
 
 
-@pytest.mark.parametrize("name", ["gone", "config.toml"])
+@pytest.mark.parametrize("name", ["gone", "config.toml", "some/folder"])
 def test_error_for_another_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.toml").touch()
     with pytest.raises(ValueError, match=f"{name} is not a run folder: it has no config.toml"):
         RunFolder(tmp_path / name).load_config()
+
+
+def test_data_folder_is_no_run_folder(workspace: Workspace) -> None:
+    before = sorted(workspace.data.iterdir())
+    with (
+        pytest.raises(ValueError, match=r"data is a data folder; choose another --run-dir"),
+        RunFolder(workspace.data).locked(),
+    ):
+        pass
+    assert sorted(workspace.data.iterdir()) == before
 
 
 def test_folder_with_a_file_stays(tmp_path: Path) -> None:

@@ -134,7 +134,11 @@ def option_types(kind: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def as_tyro_spells(args: list[str], hints: dict[str, Any]) -> list[str]:
-    """`args` with values as tyro reads them: booleans, whole numbers, paths under `~`."""
+    """`args` with values as tyro reads them: booleans, whole numbers, paths under `~`.
+
+    Raises:
+        UsageError: a path is empty, which would mean the current folder.
+    """
     spelt = list(args)
     for place, (option, value) in enumerate(itertools.pairwise(args), 1):
         if option.startswith("--"):
@@ -149,6 +153,8 @@ def _spelt(value: str, name: str, hint: Any) -> str:
     if _takes(hint, 1) and not _takes(hint, 1.0):
         return whole_number(value)
     is_path = name == "input" or _takes(hint, Path())
+    if is_path and not value:
+        raise UsageError(f"--{name} is empty; name a path, or set the variable that it comes from.")
     return os.path.expanduser(value) if is_path else value
 
 

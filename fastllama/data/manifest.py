@@ -77,6 +77,8 @@ class Manifest:
             ValueError: the folder or the manifest is missing or damaged, or a newer fastllama
                 wrote it. An interrupted `prepare` leaves no manifest.
         """
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file: name the folder that fastllama prepare wrote")
         if not folder.is_dir():
             raise ValueError(f"data folder {folder} does not exist: make it with fastllama prepare")
         path = folder / MANIFEST_FILE

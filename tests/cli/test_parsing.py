@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastllama.cli import main
+from fastllama.cli.errors import UsageError
 from fastllama.cli.parsing import split_options, whole_number
 from fastllama.cli.train import parse_train
 from tests.cli.refusal import refusal
@@ -88,6 +89,11 @@ def test_whole_numbers_of_any_command(workspace: Workspace) -> None:
     options, _ = parse_train([str(workspace.recipe), *split_options(args)])
     training = options.config.training
     assert (training.training_tokens, training.tokens_per_update) == (1280, 256)
+
+
+def test_empty_path_is_an_error(workspace: Workspace) -> None:
+    with pytest.raises(UsageError, match="--run-dir is empty; name a path"):
+        parse_train([str(workspace.recipe), "--run-dir", ""])
 
 
 def test_home_folder(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

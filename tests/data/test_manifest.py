@@ -232,3 +232,9 @@ def test_check_contents_checks_the_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(DamagedFileError, match=r"tokenizer\.json is missing or damaged"):
         manifest.check_contents(folder)
+
+
+def test_manifest_given_as_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(ValueError, match=r"manifest\.json is a file: name the folder"):
+        Manifest.load(tmp_path / "manifest.json")

@@ -51,6 +51,7 @@ def main() -> None:
             sys.exit(outcome.kind in FAULTS)
         supervisor = Supervisor(options.workers, options.seed, Path(root))
         supervisor.run(options.seconds)
+        supervisor.stop()
     print(table(supervisor.outcomes))
     print(f"seed {options.seed}, {options.seconds:.0f} s, {options.workers} processes")
     sys.exit(supervisor.n_faults > 0)

@@ -9,18 +9,21 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.fuzz.cases import FAULTS, Fuzzer, Outcome
+from tests.fuzz.targets import TARGETS, Target
 
 HANG_SECONDS = 10
 START_SECONDS = 120
 """How long a worker may take to make the good files."""
 
 
-def work(first: int, stride: int, seed: int, root: str, sender: Connection) -> None:
+def work(
+    first: int, stride: int, seed: int, root: str, targets: dict[str, Target], sender: Connection
+) -> None:
     """Run the cases `first`, `first` + `stride` and so on. Send each number, then its outcome."""
     import torch
 
     torch.set_num_threads(1)
-    fuzzer = Fuzzer(Path(root), seed)
+    fuzzer = Fuzzer(Path(root), seed, targets)
     number = first
     while True:
         sender.send((number, fuzzer.target_of(number)))
@@ -47,8 +50,10 @@ class Worker:
 class Supervisor:
     """Runs workers, replaces those that hang or crash, and counts outcomes."""
 
-    def __init__(self, n_workers: int, seed: int, root: Path) -> None:
-        self.n_workers, self.seed, self.root = n_workers, seed, root
+    def __init__(
+        self, n_workers: int, seed: int, root: Path, targets: dict[str, Target] = TARGETS
+    ) -> None:
+        self.n_workers, self.seed, self.root, self.targets = n_workers, seed, root, targets
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self.n_faults = 0
         self._n_started = 0
@@ -60,7 +65,9 @@ class Supervisor:
         folder.mkdir()
         receiver, sender = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.get_context("spawn").Process(
-            target=work, args=(first, self.n_workers, self.seed, str(folder), sender), daemon=True
+            target=work,
+            args=(first, self.n_workers, self.seed, str(folder), self.targets, sender),
+            daemon=True,
         )
         process.start()
         sender.close()
@@ -81,6 +88,9 @@ class Supervisor:
                     HANG_SECONDS if worker.is_running else START_SECONDS
                 ):
                     self._workers[index] = self._replace(worker, "hang")
+
+    def stop(self) -> None:
+        """End the workers."""
         for worker in self._workers:
             worker.process.kill()
             worker.process.join()

@@ -137,6 +137,11 @@ def _resume_training(folder: Path, beside: Path) -> object:
     # Other values are right, but may train for hours.
     training = replace(config.training, training_tokens=1280, compile=False)
     config = replace(config, training=training)
+    try:
+        validate(config, 1)
+    except ValueError as error:
+        # Such an error names the option, which may come from the command line as well.
+        raise ValueError(f"config.toml: {error}") from None
     done = train(config, run, Console(stderr=True), resume=True)
     last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
     row = json.loads(last)
@@ -256,7 +261,11 @@ def _use_tokenizers(folder: Path, beside: Path) -> object:
     results = []
     for path in sorted(folder.glob("*.json")):
         tokenizer = load_tokenizer(path)
-        ids = encode_prompt(tokenizer, TEXTS[1], 0)
+        try:
+            ids = encode_prompt(tokenizer, TEXTS[1], 0)
+        except ValueError as error:
+            # A command is given one tokenizer.
+            raise ValueError(f"{path}: {error}") from None
         results.append(
             (ids, tokenizer.decode(ids), fingerprint(tokenizer), vocabulary_size(tokenizer))
         )
