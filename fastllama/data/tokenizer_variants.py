@@ -6,6 +6,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
+from fastllama.printable import one_line
+
 # No text holds it: Unicode keeps this code point free of characters.
 UNREACHABLE = "\ufdd0"
 
@@ -179,6 +181,11 @@ def _implied_decoder(content: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _rebuilt(content: dict[str, Any]) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(json.dumps(content))
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # The library raises nothing narrower.
+        raise ValueError(
+            f"the tokenizer contradicts itself ({one_line(error, 200)}): use another tokenizer"
+        ) from None
     tokenizer.encode_special_tokens = True
     return tokenizer

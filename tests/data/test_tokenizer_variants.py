@@ -9,6 +9,7 @@ from tokenizers.decoders import Metaspace
 
 from fastllama.data.tokenizer import fingerprint, train_tokenizer, verify_round_trip
 from fastllama.data.tokenizer_variants import (
+    continuing,
     description,
     is_lossless,
     missing_bytes,
@@ -88,6 +89,15 @@ def test_added_tokens_after_a_unigram_vocabulary_stop_the_repair() -> None:
     tokenizer.add_special_tokens(["<extra>"])
     with pytest.raises(ValueError, match="would take the ids of its added tokens"):
         repaired(tokenizer)
+
+
+def test_two_tokens_with_one_id() -> None:
+    model = json.loads(foreign.without_pre_tokenizer().to_str())["model"]
+    # The library keeps one of the two tokens, and the merges name both.
+    model["vocab"]["t"] = model["vocab"]["h"]
+    broken = changed(foreign.without_pre_tokenizer(), model=model)
+    with pytest.raises(ValueError, match=r"the tokenizer contradicts itself \(Token `.*` out of"):
+        continuing(broken)
 
 
 def test_a_decoder_alone_is_repaired() -> None:
