@@ -46,7 +46,8 @@ class LateScalars:
             return
         self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         self._host.copy_(values, non_blocking=True)
-        self._copied = torch.cuda.Event()
+        # Otherwise the wait would keep a core busy.
+        self._copied = torch.cuda.Event(blocking=True)
         self._copied.record()
 
     def receive(self) -> list[float]:

@@ -1,5 +1,6 @@
 """Results of updates, from a simulated GPU to the rows of the log."""
 
+import gc
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -7,12 +8,15 @@ from typing import Any, cast
 import pytest
 import torch
 
+import fastllama.train as trainer
 from fastllama.checkpoints.state import TrainProgress
 from fastllama.config import Config, LoggingConfig, TrainingConfig
 from fastllama.distributed.world import World
 from fastllama.logs.rows import read_rows
 from fastllama.training.monitor import UpdateMonitor
+from tests.runs import train
 from tests.sessions import bare_session
+from tests.workspace import Workspace
 
 
 class Device:
@@ -81,3 +85,19 @@ def test_rows_report_device_time_without_side_jobs(
     seconds = [8_192 / row["tok_per_s"] for row in rows]
     assert seconds == pytest.approx([10, 10, 10, 10, 10, 13, 10, 10])
     assert [row["peak_gib"] for row in rows] == [1.5] * 8
+
+
+def test_no_update_collects_the_garbage_of_others(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, counts = trainer.update, []
+
+    def update(*arguments: Any) -> Any:
+        counts.append((len(gc.get_objects()), gc.get_freeze_count()))
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer, "update", update)
+    train(workspace.recipe, "--run-dir", tmp_path / "run")
+    # A collection looks at the first number of objects. Validation after update 5 makes more.
+    assert all(seen < frozen / 20 for seen, frozen in counts[1:])
+    assert gc.get_freeze_count() == 0
