@@ -33,7 +33,8 @@ class _Slot:
         on_cuda = device.type == "cuda"
         self.host = torch.empty(shape, dtype=torch.int64, pin_memory=on_cuda)
         self.device = torch.empty_like(self.host, device=device) if on_cuda else self.host
-        self.copied = torch.cuda.Event() if on_cuda else None
+        # The reader waits for it nearly all the time, and should not keep a core busy.
+        self.copied = torch.cuda.Event(blocking=True) if on_cuda else None
         self.used = torch.cuda.Event() if on_cuda else None
         if self.used is not None:
             # The allocator may reuse memory that pending kernels of the current stream still read.
@@ -153,4 +154,8 @@ class BatchLoader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:
+            # Copies wait for training, which may wait for a collective that never ends.
+            self._free.put(None)

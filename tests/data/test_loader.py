@@ -148,8 +148,9 @@ class Stream:
 class Event:
     """A fake CUDA event that lists the streams it was recorded on."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocking: bool = False) -> None:
         self.streams: list[Stream] = []
+        self.blocking = blocking
 
     def record(self, stream: Stream) -> None:
         self.streams.append(stream)
@@ -159,7 +160,7 @@ class Event:
         return True
 
     def synchronize(self) -> None:
-        pass
+        assert self.blocking, "the reader would keep a core busy"
 
 
 class Cuda:
