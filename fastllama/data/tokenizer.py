@@ -5,13 +5,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, FixedLength, Sequence
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from fastllama.atomic import write_atomic
@@ -21,8 +21,15 @@ from fastllama.printable import one_line, printable
 SPECIAL_TOKENS = ("<SOS>", "<EOS>", "<PAD>", "<UNK>")
 END_TOKENS = ("<EOS>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
-MAX_WORD_BYTES = 1024
-"""Longer words are cut for training, because a merge takes time in proportion to its word."""
+WORD_CHARACTERS = 512
+"""Words up to this length are never cut for training. Longer ones are, into at most twice as many
+characters, because a merge takes time in proportion to its word."""
+# `ByteLevel` makes words of letters, digits, other characters, or spaces, after at most one space.
+_PART_OF_A_WORD = re.compile(
+    "|".join(
+        f"{kind}{{{WORD_CHARACTERS + 1}}}" for kind in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s")
+    )
+)
 MAX_FILE_BYTES = 2**28
 MAX_TOKEN_ID = 2**24
 """The tokenizers library writes a tokenizer in memory and time in proportion to the largest id."""
@@ -33,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
     """Train a byte-level BPE tokenizer. `SPECIAL_TOKENS` get the ids 0 to 3.
 
     The vocabulary is smaller than `vocab_size` if `texts` run out of pairs to merge. No token has
-    more than `MAX_WORD_BYTES` bytes.
+    more than twice `WORD_CHARACTERS`.
 
     Raises:
         ValueError: `vocab_size` cannot hold the special tokens and the 256 bytes.
@@ -44,8 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
             f"256 bytes need at least {MIN_VOCAB_SIZE}"
         )
     tokenizer = Tokenizer(BPE())
-    words = ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = Sequence([words, FixedLength(MAX_WORD_BYTES)])
+    words = tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
     trainer = BpeTrainer(
         vocab_size=vocab_size,
@@ -54,8 +60,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
         show_progress=sys.stderr.isatty(),
     )
     cutter = Cutter(lambda text: [word for word, _ in words.pre_tokenize_str(text)])
-    tokenizer.train_from_iterator((p for text in texts for p in cutter.pieces(text)), trainer)
-    tokenizer.pre_tokenizer = words
+    pieces = (piece for text in texts for piece in cutter.pieces(text))
+    parts = (part for piece in pieces for part in _cut_long_words(piece))
+    tokenizer.train_from_iterator(parts, trainer)
     return _reset_encoding_options(tokenizer)
 
 
@@ -178,6 +185,18 @@ def verify_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
                 f"decoding does not return the text {text[:80]!r}: "
                 "train the tokenizer on similar text, or use a byte-level tokenizer"
             )
+
+
+def _cut_long_words(text: str) -> Iterator[str]:
+    """Yield `text` in parts, cut only inside of words longer than `WORD_CHARACTERS`."""
+    start = 0
+    # A long word covers one of these places and all characters before it, so ordinary text is
+    # looked at only there.
+    for cut in range(WORD_CHARACTERS, len(text), WORD_CHARACTERS):
+        if _PART_OF_A_WORD.match(text, cut - WORD_CHARACTERS):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
 def _no_file(path: Path) -> str:

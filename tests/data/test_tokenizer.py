@@ -17,8 +17,8 @@ from tokenizers.trainers import BpeTrainer
 
 import fastllama.data.tokenizer as module
 from fastllama.data.tokenizer import (
-    MAX_WORD_BYTES,
     SPECIAL_TOKENS,
+    WORD_CHARACTERS,
     check_writable,
     end_token_id,
     fingerprint,
@@ -77,9 +77,12 @@ def test_long_words_leave_ordinary_words_as_they_are() -> None:
     tokenizer = train_tokenizer([*CORPUS, letters, spaces], vocab_size=1000)
     # A minute if each merge passes over a whole word.
     assert time.process_time() - started < 10
-    assert max(map(len, tokenizer.get_vocab())) <= MAX_WORD_BYTES
+    assert max(map(len, tokenizer.get_vocab())) <= 2 * WORD_CHARACTERS
     assert tokenizer.decode(tokenizer.encode(letters).ids) == letters
-    limit = [*CORPUS, "x" * MAX_WORD_BYTES]
+    draw = random.Random(1)
+    lines = ("=" * 80 + "\n") * 20
+    words = ["x" * WORD_CHARACTERS, f"a{' ' * WORD_CHARACTERS}b", "-é_1" * 3000, "1a" * 600, lines]
+    limit = [*CORPUS, *(" ".join(draw.choices(words, k=9)) for _ in range(20))]
     assert train_tokenizer(limit, 400).to_str() == untouched(limit, 400).to_str()
 
 
