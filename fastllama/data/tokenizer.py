@@ -70,12 +70,20 @@ def check_writable(path: Path) -> None:
     """Check that `save_tokenizer` can write `path`, before a long training.
 
     Raises:
-        ValueError: `path` is a folder or not a file, or its folder is not writable.
+        ValueError: `path` is a folder or not a file, holds something else than a tokenizer, or its
+            folder is not writable.
     """
     if path.is_dir():
         raise ValueError(f"output {path} is a folder: name a file in it, {path / 'tokenizer.json'}")
     if path.exists() and not path.is_file():
         raise ValueError(f"output {path} is not a file: choose another --output")
+    if path.is_file() and path.stat().st_size:
+        try:
+            load_tokenizer(path)
+        except ValueError:
+            raise ValueError(
+                f"output {path} exists and is not a tokenizer: choose another --output"
+            ) from None
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise ValueError(
@@ -216,12 +224,14 @@ def _no_file(path: Path) -> str:
 
 
 def _reset_encoding_options(tokenizer: Tokenizer) -> Tokenizer:
-    """Encode a special token's name inside a text as plain text; never truncate or pad.
+    """Encode a special token's name in a text as plain text; never truncate, pad or drop merges.
 
-    Otherwise a document that mentions `<EOS>` would end early, and a tokenizer saved for inference
-    could truncate long documents. A `tokenizer.json` does not store the first option and may set
-    the others.
+    Otherwise a document that mentions `<EOS>` would end early, a tokenizer saved for inference
+    could truncate long documents, and BPE dropout would encode a text differently each time. A
+    `tokenizer.json` does not store the first option and may set the others.
     """
+    if isinstance(tokenizer.model, BPE):
+        tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -110,15 +110,18 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert fingerprint(loaded) == fingerprint(TOKENIZER)
 
 
-def test_ignores_truncation_and_padding(tmp_path: Path) -> None:
+def test_ignores_truncation_padding_and_dropout(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     truncating = Tokenizer.from_str(TOKENIZER.to_str())
     truncating.enable_truncation(2)
     truncating.enable_padding(length=100)
     assert fingerprint(truncating) == fingerprint(TOKENIZER)
+    truncating.model.dropout = 0.9
     save_tokenizer(truncating, path)
     text = "the cat sat on the mat"
-    assert load_tokenizer(path).encode(text).ids == TOKENIZER.encode(text).ids
+    loaded = load_tokenizer(path)
+    assert loaded.encode(text).ids == TOKENIZER.encode(text).ids
+    assert fingerprint(loaded) == fingerprint(TOKENIZER)
 
 
 def test_fingerprint_ignores_formatting_but_not_content(tmp_path: Path) -> None:
@@ -229,6 +232,15 @@ def test_check_writable_rejects(tmp_path: Path, output: str, message: str) -> No
     for good in ("file", "new.json", "new/deeper/tokenizer.json"):
         check_writable(tmp_path / good)
     assert not (tmp_path / "new").exists()
+
+
+def test_only_a_tokenizer_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "my only copy"}')
+    with pytest.raises(ValueError, match=r"corpus\.jsonl exists and is not a tokenizer"):
+        check_writable(path)
+    save_tokenizer(TOKENIZER, path)
+    check_writable(path)
 
 
 def test_check_writable_in_read_only_folder(
