@@ -50,11 +50,13 @@ from fastllama.data.tokenizer import (
     save_tokenizer,
     vocabulary_size,
 )
-from fastllama.printable import printable
+from fastllama.printable import printable, shortened
 
 BATCH_CHARACTERS = 4_000_000
 BATCH_RECORDS = 4096
 COMMIT_SECONDS = 5.0
+MAX_WORKERS = 1024
+"""Starting a thread takes milliseconds, and more threads than cores gain nothing."""
 
 T = TypeVar("T")
 Record = Document | Empty | Malformed
@@ -73,8 +75,20 @@ class Job:
     shard_tokens: int
 
     def describe(self) -> JobRecord:
-        """The job as `job.json` records it."""
-        stats = [(path, path.stat()) for path in self.files.paths]
+        """The job as `job.json` records it.
+
+        Raises:
+            ValueError: an input file is gone.
+        """
+        stats = []
+        for path in self.files.paths:
+            try:
+                stats.append((path, path.stat()))
+            except OSError as error:
+                raise ValueError(
+                    f"the input file {shortened(printable(path), 300)} cannot be read any more "
+                    f"({error.strerror}): restore it, and run the same command again"
+                ) from None
         return JobRecord(
             # JSON holds no bytes that are not UTF-8.
             inputs=tuple((printable(path), at.st_size, at.st_mtime_ns) for path, at in stats),
@@ -126,6 +140,8 @@ def prepare(
     for name, value in (("shard tokens", shard_tokens), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value} is not a positive number")
+    if workers is not None and workers > MAX_WORKERS:
+        raise ValueError(f"workers {workers} is more than {MAX_WORKERS}: leave --workers out")
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is not a folder: choose another --output")
     if workers is not None:

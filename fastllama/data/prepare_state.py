@@ -217,6 +217,9 @@ def restore_progress(output: Path, job: JobRecord) -> PrepareProgress:
     record = output / PROGRESS_FILE
     if progress.position.file > len(job.inputs):
         raise damaged(record, f"input file {progress.position.file}", f"{len(job.inputs)} files")
+    for counts in progress.read.files:
+        if not 0 <= counts.file < len(job.inputs):
+            raise damaged(record, f"input file {counts.file}", f"{len(job.inputs)} files")
     for split in progress.splits.values():
         if split.open_tokens >= job.shard_tokens:
             raise damaged(record, f"{split.open_tokens} tokens", f"less than {job.shard_tokens}")

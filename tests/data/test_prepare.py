@@ -332,6 +332,22 @@ def test_rejects_input_changed_while_read(
         run(source, tmp_path / "data", inputs=[str(path)])
 
 
+def test_input_deleted_while_read(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("one")
+    append_documents = module._append
+
+    def append(*arguments: Any) -> None:
+        path.unlink()
+        append_documents(*arguments)
+
+    monkeypatch.setattr(module, "_append", append)
+    with pytest.raises(ValueError, match=r"x\.txt cannot be read any more \(No such file"):
+        run(source, tmp_path / "data", inputs=[str(path)])
+
+
 def test_rejects_folder_of_other_files(source: Path, tmp_path: Path) -> None:
     (tmp_path / "train-00000.npy").write_text("mine")
     with pytest.raises(ValueError, match=r"holds other files \(train-00000.npy\)"):
@@ -409,6 +425,7 @@ def test_input_without_documents_leaves_no_folder(source: Path, tmp_path: Path) 
         ({"validation_fraction": float("nan")}, "nan is not in"),
         ({"shard_tokens": 0}, "shard tokens 0"),
         ({"workers": 0}, "workers 0"),
+        ({"workers": 5000}, "workers 5000 is more than 1024: leave --workers out"),
         ({"end_token": "nothing"}, "'nothing'"),
         ({"end_token": "a"}, r"'a' is not a special token .*\(<SOS>, <EOS>, <PAD>, <UNK>\)"),
         ({"inputs": ["nowhere"]}, "'nowhere' matches no file"),

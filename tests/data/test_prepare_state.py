@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastllama.data.accounting import FileCounts
 from fastllama.data.manifest import Manifest
 from fastllama.data.prepare_state import PrepareProgress
 from fastllama.data.shards import shard_name
@@ -126,6 +127,8 @@ def test_split_outside_of_the_folder(interrupted: Preparation, tmp_path: Path) -
         lambda progress: setattr(progress, "position", (-1, 0)),
         lambda progress: setattr(progress, "position", (2, 0)),
         lambda progress: setattr(progress.splits["train"], "open_tokens", 10**30),
+        lambda progress: progress.read.files.append(FileCounts(1)),
+        lambda progress: progress.read.files.append(FileCounts(-1)),
     ],
 )
 def test_forged_progress(interrupted: Preparation, change: object) -> None:
