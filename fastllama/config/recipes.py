@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from fastllama.config.names import unknown_key
 from fastllama.config.options import Config
-from fastllama.typed_json import read_regular
+from fastllama.typed_json import DamagedFileError, read_regular
 
 Group = TypeVar("Group")
 
@@ -51,8 +51,12 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if os.path.isfile(path / "config.toml"):
         raise ValueError(f"{path} is a run folder, not a recipe; resume it with --resume {path}.")
     because = f", which {seen[-1]} extends" if seen else ""
+    if os.path.isdir(path):
+        raise ValueError(f"There is no recipe {path}{because}: it is a folder.")
     try:
         values = read_toml(path)
+    except DamagedFileError as error:
+        raise ValueError(f"{error}{because}.") from None
     except FileNotFoundError:
         raise ValueError(f"There is no recipe {path}{because}; see the folder configs.") from None
     except OSError as error:

@@ -43,6 +43,8 @@ def test_cycle_of_extends_is_an_error(tmp_path: Path) -> None:
         ("extends = 3", r"recipe\.toml: extends must be the path of one recipe, not 3"),
         (r'extends = "a\u0000b"', r"recipe\.toml: extends must be the path of one recipe"),
         ("extends = 'gone.toml'", r"no recipe .*gone\.toml, which .*/recipe\.toml extends"),
+        ("extends = '.'", r"no recipe .*, which .*/recipe\.toml extends: it is a folder"),
+        ("extends = '/dev/zero'", r"zero is not a regular file, which .*/recipe\.toml extends"),
         (f"extends = '{300 * 'a'}'", r", which .*/recipe\.toml extends cannot be read: .*too long"),
         ("[model", r"recipe\.toml cannot be read as TOML"),
         (
