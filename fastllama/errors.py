@@ -14,11 +14,18 @@ class RankFailedError(RuntimeError):
 
 
 class PeerFailedError(RuntimeError):
-    """This rank ended because another rank failed first. The other rank reports the failure."""
+    """This rank failed after another rank. `__cause__` is its failure."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"rank {rank} failed after another rank")
 
 
 class SideJobFailedError(ValueError):
     """A sample or a validation failed, on every rank alike. Training can continue."""
+
+
+EXPECTED = (ValueError, OSError, TrainingFailedError)
+"""Errors whose message is written for the user; any other error is a bug."""
 
 
 def reason(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from fastllama.checkpoints.state import TrainState
 from fastllama.config import Config
 from fastllama.data.loader import BatchLoader
+from fastllama.distributed.determinism import explained_nondeterminism
 from fastllama.distributed.fsdp import set_last_micro_batch
 from fastllama.optim.clipping import update
 from fastllama.optim.schedule import learning_rate
@@ -133,6 +134,9 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
             return False
         with (
             side_jobs(session, state, began) as jobs,
+            # Before `side_jobs` waits for a checkpoint that is being written.
+            session.world.failures_told(),
+            explained_nondeterminism(),
             explained_out_of_memory(session.config, progress=state.progress),
         ):
             while True:

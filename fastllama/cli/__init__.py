@@ -5,6 +5,7 @@ tokenizers only after its options are parsed, so that help and usage errors appe
 """
 
 import gc
+import os
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -22,6 +23,7 @@ from fastllama.cli.command import Command
 from fastllama.cli.errors import REPORTED, UsageError, report
 from fastllama.cli.parsing import split_options, without_debug
 from fastllama.cli.streams import guard_streams, report_lost_lines, require_stdout
+from fastllama.errors import PeerFailedError, RankFailedError
 
 # In the order of the help text, which follows the way from text to a trained model.
 COMMANDS: dict[tuple[str, ...], Command] = {
@@ -70,19 +72,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = split_options(list(sys.argv[1:] if argv is None else argv))
     args = without_debug(given)
     debug = len(args) < len(given)
-    code = 0
+    code, is_one_of_many = 0, False
     try:
         run_command(args)
     except REPORTED as error:
         code = report(error, debug)
+        is_one_of_many = isinstance(error, (RankFailedError, PeerFailedError))
     finally:
         report_lost_lines()
+    if is_one_of_many:
+        end_process(code)
     # Exit outside the except block. Inside it, the traceback keeps the frames of the training
     # alive, and with them the process group: its threads then abort the interpreter while it shuts
     # down. An error in a reference cycle does the same, so the cycles are collected first.
     if code:
         gc.collect()
         sys.exit(code)
+
+
+def end_process(code: int) -> None:
+    """Exit without the interpreter's shutdown, in which threads may wait for other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_command(args: list[str]) -> None:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastllama.cli.command import Command
-from fastllama.cli.errors import STOPPED, UsageError, report_to_torchrun
+from fastllama.cli.errors import STOPPED, UsageError
 from fastllama.cli.parsing import ConfigOptions, asks_help, base_config, parse, split_recipe
 from fastllama.cli.streams import print_result, require_stdout
 from fastllama.config import Config, validate
+from fastllama.distributed.failure_reports import report_to_torchrun
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,22 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     torch.backends.cudnn.deterministic = True
     try:
         # Otherwise Inductor times kernels that sum in different orders and takes the fastest.
-        with inductor.patch(deterministic=True):
+        with inductor.patch(deterministic=True), explained_nondeterminism():
             yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.backends.cudnn.deterministic = cudnn
+
+
+@contextmanager
+def explained_nondeterminism() -> Iterator[None]:
+    """Replace PyTorch's error about an operator that is not deterministic by a sentence.
+
+    Raises:
+        TrainingFailedError: an operator inside has no deterministic implementation.
+    """
+    try:
+        yield
     except RuntimeError as error:
         missing = re.search(r"(\S+) does not have a deterministic implementation", str(error))
         if missing is None:
@@ -63,6 +77,3 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
             "training.deterministic is set; replace the operator, or train with "
             "--training.deterministic false."
         ) from error
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.backends.cudnn.deterministic = cudnn

@@ -2,9 +2,9 @@
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fastllama.config import Config
-from fastllama.errors import PeerFailedError, RankFailedError
+from fastllama.distributed.failures import abort_process_group, failures_told, pids_of_node
 
 Result = TypeVar("Result")
 
@@ -28,11 +28,21 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh
+    pids: Mapping[int, int] = field(default_factory=dict)
+    """The process id of each rank on this node."""
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
+
+    def failures_told(self) -> AbstractContextManager[None]:
+        """Report a failure of this rank inside, before anything outside can block.
+
+        Raises:
+            RankFailedError, PeerFailedError: as `distributed`.
+        """
+        return failures_told(self.rank, self.size, self.pids)
 
     def from_main(self, compute: Callable[[], Result]) -> Result:
         """Call `compute` on the main process; all return its result or raise its ValueError."""
@@ -107,8 +117,8 @@ def distributed(config: Config) -> Iterator[World]:
     """Join the process group that torchrun describes, or a group of one, and leave it at the end.
 
     Raises:
-        RankFailedError: this rank failed before any other; the cause is the error.
-        PeerFailedError: this rank failed only because a peer had already failed.
+        RankFailedError: this rank failed before any other, and has told so.
+        PeerFailedError: this rank failed after another one, and has told so.
     """
     device = choose_device(config.training.device)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
@@ -131,21 +141,19 @@ def distributed(config: Config) -> Iterator[World]:
             rank=0,
             world_size=1,
         )
+    rank, size = dist.get_rank(), dist.get_world_size()
     try:
-        mesh = build_mesh(device.type, config.parallel.replicate)
-        world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, mesh=mesh)
-        # Subgroups of the mesh start with PyTorch's default timeout.
-        world.set_timeout(config.parallel.timeout_minutes)
-        yield world
-    except Exception as error:
-        if dist.get_world_size() == 1:
-            raise
-        # Ask before destroying the group, which makes the peers fail.
-        if _is_first_failure():
-            raise RankFailedError(dist.get_rank()) from error
-        raise PeerFailedError from error
-    finally:
-        dist.destroy_process_group()
+        with failures_told(rank, size, {}):
+            mesh = build_mesh(device.type, config.parallel.replicate)
+            world = World(rank, size, device, mesh, pids_of_node())
+            # Subgroups of the mesh start with PyTorch's default timeout.
+            world.set_timeout(config.parallel.timeout_minutes)
+        with world.failures_told():
+            yield world
+    except BaseException:
+        abort_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def build_mesh(device_type: str, replicate: int) -> DeviceMesh:
@@ -158,15 +166,6 @@ def build_mesh(device_type: str, replicate: int) -> DeviceMesh:
         return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
     shape = (replicate, size // replicate)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
-
-
-def _is_first_failure() -> bool:
-    """Whether this process is the first to fail; the store decides."""
-    try:
-        return bool(_get_default_store().add("fastllama/failures", 1) == 1)
-    except RuntimeError:
-        # The process that hosts the store has exited.
-        return False
 
 
 def keep_freed_memory() -> None:

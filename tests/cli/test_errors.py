@@ -3,7 +3,8 @@
 import pytest
 
 from fastllama.cli import main
-from fastllama.cli.errors import FAILED, INTERRUPTED, MISTAKE, report, report_to_torchrun
+from fastllama.cli.errors import FAILED, INTERRUPTED, MISTAKE, exit_code, report
+from fastllama.distributed.failure_reports import report_to_torchrun
 from fastllama.errors import TrainingFailedError
 from tests.cli.refusal import refusal
 
@@ -40,6 +41,11 @@ def test_exit_code_and_error_line(
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert report(error, debug=False) == code
     assert capsys.readouterr().err == (line if local_rank_1_prints else "")
+
+
+@pytest.mark.parametrize(("given", "code"), [(7, 7), (0, FAILED), (None, FAILED), ("no", FAILED)])
+def test_exit_code_of_a_rank_that_calls_sys_exit(given: object, code: int) -> None:
+    assert exit_code(SystemExit(given)) == code
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

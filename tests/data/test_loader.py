@@ -210,6 +210,23 @@ def test_close_waits_for_copies(
     assert cuda.copy.calls[-1] == "synchronize"
 
 
+def test_failed_training_waits_for_no_copy(
+    stream: TokenStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, before = Cuda(monkeypatch), threading.active_count()
+
+    def train_on_one_batch() -> None:
+        with open_loader(stream, device=torch.device("cuda")) as loader:
+            read(loader, 1)
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        train_on_one_batch()
+    assert "synchronize" not in cuda.copy.calls
+    while threading.active_count() > before:
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("n_batches", [0, 3])
 def test_close_ends_thread(stream: TokenStream, n_batches: int) -> None:
     before = threading.active_count()

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fastllama.cli.errors import report_first_failure
 from fastllama.distributed import flight_recorder
+from fastllama.distributed.failure_reports import report_first_failure
 from fastllama.distributed.flight_recorder import record_collectives
-from fastllama.errors import RankFailedError
 
 
 def test_record_collectives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,12 +40,10 @@ def test_variables_of_the_user_stay(
 def test_error_message_names_the_dumps(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    timeout, mistake = RankFailedError(3), RankFailedError(3)
-    timeout.__cause__, mistake.__cause__ = RuntimeError("NCCL timed out"), ValueError("a mistake")
     monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "runs/x/flight-recorder-")
-    report_first_failure(timeout, debug=False)
+    report_first_failure(3, RuntimeError("NCCL timed out"))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: rank 3: RuntimeError: NCCL timed out"
     assert "runs/x/flight-recorder-RANK" in lines[1]
-    report_first_failure(mistake, debug=False)
+    report_first_failure(3, ValueError("a mistake"))
     assert "flight-recorder" not in capsys.readouterr().err
