@@ -1,5 +1,10 @@
 """Failures that end a run, which the command line reports in one sentence; words for others."""
 
+import errno
+import os
+
+from fastllama.printable import one_line
+
 
 class TrainingFailedError(RuntimeError):
     """The run cannot continue. All files on disk are intact."""
@@ -35,3 +40,28 @@ def reason(error: BaseException) -> str:
     if isinstance(error, SideJobFailedError):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+REMEDIES = {
+    errno.EACCES: "choose another path, or change its permissions",
+    errno.EPERM: "choose another path, or change its permissions",
+    errno.EROFS: "choose a path on a disk that can be written",
+    errno.ENOSPC: "free space on the disk, and run the same command again",
+    errno.EDQUOT: "free space in your quota, and run the same command again",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "the links lead in a circle; remove one",
+    errno.EMFILE: "raise the limit of open files with ulimit -n",
+    errno.ENFILE: "close other programs, or raise the limit of open files of the machine",
+    errno.ESTALE: "mount the network file system again, and run the same command again",
+    errno.EIO: "check the disk",
+}
+"""What to do about an error of the system."""
+
+
+def sentence(error: BaseException) -> str:
+    """The message of an error on one line. An error of the system names the path and a remedy."""
+    if isinstance(error, OSError) and error.errno in REMEDIES and error.strerror:
+        path = error.filename
+        where = f"{os.fsdecode(path)}: " if isinstance(path, (str, bytes, os.PathLike)) else ""
+        return one_line(f"{where}{error.strerror}; {REMEDIES[error.errno]}")
+    return one_line(error)

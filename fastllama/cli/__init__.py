@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run_command(args)
     except REPORTED as error:
-        code = report(error, debug)
+        code = report(error, debug, of_training=args[:1] == ["train"])
         is_one_of_many = isinstance(error, (RankFailedError, PeerFailedError))
     finally:
         report_lost_lines()
@@ -113,6 +113,7 @@ def run_command(args: list[str]) -> None:
     for name, command in COMMANDS.items():
         n_words = len(name)
         if tuple(args[:n_words]) == name:
+            _require_current_folder()
             command.run(args[n_words:])
             return
     group = [name for name in COMMANDS if len(name) > 1 and name[0] == args[0]]
@@ -120,6 +121,16 @@ def run_command(args: list[str]) -> None:
         print(f"usage: fastllama {args[0]} COMMAND [OPTIONS]\n\n{forms_of(group)}")
         return
     raise UsageError(f"There is no command {' '.join(args[:2])!r}; see fastllama --help.")
+
+
+def _require_current_folder() -> None:
+    """Raise UsageError if the current folder is gone: numerical libraries end the process there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(
+            f"The current folder cannot be used ({error.strerror}); change to another one with cd."
+        ) from None
 
 
 def help_text() -> str:

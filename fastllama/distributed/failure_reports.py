@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastllama.distributed.flight_recorder import dump_path
-from fastllama.errors import EXPECTED
-from fastllama.printable import one_line, printable
+from fastllama.errors import EXPECTED, sentence
+from fastllama.printable import printable
 
 
 def words_of(error: BaseException) -> str:
@@ -18,7 +18,7 @@ def words_of(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"sys.exit({error.code!r}) was called in the middle of the run"
     kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
-    return f"{kind}{one_line(error)}"
+    return f"{kind}{sentence(error)}"
 
 
 def report_first_failure(rank: int, error: BaseException) -> None:

@@ -1,5 +1,9 @@
 """Exit codes, the error line, and `--debug`."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from fastllama.cli import main
@@ -38,14 +42,50 @@ def test_exit_code_and_error_line(
     line = f"error: {error}\n"
     assert report(error, debug=False) == code
     assert capsys.readouterr().err == line
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for variable, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        # Without all of them, they are left over from another command.
+        assert report(error, debug=False) == code
+        assert capsys.readouterr().err == line
+        monkeypatch.setenv(variable, value)
     assert report(error, debug=False) == code
     assert capsys.readouterr().err == (line if local_rank_1_prints else "")
+    assert report(error, debug=False, of_training=False) == code
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "remedy"),
+    [
+        (errno.EACCES, MISTAKE, "Permission denied; choose another path, or"),
+        (errno.EROFS, MISTAKE, "Read-only file system; choose a path on a disk that can be"),
+        (errno.ENAMETOOLONG, MISTAKE, "File name too long; choose a shorter name"),
+        (errno.ELOOP, MISTAKE, "Too many levels of symbolic links; the links lead in a circle"),
+        (errno.ENOSPC, FAILED, "No space left on device; free space on the disk"),
+        (errno.EMFILE, FAILED, "Too many open files; raise the limit of open files with ulimit -n"),
+        (errno.EIO, FAILED, "Input/output error; check the disk"),
+    ],
+)
+@pytest.mark.parametrize("path", ["a b\x1b", b"a b\x1b", Path("a b\x1b")])
+def test_error_of_the_system(
+    number: int, code: int, remedy: str, path: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(OSError(number, os.strerror(number), path), debug=False) == code
+    assert capsys.readouterr().err.startswith(f"error: a b\\x1b: {remedy}")
 
 
 @pytest.mark.parametrize(("given", "code"), [(7, 7), (0, FAILED), (None, FAILED), ("no", FAILED)])
 def test_exit_code_of_a_rank_that_calls_sys_exit(given: object, code: int) -> None:
     assert exit_code(SystemExit(given)) == code
+
+
+def test_current_folder_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert "The current folder cannot be used (No such file" in refusal(capsys, "train", "a.toml")
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,73 @@
+"""Tokens/s of the quickstart by OpenMP waiting policy, on a quiet and on a busy machine.
+
+    python benchmarks/waiting_policy.py [--rounds 5] [--updates 12] [--output FILE.json]
+
+Threads that have done their part of an operator wait for the others. With the policy "passive" they
+sleep; OpenMP's own default lets them spin first. On the busy machine another process keeps one core
+busy. Runs alternate, so that other load affects all of them. Prints medians and extremes, and
+ratios to OpenMP's default on the quiet machine.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.compare_plain_loop import RECIPE, ROOT, trainer
+from benchmarks.conditions import current_conditions
+from fastllama.config import load_recipe
+
+POLICIES = {"spin": {"GOMP_SPINCOUNT": "300000"}, "passive": {"OMP_WAIT_POLICY": "passive"}}
+"""Environment variables. The first is what GNU's OpenMP does without any."""
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Keep one core busy with another process."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each kind")
+    parser.add_argument("--updates", type=int, default=10, help="updates per run, 2 of warm-up")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    config = load_recipe(RECIPE)
+    data, tokens = ROOT / config.data.path, config.training.tokens_per_update
+    rates: dict[str, list[float]] = {}
+    for _ in range(options.rounds):
+        for load in ("quiet", "busy"):
+            for policy, variables in POLICIES.items():
+                os.environ.update(variables)
+                with busy_core() if load == "busy" else nullcontext():
+                    rate = trainer(data, options.updates, tokens)
+                for name in variables:
+                    del os.environ[name]
+                rates.setdefault(f"{load}, {policy}", []).append(rate)
+                print(f"{load}, {policy}: {rate:,.0f} tok/s", flush=True)
+    reference = statistics.median(next(iter(rates.values())))
+    for name, values in rates.items():
+        median = statistics.median(values)
+        print(
+            f"{name:15} {median:7,.0f} tok/s ({min(values):,.0f} to {max(values):,.0f}), "
+            f"ratio {median / reference:.3f}"
+        )
+    if options.output:
+        content = {"conditions": asdict(current_conditions()), "tok_per_s": rates}
+        options.output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
