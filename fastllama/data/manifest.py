@@ -125,7 +125,7 @@ class Manifest:
             ValueError: a shard is missing or has the wrong size, shape or type.
         """
         for shard in self._shards():
-            self._open(folder, shard)
+            self.open_shard(folder, shard)
 
     def check_contents(self, folder: Path) -> None:
         """Check every file of `folder` against the manifest. Reads everything.
@@ -197,7 +197,7 @@ class Manifest:
 
     def _check_shard(self, folder: Path, shard: Shard) -> int:
         """Check one shard, and return its number of end tokens."""
-        tokens = self._open(folder, shard)
+        tokens = self.open_shard(folder, shard)
         digest = hashlib.sha256(tokens.header)
         largest, ends = 0, 0
         for start in range(0, shard.tokens, CHECK_CHUNK_TOKENS):
@@ -212,7 +212,13 @@ class Manifest:
             raise damaged(path, f"token id {largest}", f"ids below {self.vocab_size}")
         return ends
 
-    def _open(self, folder: Path, shard: Shard) -> TokenFile:
+    def open_shard(self, folder: Path, shard: Shard) -> TokenFile:
+        """Open a shard, and check its size and type.
+
+        Raises:
+            ValueError: the shard is missing or has the wrong size, shape or type.
+            OSError: the disk fails.
+        """
         path = folder / shard.file
         dtype = np.dtype(self.dtype)
         expected = f"{shard.tokens} {dtype} tokens"

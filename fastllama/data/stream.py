@@ -1,26 +1,35 @@
 """The shards of one split as a single stream of tokens, cut into sequences."""
 
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastllama.data.manifest import Manifest, damaged
-from fastllama.data.token_file import TokenFile
+from fastllama.data.manifest import Manifest, Shard, damaged, sha256_of
+
+MAX_OPEN = 64
+"""Shards of a stream that are open at a time. A process may often have 1024 files open, or 256."""
 
 
 class TokenStream:
     """Token stream of a split. Sequence i is tokens i*T to i*T + T, both included.
 
     T inputs and T targets need T + 1 tokens, so sequences i and i + 1 share one token. Sequences
-    may cross shards.
+    may cross shards. Threads and forked processes may read at the same time.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
-        """Open the shards of `split`. Call `manifest.check_files` first."""
-        shards = manifest.splits[split].shards
-        self._shards = [TokenFile(folder / shard.file) for shard in shards]
-        self._starts = np.cumsum([0] + [shard.tokens for shard in shards])
+        """Open each shard of `split` once, and check its size and type.
+
+        Raises:
+            ValueError: a shard is missing or has the wrong size, shape or type.
+        """
+        self._shards = manifest.splits[split].shards
+        # A file that the cache drops is closed once no thread reads it any more.
+        self._open = lru_cache(MAX_OPEN)(partial(manifest.open_shard, folder))
+        self._stamps = {shard.file: self._open(shard).stamp for shard in self._shards}
+        self._starts = np.cumsum([0] + [shard.tokens for shard in self._shards])
         self._vocab_size = manifest.vocab_size
         self.n_tokens = int(self._starts[-1])
 
@@ -32,7 +41,7 @@ class TokenStream:
         """Tokens of sequence `index`, (seq_len + 1,), in the dtype of the shards.
 
         Raises:
-            ValueError: a token id is outside of the vocabulary.
+            ValueError: a token id is outside of the vocabulary, or a shard was replaced.
             OSError: a shard can no longer be read.
         """
         position, end = index * seq_len, index * seq_len + seq_len + 1
@@ -45,10 +54,16 @@ class TokenStream:
             position, shard = stop, shard + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def _read_shard(self, shard: TokenFile, first: int, n: int) -> NDArray[np.integer]:
-        tokens = shard.read(first, n)
+    def _read_shard(self, shard: Shard, first: int, n: int) -> NDArray[np.integer]:
+        file = self._open(shard)
+        if file.stamp != self._stamps[shard.file]:
+            # A copy or `touch` also changes the time, and is no reason to end a run.
+            if (found := sha256_of(file.path)) != shard.sha256:
+                raise damaged(file.path, f"SHA-256 {found}", shard.sha256)
+            self._stamps[shard.file] = file.stamp
+        tokens = file.read(first, n)
         if n and tokens.max() >= self._vocab_size:
             at = int(np.argmax(tokens >= self._vocab_size))
             found = f"token id {tokens[at]} at position {first + at}"
-            raise damaged(shard.path, found, f"ids below {self._vocab_size}")
+            raise damaged(file.path, found, f"ids below {self._vocab_size}")
         return tokens

@@ -39,6 +39,9 @@ class TokenFile:
         """
         self.path = path
         self._file = _open_regular(path)
+        status = os.fstat(self._file.fileno())
+        self.stamp = status.st_size, status.st_mtime_ns
+        """Size in bytes and time of the last change, when the file was opened."""
         # Also runs when the interpreter exits, which would warn about an open file.
         weakref.finalize(self, self._file.close)
         self.header, self.dtype, self.shape = _parse_header(self._pread(MAX_HEADER_BYTES, 0))
