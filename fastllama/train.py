@@ -57,11 +57,10 @@ def train_step(
         # A function of the update, so that a checkpoint needs no random state.
         torch.manual_seed(zlib.crc32(f"{config.training.seed} {step} {world.rank}".encode()))
     n_micro_batches = config.accumulation_steps(world.size)
-    reshard = bool(config.parallel.reshard_after_forward)
     loss = torch.zeros((), device=world.device)
     for micro_batch in range(n_micro_batches):
         is_last = micro_batch == n_micro_batches - 1
-        set_last_micro_batch(cast(FSDPModule, state.model), is_last, reshard)
+        set_last_micro_batch(cast(FSDPModule, state.model), is_last, config.parallel)
         micro_loss = state.model(*loader.next()) / n_micro_batches
         micro_loss.backward()
         loss += micro_loss.detach()

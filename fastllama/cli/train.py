@@ -94,7 +94,7 @@ def print_config(config: Config) -> None:
     from fastllama.distributed.world import world_size
     from fastllama.planning.bound import ASSUMED_RATES, bound
     from fastllama.planning.flops import flops_per_token, n_parameters
-    from fastllama.planning.memory import plan_memory
+    from fastllama.planning.memory import describe_choice, plan_memory, possible_choices
     from fastllama.run_folder import resolved_toml
 
     validate(config, world_size())
@@ -107,14 +107,31 @@ def print_config(config: Config) -> None:
     print(f"# accumulation steps     {config.accumulation_steps(world_size())}")
     print(f"# GFLOP/token, causal    {flops_per_token(model, causal=True) / 1e9:.3f}")
     print(f"# GFLOP/token, PaLM      {flops_per_token(model, causal=False) / 1e9:.3f}")
-    for reshard, name in ((False, "no reshard"), (True, "reshard")):
-        total = plan_memory(config, world_size(), reshard=reshard).total
-        print(f"# GiB/device, {name:10} {total / 2**30:.1f}")
+    for choice in possible_choices(config, world_size()):
+        gibibytes = plan_memory(choice, world_size()).total / 2**30
+        print(f"# GiB/device             {gibibytes:.1f}: {describe_choice(choice, world_size())}")
+    print(f"# memory                 {explain_memory(config)}")
     per_device = config.training.tokens_per_update // world_size()
     for device, rates in ASSUMED_RATES.items():
         most = bound(model, per_device, rates).tokens_per_second
         print(f"# bound on one {device}      {most:,.0f} tok/s, assumed rates")
     require_stdout()
+
+
+def explain_memory(config: Config) -> str:
+    """What a run on this machine would do about memory, or why its device has too little."""
+    import torch
+
+    from fastllama.distributed.fsdp import device_memory
+    from fastllama.distributed.world import world_size
+    from fastllama.planning.memory import choose_by_memory
+
+    on_cuda = config.training.device != "cpu" and torch.cuda.is_available()
+    available = device_memory(torch.device("cuda" if on_cuda else "cpu"))
+    try:
+        return choose_by_memory(config, world_size(), available)[1]
+    except ValueError as error:
+        return str(error)
 
 
 COMMAND = Command(

@@ -53,6 +53,7 @@ OTHER_NAMES = {
     "seq_length": "model.max_seq_len",
     "sequence_length": "model.max_seq_len",
     "steps": "training.training_tokens",
+    "sync_each_batch": "parallel.accumulate",
     "tie_word_embeddings": "model.tied_embeddings",
     "train_batch_size": "training.batch_size",
     "warmup_iters": "optimizer.warmup_iterations",

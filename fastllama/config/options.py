@@ -171,6 +171,8 @@ class ParallelConfig:
     """Replicas of the model (HSDP), each sharded over a group of processes; 1 shards over all."""
     reshard_after_forward: Literal["auto", True, False] = "auto"
     """Free gathered parameters after the forward, to save memory; auto asks the memory plan."""
+    accumulate: Literal["auto", "unsharded", "sharded"] = "auto"
+    """Sum gradients of micro-batches whole, or as shards to save memory; auto asks the plan."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients are summed over micro-batches and devices."""
     timeout_minutes: float = 10.0

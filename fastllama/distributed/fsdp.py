@@ -1,6 +1,5 @@
 """FSDP2: shards the model over the processes. A single process runs the same code."""
 
-import dataclasses
 from functools import partial
 from itertools import pairwise
 from typing import cast
@@ -8,20 +7,30 @@ from typing import cast
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from fastllama.config import Config
+from fastllama.config import Config, ParallelConfig
 from fastllama.distributed.world import World
 from fastllama.model.llama import Llama
-from fastllama.planning.memory import choose_resharding
+from fastllama.planning.memory import choose_by_memory
 
 
 def resolve_resharding(config: Config, world: World) -> tuple[Config, str]:
-    """Decide `parallel.reshard_after_forward = "auto"`; return the new config and the reason."""
-    available = None
-    if world.device.type == "cuda":
-        available = torch.cuda.get_device_properties(world.device).total_memory
-    reshard, reason = world.from_main(lambda: choose_resharding(config, world.size, available))
-    parallel = dataclasses.replace(config.parallel, reshard_after_forward=reshard)
-    return dataclasses.replace(config, parallel=parallel), reason
+    """Decide "auto" of `parallel.reshard_after_forward` and `parallel.accumulate`.
+
+    Returns:
+        The new config, and the choice and its reason in one phrase.
+
+    Raises:
+        ValueError: the smallest plan is larger than the memory of the main process's device.
+    """
+    available = device_memory(world.device)
+    return world.from_main(lambda: choose_by_memory(config, world.size, available))
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a GPU; None for a CPU, where memory is not the limit."""
+    if device.type == "cpu":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def shard_model(model: Llama, config: Config, world: World) -> None:
@@ -72,13 +81,23 @@ def reshard(model: Llama) -> None:
             module.reshard()
 
 
-def set_last_micro_batch(model: FSDPModule, is_last: bool, reshard: bool) -> None:
-    """Reduce gradients after the last micro-batch of an update only.
+def set_last_micro_batch(model: FSDPModule, is_last: bool, parallel: ParallelConfig) -> None:
+    """Prepare forward and backward of a micro-batch, which may be the last of its update.
 
-    Before that each device accumulates its own gradients in `parallel.reduce_dtype`. Gathered
-    parameters stay too, unless `reshard` frees them to save memory. An update then communicates
-    once, however many micro-batches it has.
+    `accumulate = "unsharded"`: each device sums its whole gradients in `reduce_dtype`, and the last
+    micro-batch reduces the sums. An update then communicates once, however many micro-batches it
+    has.
+
+    `accumulate = "sharded"`: every micro-batch reduce-scatters its gradients, and each device sums
+    its shards. Replicas sum their shards in `reduce_dtype` and all-reduce them with the last
+    micro-batch; without replicas the sums are float32.
+
+    Gathered parameters stay between micro-batches unless `reshard_after_forward` frees them.
     """
-    model.set_requires_gradient_sync(is_last)
-    model.set_is_last_backward(is_last)
-    model.set_reshard_after_backward(is_last or reshard)
+    reduces = is_last or parallel.accumulate == "sharded"
+    model.set_requires_gradient_sync(reduces)
+    model.set_requires_all_reduce(is_last)
+    # A pending reduction holds a whole group of gradients, so sums in shards do not leave one
+    # pending over the next forward.
+    model.set_is_last_backward(reduces)
+    model.set_reshard_after_backward(is_last or parallel.reshard_after_forward is True)

@@ -8,7 +8,9 @@ D, E, H and I are as in fastllama/model/llama.py:
     n_rest   parameters outside blocks   s  ranks of one replica
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 from fastllama.config import Config
 from fastllama.planning.flops import n_block_parameters, n_parameters
@@ -28,7 +30,7 @@ class MemoryPlan:
     optimizer: int
     """Two AdamW moments, sharded like the parameters."""
     gradients: int
-    """Unsharded sums over the earlier micro-batches; 0 with one micro-batch per update."""
+    """Sums over the earlier micro-batches; 0 with one micro-batch per update."""
     gathered: int
     """Parameters gathered for the computation: all, or with resharding those of two blocks and
     those outside of blocks."""
@@ -59,36 +61,51 @@ class TrafficPlan:
     all_reduce: int
 
 
-def plan_memory(config: Config, world_size: int, *, reshard: bool) -> MemoryPlan:
+def plan_memory(config: Config, world_size: int) -> MemoryPlan:
     """Plan the memory of each of `world_size` devices.
 
-    `reshard` frees gathered parameters after the forward.
+    |             | bytes                                                         |
+    |-------------|---------------------------------------------------------------|
+    | parameters  | 4 n_all / s                                                   |
+    | optimizer   | 8 n_all / s                                                   |
+    | gradients   | if micro-batches accumulate: r n_all; sharded 4 n_all / s, or |
+    |             | r n_all / s with replicas                                     |
+    | gathered    | b n_all; resharded b (n_rest + 2 n_block)                     |
+    | activations | `activation_bytes` per layer and token                        |
+    | backward    | the larger of `_loss_bytes` and `_block_bytes`                |
 
-    |             | bytes                                                   |
-    |-------------|---------------------------------------------------------|
-    | parameters  | 4 n_all / s                                             |
-    | optimizer   | 8 n_all / s                                             |
-    | gradients   | r n_all if micro-batches accumulate                     |
-    | gathered    | b n_all, or with `reshard` b (n_rest + 2 n_block)       |
-    | activations | `activation_bytes` per layer and token                  |
-    | backward    | the larger of `_loss_bytes` and `_block_bytes`          |
+    "auto" of `parallel.reshard_after_forward` and `parallel.accumulate` counts as False and
+    "unsharded"; `choose_by_memory` decides them.
     """
-    model, training = config.model, config.training
+    model, training, parallel = config.model, config.training, config.parallel
     compute, n_all, n_block = _BYTES[training.dtype], n_parameters(model), n_block_parameters(model)
-    n_shard = n_all // (world_size // config.parallel.replicate)
-    n_gathered = n_all - max(0, model.n_layers - 2) * n_block if reshard else n_all
-    accumulates = config.accumulation_steps(world_size) > 1
+    n_shard = n_all // (world_size // parallel.replicate)
+    n_gathered = n_all
+    if parallel.reshard_after_forward is True:
+        n_gathered -= max(0, model.n_layers - 2) * n_block
     n_tokens = training.batch_size * model.max_seq_len
     return MemoryPlan(
         parameters=4 * n_shard,
         optimizer=8 * n_shard,
-        gradients=_BYTES[config.parallel.reduce_dtype] * n_all if accumulates else 0,
+        gradients=_gradient_bytes(config, world_size, n_all, n_shard),
         gathered=compute * n_gathered,
         activations=n_tokens
         * model.n_layers
         * activation_bytes(config, training.activation_checkpointing),
         backward=max(_loss_bytes(config), _block_bytes(config)),
     )
+
+
+def _gradient_bytes(config: Config, world_size: int, n_all: int, n_shard: int) -> int:
+    parallel = config.parallel
+    reduce = _BYTES[parallel.reduce_dtype]
+    if config.accumulation_steps(world_size) == 1:
+        return 0
+    if parallel.accumulate != "sharded":
+        return reduce * n_all
+    # FSDP2 sums shards as gradients of the float32 parameters, but before the reduction over
+    # replicas as results of the reduce-scatter.
+    return (4 if parallel.replicate == 1 else reduce) * n_shard
 
 
 def activation_bytes(config: Config, checkpointing: str) -> int:
@@ -147,52 +164,119 @@ def _block_bytes(config: Config) -> int:
     )
 
 
-def plan_traffic(config: Config, world_size: int, *, reshard: bool) -> TrafficPlan:
-    """Plan the traffic of each of `world_size` devices in one update.
+def plan_traffic(config: Config, world_size: int) -> TrafficPlan:
+    """Plan the traffic of each of `world_size` devices in one update; "auto" as in `plan_memory`.
 
     In a ring of n ranks, each rank sends (n - 1) / n of the bytes of an all-gather or a
-    reduce-scatter, and twice as many for an all-reduce. Without `reshard`, an update gathers all
-    parameters once. With `reshard`, each micro-batch gathers every block twice, except the last
-    block and the parameters outside of blocks, which it gathers once.
+    reduce-scatter, and twice as many for an all-reduce. An update gathers all parameters once.
+    Resharded, each micro-batch gathers every block twice, except the last block and the parameters
+    outside of blocks, which it gathers once. Gradients are reduced once per update. Sharded, they
+    are reduce-scattered once per micro-batch.
     """
     model, parallel = config.model, config.parallel
     n_all, n_block = n_parameters(model), n_block_parameters(model)
     shards = world_size // parallel.replicate
+    n_micro_batches = config.accumulation_steps(world_size)
     n_gathered = n_all
-    if reshard:
-        n_gathered = n_all + (model.n_layers - 1) * n_block
-        n_gathered *= config.accumulation_steps(world_size)
+    if parallel.reshard_after_forward is True:
+        n_gathered = n_micro_batches * (n_all + (model.n_layers - 1) * n_block)
     reduced = _BYTES[parallel.reduce_dtype] * n_all
+    n_reductions = n_micro_batches if parallel.accumulate == "sharded" else 1
     return TrafficPlan(
         all_gather=_BYTES[config.training.dtype] * n_gathered * (shards - 1) // shards,
-        reduce_scatter=reduced * (shards - 1) // shards,
+        reduce_scatter=n_reductions * reduced * (shards - 1) // shards,
         all_reduce=2 * reduced // shards * (parallel.replicate - 1) // parallel.replicate,
     )
 
 
-def choose_resharding(config: Config, world_size: int, available: int | None) -> tuple[bool, str]:
-    """Decide whether to free gathered parameters after the forward; also return the reason.
+def choose_by_memory(config: Config, world_size: int, available: int | None) -> tuple[Config, str]:
+    """Decide `parallel.reshard_after_forward` and `parallel.accumulate`; also return the reason.
 
-    `parallel.reshard_after_forward` decides unless it is "auto". `available` is the memory of one
-    device in bytes, or None on a CPU, where memory is not the limit.
+    An option that is not "auto" stays. `available` is the memory of one device in bytes, or None
+    on a CPU, where memory is not the limit.
+
+    The first choice that fits is taken, in the order of traffic: keep all; sum gradients in shards;
+    free parameters; both. With A micro-batches per update, sums in shards send about A - 1 bytes
+    for each byte they save, because every micro-batch reduces what one would. Freed parameters send
+    about 2 A - 1, because every micro-batch gathers twice what an update gathers once.
+
+    Where none fits, the smallest is taken if the whole memory holds it.
+
+    Raises:
+        ValueError: the smallest plan is larger than the memory; the sentence has the remedies.
     """
-    choice = config.parallel.reshard_after_forward
-    if choice != "auto":
-        return choice, f"parameters {_action(choice)}, as asked for"
+    choices = possible_choices(config, world_size)
+    totals = [plan_memory(choice, world_size).total for choice in choices]
+    described = [describe_choice(choice, world_size) for choice in choices]
     if available is None:
-        return False, f"parameters {_action(False)}, as always on a CPU"
-    kept = plan_memory(config, world_size, reshard=False).total
-    reshard = kept > _USABLE * available
-    reason = f"keeping them needs {_gibibytes(kept)} of {_gibibytes(available)} GiB"
-    if reshard:
-        freed = plan_memory(config, world_size, reshard=True).total
-        reason += f", freeing them {_gibibytes(freed)} GiB"
-    return reshard, f"parameters {_action(reshard)}: {reason}"
+        return choices[0], f"{described[0]}: {_gibibytes(totals[0])} GiB, not limited on a CPU"
+    smallest = totals.index(min(totals))
+    if totals[smallest] > available:
+        raise ValueError(_too_large(config, choices[smallest], world_size, available))
+    usable = _USABLE * available
+    chosen = next((i for i, total in enumerate(totals) if total <= usable), smallest)
+    reason = f"{described[chosen]}: {_gibibytes(totals[chosen])} of {_gibibytes(available)} GiB"
+    if totals[chosen] > usable:
+        reason += f", more than the {_USABLE * 100:.0f} % that a run can rely on"
+    for i in range(chosen):
+        reason += f"; {_gibibytes(totals[i])} with {described[i]}"
+    return choices[chosen], reason
 
 
-def _action(reshard: bool) -> str:
-    return "freed after the forward" if reshard else "kept for the backward"
+def possible_choices(config: Config, world_size: int) -> list[Config]:
+    """What the options leave open, without "auto", least traffic first."""
+    parallel = config.parallel
+    reshard, accumulate = parallel.reshard_after_forward, parallel.accumulate
+    return [
+        replace(config, parallel=replace(parallel, reshard_after_forward=freed, accumulate=sums))
+        for freed, sums in itertools.product(
+            (False, True) if reshard == "auto" else (reshard,),
+            _possible_sums(config, world_size) if accumulate == "auto" else (accumulate,),
+        )
+    ]
+
+
+def _possible_sums(config: Config, world_size: int) -> tuple[Literal["unsharded", "sharded"], ...]:
+    """Values of `parallel.accumulate` that differ: there must be several sums, and shards."""
+    if config.accumulation_steps(world_size) == 1 or world_size == config.parallel.replicate:
+        return ("unsharded",)
+    return "unsharded", "sharded"
+
+
+def describe_choice(config: Config, world_size: int) -> str:
+    """What a config without "auto" does with gathered parameters and with sums of gradients."""
+    freed = config.parallel.reshard_after_forward
+    described = f"parameters {'freed after the forward' if freed else 'kept for the backward'}"
+    if config.accumulation_steps(world_size) > 1:
+        in_shards = config.parallel.accumulate == "sharded"
+        described += f", gradients summed {'in shards' if in_shards else 'whole'}"
+    return described
+
+
+def _too_large(config: Config, smallest: Config, world_size: int, available: int) -> str:
+    """A sentence with the sum of the smallest plan, its largest parts, and the remedies."""
+    plan = plan_memory(smallest, world_size)
+    parts = sorted(asdict(plan).items(), key=lambda part: -part[1])[:3]
+    training, parallel = config.training, config.parallel
+    remedies = ["use more devices"]
+    if training.batch_size > 1:
+        remedies.append(f"lower training.batch_size = {training.batch_size}")
+    if training.activation_checkpointing != "full":
+        remedies.append(
+            f'set training.activation_checkpointing = "full" instead of '
+            f'"{training.activation_checkpointing}"'
+        )
+    if parallel.reshard_after_forward is False:
+        remedies.append('set parallel.reshard_after_forward = "auto" instead of false')
+    if parallel.accumulate == "unsharded" and len(_possible_sums(config, world_size)) > 1:
+        remedies.append('set parallel.accumulate = "auto" instead of "unsharded"')
+    return (
+        f"The smallest plan needs {_gibibytes(plan.total)} GiB, and the device has "
+        f"{_gibibytes(available)} GiB ("
+        + ", ".join(f"{name} {_gibibytes(size)}" for name, size in parts)
+        + f"); {', or '.join(remedies)}."
+    )
 
 
 def _gibibytes(count: int) -> str:
-    return f"{count / 2**30:.1f}"
+    return f"{count / 2**30:,.1f}"

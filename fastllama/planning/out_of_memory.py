@@ -27,8 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException, config: Config, world_size: int, when: str) -> str:
     """A sentence with the error, the plan, and the remedies for the larger half of the plan."""
-    reshard = config.parallel.reshard_after_forward is True
-    plan = plan_memory(config, world_size, reshard=reshard)
+    plan = plan_memory(config, world_size)
     parts = ", ".join(
         f"{name} {size / 2**30:,.1f}" for name, size in dataclasses.asdict(plan).items()
     )
@@ -36,8 +35,11 @@ def out_of_memory(error: BaseException, config: Config, world_size: int, when: s
         remedy = "lower training.batch_size, or set training.activation_checkpointing"
     else:
         remedy = "choose a smaller model, or use more devices"
-    if not reshard and world_size > 1:
-        remedy += ", or set parallel.reshard_after_forward = true"
+    if world_size > config.parallel.replicate:
+        if config.parallel.accumulate != "sharded" and plan.gradients:
+            remedy += ', or set parallel.accumulate = "sharded"'
+        if config.parallel.reshard_after_forward is not True:
+            remedy += ", or set parallel.reshard_after_forward = true"
     reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
     return (
         f"Out of memory {when}: {reason}. The plan per device is {plan.total / 2**30:,.1f} GiB "

@@ -19,7 +19,8 @@ OPTIONS = """
     training.compile_scope training.activation_checkpointing training.kernels training.attention
     training.deterministic training.spike_z_score training.max_bad_updates training.rewind_after
     training.max_wall_time
-    parallel.replicate parallel.reshard_after_forward parallel.reduce_dtype parallel.timeout_minutes
+    parallel.replicate parallel.reshard_after_forward parallel.accumulate parallel.reduce_dtype
+    parallel.timeout_minutes
     checkpoint.interval_tokens checkpoint.keep_last checkpoint.keep_every_tokens
     logging.log_interval logging.sample_interval logging.sample_growth logging.sample_prompt
     logging.sample_tokens logging.tensorboard

@@ -1,6 +1,6 @@
-"""Training does not depend on the number of processes, shards and replicas.
+"""Training does not depend on the number of processes, shards and replicas, or on the kind of sums.
 
-Under torchrun this file is a script: it trains over each mesh of `MESHES` and prints the results.
+Under torchrun this file is a script: it trains each of `CASES` and prints the results.
 """
 
 import dataclasses
@@ -9,8 +9,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 from torch.distributed.tensor import DTensor
@@ -27,22 +28,39 @@ from tests.sessions import bare_session, fresh_start
 from tests.workspace import Workspace
 
 N_UPDATES = 50
-MESHES = {2: (1,), 4: (1, 2, 4)}
-"""Numbers of replicas to test, by number of processes."""
 
 
-def config_of(recipe: Path, replicate: int) -> Config:
-    """50 updates of 8 sequences; 2 replicas also accumulate gradients and reshard."""
-    config, two_replicas = load_recipe(recipe), replicate == 2
+@dataclass(frozen=True)
+class Case:
+    """A mesh, and how it sums the gradients of its micro-batches."""
+
+    replicate: int = 1
+    accumulate: Literal["auto", "unsharded", "sharded"] = "auto"
+
+
+UNSHARDED, SHARDED = Case(1, "unsharded"), Case(1, "sharded")
+REPLICAS_UNSHARDED, REPLICAS_SHARDED = Case(2, "unsharded"), Case(2, "sharded")
+CASES = {
+    2: (Case(), UNSHARDED, SHARDED),
+    4: (Case(), REPLICAS_UNSHARDED, REPLICAS_SHARDED, Case(4)),
+}
+"""Cases to test, by number of processes."""
+
+
+def config_of(recipe: Path, case: Case) -> Config:
+    """50 updates of 8 sequences; 2 replicas also reshard."""
+    config = load_recipe(recipe)
     training = dataclasses.replace(
         config.training,
-        batch_size=1 if two_replicas else 2,
+        # Of one sequence, there are several micro-batches per update on every mesh.
+        batch_size=2 if case.accumulate == "auto" else 1,
         training_tokens=N_UPDATES * config.training.tokens_per_update,
     )
     parallel = dataclasses.replace(
         config.parallel,
-        replicate=replicate,
-        reshard_after_forward=two_replicas,
+        replicate=case.replicate,
+        reshard_after_forward=case.replicate == 2,
+        accumulate=case.accumulate,
         timeout_minutes=1.0,
     )
     # Smaller than in the recipe: sums in another order round differently, and every update
@@ -51,10 +69,10 @@ def config_of(recipe: Path, replicate: int) -> Config:
     return dataclasses.replace(config, training=training, parallel=parallel, optimizer=optimizer)
 
 
-def train(recipe: Path, world: World, replicate: int) -> dict[str, Any]:
-    """Loss and gradient norm of each update, and a digest of the initial weights."""
-    config = config_of(recipe, replicate)
-    world = dataclasses.replace(world, mesh=build_mesh("cpu", replicate))
+def train(recipe: Path, world: World, case: Case) -> dict[str, Any]:
+    """Loss and gradient norm of each update, and digests of the first and the last weights."""
+    config = config_of(recipe, case)
+    world = dataclasses.replace(world, mesh=build_mesh("cpu", case.replicate))
     dataset = open_dataset(config)
     session = bare_session(config, world, dataset)
     state = build_state(session, fresh_start(), REFERENCE)
@@ -64,7 +82,7 @@ def train(recipe: Path, world: World, replicate: int) -> dict[str, Any]:
             loss, norm, *_ = train_step(session, state, loader, StopSignal()).tolist()
             results["loss"].append(loss)
             results["norm"].append(norm)
-    return results
+    return {**results, "trained": digest(state)}
 
 
 def digest(state: TrainState) -> str:
@@ -78,11 +96,17 @@ def digest(state: TrainState) -> str:
 @pytest.fixture(scope="module")
 def single(workspace: Workspace) -> dict[str, Any]:
     """The results of one process."""
-    with distributed(config_of(workspace.recipe, 1)) as world:
-        return train(workspace.recipe, world, 1)
+    with distributed(config_of(workspace.recipe, Case())) as world:
+        return train(workspace.recipe, world, Case())
 
 
-@pytest.mark.parametrize("n_processes", MESHES)
+def test_one_process_computes_the_same_bits_with_either_sum(workspace: Workspace) -> None:
+    with distributed(config_of(workspace.recipe, Case())) as world:
+        unsharded, sharded = (train(workspace.recipe, world, case) for case in (UNSHARDED, SHARDED))
+    assert unsharded == sharded
+
+
+@pytest.mark.parametrize("n_processes", CASES)
 def test_meshes_agree_with_one_process(
     n_processes: int, workspace: Workspace, single: dict[str, Any]
 ) -> None:
@@ -97,17 +121,19 @@ def test_meshes_agree_with_one_process(
     assert done.returncode == 0, done.stderr
     # Two runs that learn nothing would agree too.
     assert single["loss"][-1] < single["loss"][0] - 1
-    for mesh, results in json.loads(done.stdout).items():
-        assert results["weights"] == single["weights"], mesh
-        assert results["loss"] == pytest.approx(single["loss"], rel=1e-6), mesh
-        assert results["norm"] == pytest.approx(single["norm"], rel=1e-4), mesh
+    found = dict(zip(CASES[n_processes], json.loads(done.stdout), strict=True))
+    for case, results in found.items():
+        assert results["weights"] == single["weights"], case
+        assert results["loss"] == pytest.approx(single["loss"], rel=1e-6), case
+        assert results["norm"] == pytest.approx(single["norm"], rel=1e-4), case
+    sums = [results for case, results in found.items() if case.accumulate != "auto"]
+    assert sums[0]["loss"] == pytest.approx(sums[1]["loss"], rel=1e-6)
 
 
 def main(recipe: Path) -> None:
-    """Train over each mesh of this number of processes; print the results as JSON."""
-    with distributed(config_of(recipe, 1)) as world:
-        meshes = MESHES[world.size]
-        results = {f"{n} x {world.size // n}": train(recipe, world, n) for n in meshes}
+    """Train each case of this number of processes; print the results as JSON, in order."""
+    with distributed(config_of(recipe, Case())) as world:
+        results = [train(recipe, world, case) for case in CASES[world.size]]
         if world.is_main:
             print(json.dumps(results))
 

@@ -36,6 +36,7 @@ class Case:
     model: ModelConfig = GROUPED
     dtype: str = "float32"
     reshard: bool = False
+    accumulate: Literal["unsharded", "sharded"] = "unsharded"
     recompute: Literal["none", "selective", "full"] = "none"
     n_micro_batches: int = 1
     frozen: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ CASES = {
     "recomputed": Case(recompute="selective", reshard=True),
     "tied": Case(model=TIED),
     "accumulated": Case(n_micro_batches=2, reshard=True),
+    "accumulated in shards": Case(n_micro_batches=2, accumulate="sharded"),
     "frozen": Case(frozen=("embedding", "blocks.0.attention.qkv", "blocks.1.mlp.down", "output")),
     "compiled": Case(model=MULTI_HEAD, dtype="bfloat16", compile=True),
 }
@@ -82,7 +84,7 @@ def test_gradients_match_one_process(name: str, failures: dict[str, str | None])
 def loss_and_gradients(case: Case, operators: Operators, world: World) -> dict[str, Tensor]:
     """Loss and gradients of one update over all sequences, the same on every rank."""
     training = TrainingConfig(dtype=case.dtype, activation_checkpointing=case.recompute)
-    parallel = ParallelConfig(reshard_after_forward=case.reshard)
+    parallel = ParallelConfig(reshard_after_forward=case.reshard, accumulate=case.accumulate)
     config = Config(model=case.model, training=training, parallel=parallel)
     with torch.device("meta"):
         model = Llama(case.model, operators)
@@ -97,7 +99,7 @@ def loss_and_gradients(case: Case, operators: Operators, world: World) -> dict[s
     total = torch.zeros(())
     for micro_batch, sequences in enumerate(sequences_of(case)):
         is_last = micro_batch == case.n_micro_batches - 1
-        set_last_micro_batch(cast(FSDPModule, model), is_last, case.reshard)
+        set_last_micro_batch(cast(FSDPModule, model), is_last, parallel)
         tokens, targets = sequences[:, world.rank]
         loss = model(tokens[None], targets[None]) / case.n_micro_batches
         loss.backward()

@@ -30,7 +30,7 @@ from fastllama.optim.clipping import update
 from fastllama.planning.memory import (
     TrafficPlan,
     activation_bytes,
-    choose_resharding,
+    choose_by_memory,
     plan_memory,
     plan_traffic,
 )
@@ -158,8 +158,7 @@ def run_update(model: Llama, config: Config, world_size: int, meter: Meter) -> d
     n_micro_batches = config.accumulation_steps(world_size)
     for micro_batch in range(n_micro_batches):
         is_last = micro_batch == n_micro_batches - 1
-        reshard = bool(config.parallel.reshard_after_forward)
-        set_last_micro_batch(cast(FSDPModule, model), is_last, reshard)
+        set_last_micro_batch(cast(FSDPModule, model), is_last, config.parallel)
         tokens = torch.zeros(shape, dtype=torch.int64)
         loss = model(tokens, tokens)
         if micro_batch == 0:
@@ -201,6 +200,42 @@ CASES = {
             parallel={"reshard_after_forward": False, "reduce_dtype": "bfloat16"},
         ),
     ),
+    "in shards": (
+        8,
+        recipe(
+            8,
+            n_micro_batches=3,
+            model={"n_layers": 8},
+            parallel={"reshard_after_forward": False, "accumulate": "sharded"},
+        ),
+    ),
+    "in shards, freed, bfloat16": (
+        8,
+        recipe(
+            8,
+            n_micro_batches=2,
+            model={"n_layers": 8},
+            parallel={
+                "reshard_after_forward": True,
+                "accumulate": "sharded",
+                "reduce_dtype": "bfloat16",
+            },
+        ),
+    ),
+    "replicas in shards, bfloat16": (
+        16,
+        recipe(
+            16,
+            n_micro_batches=3,
+            model={"n_layers": 8},
+            parallel={
+                "reshard_after_forward": True,
+                "accumulate": "sharded",
+                "replicate": 4,
+                "reduce_dtype": "bfloat16",
+            },
+        ),
+    ),
     "replicas, selective": (
         64,
         recipe(
@@ -225,9 +260,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_plan_matches_fsdp(name: str) -> None:
     world_size, config = CASES[name]
-    reshard = bool(config.parallel.reshard_after_forward)
-    memory = plan_memory(config, world_size, reshard=reshard)
-    traffic = plan_traffic(config, world_size, reshard=reshard)
+    memory = plan_memory(config, world_size)
+    traffic = plan_traffic(config, world_size)
     measured, sent = measure(config, world_size)
     assert_close(memory.parameters, measured["parameters"])
     assert_close(memory.optimizer, measured["optimizer"])
@@ -236,7 +270,8 @@ def test_plan_matches_fsdp(name: str) -> None:
     loss = 4 * model.vocab_size * model.n_embd + 2 * n_tokens * model.n_embd
     assert_close(memory.gathered + memory.activations + loss, measured["saved for backward"])
     if config.accumulation_steps(world_size) > 1:
-        stays = memory.gradients + (0 if reshard else memory.gathered)
+        freed = config.parallel.reshard_after_forward
+        stays = memory.gradients + (0 if freed else memory.gathered)
         assert_close(stays, measured["between micro-batches"])
     assert_close(memory.total, measured["total"])
     assert_close(traffic.all_gather, sent["_allgather_base_"])
@@ -255,33 +290,136 @@ def test_activation_bytes_of_1b_block() -> None:
 
 
 def test_one_device_sends_nothing() -> None:
-    config = recipe(1)
-    assert plan_traffic(config, 1, reshard=True) == TrafficPlan(0, 0, 0)
+    config = recipe(1, parallel={"reshard_after_forward": True})
+    assert plan_traffic(config, 1) == TrafficPlan(0, 0, 0)
 
 
-def test_auto_resharding_depends_on_memory() -> None:
+def chosen(config: Config, world_size: int, available: int | None) -> tuple[Any, str, str]:
+    """The two options that memory decides, and the reason."""
+    resolved, reason = choose_by_memory(config, world_size, available)
+    parallel = resolved.parallel
+    assert dataclasses.replace(resolved, parallel=config.parallel) == config
+    return parallel.reshard_after_forward, parallel.accumulate, reason
+
+
+def with_parallel(config: Config, **options: Any) -> Config:
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **options))
+
+
+def total(config: Config, world_size: int, reshard: bool, accumulate: str) -> int:
+    choice = with_parallel(config, reshard_after_forward=reshard, accumulate=accumulate)
+    return plan_memory(choice, world_size).total
+
+
+ORDER = ((False, "unsharded"), (False, "sharded"), (True, "sharded"))
+"""The choices for this model, least traffic first."""
+
+
+@pytest.mark.parametrize("choice", ORDER)
+def test_first_choice_that_fits_is_taken(choice: tuple[bool, str]) -> None:
+    config = recipe(8, n_micro_batches=8)
+    available = math.ceil(total(config, 8, *choice) / 0.9)
+    assert chosen(config, 8, available)[:2] == choice
+    # Every larger memory takes an earlier choice, and a smaller one a later.
+    assert ORDER.index(chosen(config, 8, 2 * available)[:2]) <= ORDER.index(choice)
+    if choice != ORDER[-1]:
+        following = ORDER[ORDER.index(choice) + 1]
+        assert chosen(config, 8, available - 2)[:2] == following
+
+
+def test_order_is_that_of_traffic_per_saved_byte() -> None:
+    config = recipe(8, n_micro_batches=8)
+    plain, *saving = (
+        with_parallel(config, reshard_after_forward=reshard, accumulate=accumulate)
+        for reshard, accumulate in ((False, "unsharded"), (False, "sharded"), (True, "unsharded"))
+    )
+    sent = [sum(dataclasses.astuple(plan_traffic(choice, 8))) for choice in (plain, *saving)]
+    held = [plan_memory(choice, 8).total for choice in (plain, *saving)]
+    costs = [(sent[i] - sent[0]) / (held[0] - held[i]) for i in (1, 2)]
+    assert costs == pytest.approx([8 - 1, 2 * 8 - 1], rel=0.05)
+
+
+def test_reason_has_the_sums() -> None:
+    config = recipe(8, n_micro_batches=8)
+    assert chosen(config, 8, 80 * 2**30)[2] == (
+        "parameters kept for the backward, gradients summed in shards: 56.0 of 80.0 GiB; 82.2 with "
+        "parameters kept for the backward, gradients summed whole"
+    )
+    # One micro-batch per update has no sums.
     config = recipe(64)
-    kept = plan_memory(config, 64, reshard=False).total
-    assert choose_resharding(config, 64, available=2 * kept)[0] is False
-    reshard, reason = choose_resharding(config, 64, available=kept)
-    assert reshard is True
-    assert reason == (
-        "parameters freed after the forward: keeping them needs 42.5 of 42.5 GiB, freeing them "
-        "30.3 GiB"
+    kept = total(config, 64, reshard=False, accumulate="unsharded")
+    assert chosen(config, 64, kept) == (
+        True,
+        "unsharded",
+        "parameters freed after the forward: 30.3 of 42.5 GiB; 42.5 with parameters kept for the "
+        "backward",
     )
-    assert choose_resharding(config, 64, None) == (
+
+
+def test_cpu_keeps_all() -> None:
+    assert chosen(recipe(8, n_micro_batches=8), 8, None) == (
         False,
-        "parameters kept for the backward, as always on a CPU",
+        "unsharded",
+        "parameters kept for the backward, gradients summed whole: 82.2 GiB, not limited on a CPU",
     )
 
 
-@pytest.mark.parametrize("choice", [True, False])
-def test_explicit_resharding(choice: bool) -> None:
-    config = recipe(64, parallel={"reshard_after_forward": choice})
-    for available in (None, 1, 2**60):
-        reshard, reason = choose_resharding(config, 64, available)
-        assert reshard is choice
-        assert reason.endswith("as asked for")
+def test_one_device_has_no_shards_to_sum_in() -> None:
+    config = recipe(1, n_micro_batches=8)
+    smallest = total(config, 1, reshard=True, accumulate="unsharded")
+    assert chosen(config, 1, 2 * smallest)[:2] == (False, "unsharded")
+    assert chosen(config, 1, smallest)[:2] == (True, "unsharded")
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("accumulate", ["unsharded", "sharded"])
+def test_options_that_are_set_stay(reshard: bool, accumulate: str) -> None:
+    config = recipe(8, n_micro_batches=8)
+    one = with_parallel(config, reshard_after_forward=reshard)
+    other = with_parallel(config, accumulate=accumulate)
+    both = with_parallel(one, accumulate=accumulate)
+    least = total(config, 8, reshard, accumulate)
+    for available in (None, least, 2**60):
+        assert chosen(both, 8, available)[:2] == (reshard, accumulate)
+    for available in (None, 2**60):
+        assert chosen(one, 8, available)[:2] == (reshard, "unsharded")
+        assert chosen(other, 8, available)[:2] == (False, accumulate)
+    # The other option is what makes it fit.
+    assert chosen(one, 8, total(config, 8, reshard, "sharded"))[:2] == (reshard, "sharded")
+    assert chosen(other, 8, total(config, 8, True, accumulate))[:2] == (True, accumulate)
+
+
+def test_plan_that_fits_barely_is_tried() -> None:
+    config = recipe(8, n_micro_batches=8)
+    smallest = total(config, 8, *ORDER[-1])
+    *options, reason = chosen(config, 8, smallest)
+    assert tuple(options) == ORDER[-1]
+    assert "43.8 of 43.8 GiB, more than the 90 % that a run can rely on; 82.2 with" in reason
+
+
+def test_plan_that_does_not_fit_is_refused_with_its_remedies() -> None:
+    config = recipe(8, n_micro_batches=8)
+    smallest = total(config, 8, *ORDER[-1])
+    with pytest.raises(ValueError, match=r"^The smallest plan needs 43\.8 GiB") as refusal:
+        choose_by_memory(config, 8, smallest - 1)
+    assert str(refusal.value) == (
+        "The smallest plan needs 43.8 GiB, and the device has 43.8 GiB (activations 23.0, "
+        "optimizer 7.5, parameters 3.7); use more devices, or set "
+        'training.activation_checkpointing = "full" instead of "none".'
+    )
+    config = recipe(
+        8,
+        n_micro_batches=8,
+        parallel={"accumulate": "unsharded", "reshard_after_forward": False},
+        training={"batch_size": 2, "activation_checkpointing": "full"},
+    )
+    with pytest.raises(ValueError, match=r"^The smallest plan needs 86\.1 GiB") as refusal:
+        choose_by_memory(config, 8, 1)
+    assert str(refusal.value).endswith(
+        "); use more devices, or lower training.batch_size = 2, or set "
+        'parallel.reshard_after_forward = "auto" instead of false, or set parallel.accumulate = '
+        '"auto" instead of "unsharded".'
+    )
 
 
 def table_rows(header: str) -> list[list[str]]:
@@ -292,13 +430,15 @@ def table_rows(header: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-def config_of_row(devices: str, reshard: str) -> tuple[Config, int, bool]:
+def config_of_row(devices: str, reshard: str, accumulate: str) -> tuple[Config, int]:
     world_size, _, replicas = devices.partition(", ")
-    replicate = int(replicas.removesuffix(" replicas") or 1)
-    config = recipe(
-        int(world_size), 8 if world_size == "8" else 1, parallel={"replicate": replicate}
-    )
-    return config, int(world_size), reshard == "true"
+    parallel = {
+        "replicate": int(replicas.removesuffix(" replicas") or 1),
+        "reshard_after_forward": reshard == "true",
+        "accumulate": accumulate,
+    }
+    n_micro_batches = max(1, 64 // int(world_size))
+    return recipe(int(world_size), n_micro_batches, parallel=parallel), int(world_size)
 
 
 def gibibytes(*counts: int) -> list[float]:
@@ -306,15 +446,16 @@ def gibibytes(*counts: int) -> list[float]:
 
 
 def test_docs_show_the_plan() -> None:
-    memory = table_rows("| GPUs | reshard | parameters")
-    traffic = table_rows("| GPUs | reshard | all-gather")
-    assert len(memory) == len(traffic) == 7
-    for devices, reshard, *cells in memory:
-        config, world_size, freed = config_of_row(devices, reshard)
-        plan = plan_memory(config, world_size, reshard=freed)
+    memory = table_rows("| GPUs | reshard | accumulate | parameters")
+    traffic = table_rows("| GPUs | reshard | accumulate | all-gather")
+    assert [row[:3] for row in memory if row[0] != "1"] == [row[:3] for row in traffic]
+    assert len(memory) == 11
+    for *options, in_table in ((*row[:3], row[3:]) for row in memory):
+        config, world_size = config_of_row(*options)
+        plan = plan_memory(config, world_size)
         expected = gibibytes(*dataclasses.astuple(plan), plan.total)
-        assert [float(cell) for cell in cells] == expected
-    for devices, reshard, *cells in traffic:
-        config, world_size, freed = config_of_row(devices, reshard)
-        sent = plan_traffic(config, world_size, reshard=freed)
-        assert [float(cell) for cell in cells] == gibibytes(*dataclasses.astuple(sent))
+        assert [float(cell) for cell in in_table] == expected, options
+    for *options, in_table in ((*row[:3], row[3:]) for row in traffic):
+        config, world_size = config_of_row(*options)
+        sent = plan_traffic(config, world_size)
+        assert [float(cell) for cell in in_table] == gibibytes(*dataclasses.astuple(sent)), options

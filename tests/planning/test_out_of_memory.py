@@ -42,13 +42,29 @@ def test_errors_of_lacking_memory() -> None:
         (
             Config(LARGE),
             8,
-            "choose a smaller model, or use more devices, or set "
-            "parallel.reshard_after_forward = true.",
+            'choose a smaller model, or use more devices, or set parallel.accumulate = "sharded", '
+            "or set parallel.reshard_after_forward = true.",
         ),
         (
-            Config(LARGE, parallel=ParallelConfig(reshard_after_forward=True)),
+            Config(
+                LARGE,
+                parallel=ParallelConfig(reshard_after_forward=True, accumulate="sharded"),
+            ),
             8,
             "choose a smaller model, or use more devices.",
+        ),
+        # There is nothing to shard over.
+        (
+            Config(LARGE, parallel=ParallelConfig(replicate=8)),
+            8,
+            "choose a smaller model, or use more devices.",
+        ),
+        # One micro-batch has no sums.
+        (
+            Config(LARGE, training=TrainingConfig(tokens_per_update=2**14)),
+            8,
+            "choose a smaller model, or use more devices, or set "
+            "parallel.reshard_after_forward = true.",
         ),
     ],
 )
@@ -57,7 +73,6 @@ def test_sentence_has_the_plan_and_its_remedies(
 ) -> None:
     sentence = out_of_memory(MemoryError(), config, world_size, "in update 3")
     assert sentence.startswith("Out of memory in update 3: MemoryError. The plan per device is ")
-    reshard = config.parallel.reshard_after_forward is True
-    plan = plan_memory(config, world_size, reshard=reshard)
+    plan = plan_memory(config, world_size)
     assert f"{plan.total / 2**30:,.1f} GiB (parameters {plan.parameters / 2**30:,.1f}" in sentence
     assert sentence.endswith(f"); {remedies}")
