@@ -1,5 +1,6 @@
 """Setting up a training: from options to a session, and from a session to a state to train."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def open_session(
 
 
 def prepare_environment(config: Config, run: RunFolder) -> str | None:
-    """Set the environment variables that PyTorch reads when the process group starts.
+    """Set the environment variables that PyTorch reads when CUDA or the process group starts.
 
     Returns:
         Where NCCL's flight recorder writes, without the rank; None if it is off.
@@ -83,9 +84,31 @@ def prepare_environment(config: Config, run: RunFolder) -> str | None:
         refuse_missing_compiler()
     if config.training.deterministic:
         fix_cublas_workspace()
+    if device.type == "cuda":
+        expand_segments()
     if device.type == "cuda" and world_size() > 1:
         return record_collectives(run.path)
     return None
+
+
+# In the order of PyTorch 2.13: the older name wins if both are set.
+_ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def expand_segments() -> None:
+    """Keep freed GPU memory from fragmenting, unless the environment configures the allocator.
+
+    PyTorch reads the setting with the first allocation on a GPU. Only another `backend` would have
+    to be set before PyTorch is imported.
+    """
+    if allocator_setting() is None:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def allocator_setting() -> str | None:
+    """The setting of PyTorch's allocator as `NAME=VALUE`; None if there is none."""
+    names = (name for name in _ALLOCATOR_SETTINGS if name in os.environ)
+    return next((f"{name}={os.environ[name]}" for name in names), None)
 
 
 @contextmanager
@@ -245,6 +268,8 @@ def describe_run(session: Session, start: Start, kernels: str) -> list[str]:
         f"kernels {kernels}",
         f"memory  {session.memory}",
     ]
+    if on_cuda:
+        lines.append(f"alloc   {allocator_setting()}")
     if session.flight_records:
         lines.append(f"hangs   {session.flight_records}RANK, written where a collective times out")
     return lines
