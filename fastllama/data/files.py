@@ -99,6 +99,10 @@ def find_files(inputs: Sequence[str]) -> InputFiles:
 
 
 def _files_of(value: str, files: InputFiles) -> Iterator[str]:
+    if "://" in value and not _mode(value):
+        raise ValueError(
+            f"cannot read {_shown(value)}: fastllama reads local files; download it, or mount it"
+        )
     path = value if _mode(value) else os.path.expanduser(value)
     mode = _mode(path)
     if stat.S_ISREG(mode):

@@ -12,13 +12,23 @@ import pyarrow as pa
 import pyarrow.json
 
 from fastllama.data.decompression import BUFFER_BYTES, DamagedInputError
-from fastllama.data.records import EMPTY, NoText, Record, check_text, missing_field, too_long
+from fastllama.data.records import (
+    EMPTY,
+    OTHER_ENCODING,
+    NoText,
+    Record,
+    check_text,
+    missing_field,
+    too_long,
+)
 
 LONG_RECORD_BYTES = 2**23
 """Parsed as Python objects, JSON may take 30 times its size. Arrow parses a longer line, and builds
 only the text."""
 
 _ARRAY_REMEDY = "; end the name of a file that is one array in .json"
+_ONE_LINE_REMEDY = "; a value must fill one line: end the name in .json, or use `jq -c .`"
+_MANY_VALUES_REMEDY = "; a line must hold one value: use `jq -c .`"
 _SEPARATORS = re.compile(r"[\s,]*")
 
 
@@ -97,14 +107,26 @@ def _parse_line(line: bytes, field: str) -> str | NoText:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return NoText(f"not UTF-8 at byte {error.start}")
+        return NoText(f"not UTF-8 at byte {error.start}{OTHER_ENCODING}")
     except RecursionError:
         return NoText("not JSON (nested too deeply)")
     except ValueError as error:
-        return NoText(f"not JSON ({error}){_ARRAY_REMEDY if line[:1] == b'[' else ''}")
+        return NoText(f"not JSON ({error}){_remedy(line, error)}")
     if isinstance(record, list):
         return NoText(f"an array, not a JSON object{_ARRAY_REMEDY}")
     return _text_of(record, field)
+
+
+def _remedy(line: bytes, error: ValueError) -> str:
+    """The rest of the sentence about a line that is not JSON: what it most likely is."""
+    if line[:1] == b"[":
+        return _ARRAY_REMEDY
+    if not isinstance(error, json.JSONDecodeError):
+        return ""
+    if error.msg == "Extra data":
+        return _MANY_VALUES_REMEDY
+    is_unfinished = line[:1] == b"{" and error.pos >= len(error.doc.rstrip())
+    return _ONE_LINE_REMEDY if is_unfinished else ""
 
 
 def _text_of(record: object, field: str) -> str | NoText:

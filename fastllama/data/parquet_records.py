@@ -15,6 +15,8 @@ from fastllama.data.records import EMPTY, NoText, Record, missing_field, too_lon
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 2**27
+ROWS_OF_UNKNOWN_SIZE = 64
+"""Rows of a batch where the size of a row is known only after decoding."""
 MAX_ROWS_PER_BYTE = 1000
 """A file may declare this many rows per byte, or 10 million. Each row costs time, even if null."""
 
@@ -89,6 +91,8 @@ def _check_column(schema: pa.Schema, field: str) -> NoText | None:
     """Why the column `field` has no text in any row; None if it has."""
     if field not in schema.names:
         return missing_field(field, tuple(schema.names))
+    if (count := schema.names.count(field)) > 1:
+        return NoText(f"{count} columns have the name {field!r}: rename all but one")
     kind = schema.types[schema.names.index(field)]
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -100,11 +104,20 @@ def _check_column(schema: pa.Schema, field: str) -> NoText | None:
 
 
 def _longest_value(source: pa.NativeFile, metadata: pq.FileMetaData, group: int, field: str) -> int:
-    """Bytes of the longest value in the dictionary of a row group. Any row may repeat it."""
+    """Bytes of the longest value in the dictionary of a row group. Any row may repeat it.
+
+    A delta encoding has no dictionary, and a row may repeat any part of the row before it.
+    """
     # Read as a dictionary, a single row comes with all values of the dictionary page.
     with _open(source, metadata=metadata, read_dictionary=[field]) as file:
         rows = file.iter_batches(1, row_groups=[group], columns=[field], use_threads=False)
-        first = next(rows, None)
+        try:
+            first = next(rows, None)
+        except OSError as error:
+            # Damage, which the reading reports later, has no number either.
+            if error.errno is not None:
+                raise
+            return BATCH_BYTES // ROWS_OF_UNKNOWN_SIZE
     if first is None:
         return 0
     return pc.max(pc.binary_length(first.column(0).dictionary)).as_py() or 0

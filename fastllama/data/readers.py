@@ -15,12 +15,16 @@ from fastllama.data.decompression import (
 from fastllama.data.files import COMPRESSIONS
 from fastllama.data.json_records import read_json, read_json_lines
 from fastllama.data.parquet_records import read_parquet
-from fastllama.data.records import EMPTY, NoText, Record, too_long
+from fastllama.data.records import EMPTY, OTHER_ENCODING, NoText, Record, too_long
 from fastllama.printable import printable
 
 _GIT_LFS = b"version https://git-lfs.github.com/"
 _UTF_16 = "it is UTF-16: convert it to UTF-8, as with `iconv -f UTF-16 -t UTF-8`"
+_UTF_32 = "it is UTF-32: convert it to UTF-8, as with `iconv -f UTF-32 -t UTF-8`"
 _NOT_TEXT = {
+    # Before UTF-16, whose mark begins like this one.
+    codecs.BOM_UTF32_LE: _UTF_32,
+    codecs.BOM_UTF32_BE: _UTF_32,
     codecs.BOM_UTF16_LE: _UTF_16,
     codecs.BOM_UTF16_BE: _UTF_16,
     b"\x1f\x8b": "it is compressed with gzip: add .gz to its name",
@@ -28,8 +32,15 @@ _NOT_TEXT = {
     b"BZh91AY&SY": "it is compressed with bzip2: add .bz2 to its name",
     b"\xfd7zXZ\x00": "it is compressed with xz: add .xz to its name",
     b"PK\x03\x04": "it is a ZIP archive: unpack it",
+    b"7z\xbc\xaf\x27\x1c": "it is a 7z archive: unpack it",
+    b"%PDF-": "it is a PDF: extract its text, as with `pdftotext`",
+    b"ARROW1": "it is an Arrow file: write it as Parquet",
+    b"PAR1": "it is Parquet: add .parquet to its name",
 }
 """First bytes of a file that is neither text nor JSON, and the remedy."""
+_TAR_PLACE, _TAR = 257, b"ustar"
+MAX_NUL_SHARE = 0.1
+"""Text may hold the character U+0000. UTF-16 without a mark holds it at every second byte."""
 
 
 def read_file(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[Record]:
@@ -90,6 +101,13 @@ def _records(
     for start, problem in _NOT_TEXT.items():
         if first.startswith(start):
             raise DamagedInputError(problem)
+    if first.startswith(_TAR, _TAR_PLACE):
+        raise DamagedInputError("it is a tar archive: unpack it")
+    if first.count(b"\0") > len(first) * MAX_NUL_SHARE:
+        raise DamagedInputError(
+            "it is full of NUL bytes, so it is no UTF-8 text: convert it, as with `iconv -f "
+            "UTF-16LE -t UTF-8`, or leave it out"
+        )
     match name.removesuffix(compression).rsplit(".")[-1]:
         case "json":
             yield from read_json(raw, content, field, skip, max_bytes)
@@ -109,4 +127,4 @@ def _read_text(raw: IO[bytes], content: io.BufferedReader, max_bytes: int) -> Re
         return Record(1, data.decode("utf-8-sig") or EMPTY, raw.tell())
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        return Record(1, NoText(f"not UTF-8 in line {line}"), raw.tell())
+        return Record(1, NoText(f"not UTF-8 in line {line}{OTHER_ENCODING}"), raw.tell())

@@ -31,6 +31,7 @@ class Record(NamedTuple):
 
 
 EMPTY = NoText("empty", malformed=False)
+OTHER_ENCODING = "; convert another encoding, as with `iconv -f WINDOWS-1252 -t UTF-8`"
 
 
 def too_long(max_bytes: int) -> NoText:
@@ -45,9 +46,14 @@ def missing_field(field: str, fields: tuple[str, ...]) -> NoText:
 
 def list_fields(fields: Sequence[str]) -> str:
     """The names of the first `NAMED_FIELDS` fields, shortened, and the number of the others."""
-    names = ", ".join(one_line(name, 40) for name in fields[:NAMED_FIELDS])
+    names = ", ".join(map(_shown, fields[:NAMED_FIELDS]))
     others = len(fields) - NAMED_FIELDS
     return f"{names} and {others:,} more" if others > 0 else names
+
+
+def _shown(name: str) -> str:
+    """A name, in quotes if it begins or ends with a space."""
+    return one_line(name, 40) if name == name.strip() else repr(name[:40])
 
 
 def check_text(value: object, field: str) -> str | NoText:

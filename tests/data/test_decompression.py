@@ -68,7 +68,7 @@ def test_every_cut_is_noticed(tmp_path: Path, suffix: str) -> None:
 def test_bomb_is_not_expanded(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decompression, "EXPANSION_FROM", 2**22)
     path = tmp_path / f"x.jsonl{suffix}"
-    data = PACK[suffix](b'{"text": "first"}\n{"text": "' + bytes(2**25))
+    data = PACK[suffix](b'{"text": "first"}\n{"text": "' + b"a" * 2**25)
     path.write_bytes(data)
     document, malformed = read_documents([path])
     assert isinstance(document, Document)

@@ -1,8 +1,10 @@
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
+import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -113,7 +115,11 @@ def test_text_file_with_invalid_utf8(tmp_path: Path) -> None:
     good = tmp_path / "good.txt"
     good.write_text("fine")
     assert texts(bad, good) == ["fine"]
-    assert malformed(bad, good) == [(f"{bad}:1", "not UTF-8 in line 2")]
+    [(where, reason)] = malformed(bad, good)
+    assert where == f"{bad}:1"
+    assert reason == (
+        "not UTF-8 in line 2; convert another encoding, as with `iconv -f WINDOWS-1252 -t UTF-8`"
+    )
 
 
 def test_suffixes_of_any_case(tmp_path: Path) -> None:
@@ -290,9 +296,11 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", PACK)
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
-def test_utf_16_is_recognised_by_its_mark(tmp_path: Path, suffix: str, encoding: str) -> None:
-    mark = "\ufeff" if encoding == "utf-16-be" else ""
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_wide_encodings_are_recognised_by_their_mark(
+    tmp_path: Path, suffix: str, encoding: str
+) -> None:
+    mark = "\ufeff" if encoding.endswith("-be") else ""
     for name in ("x.txt", "x.jsonl", "x.json"):
         path = tmp_path / f"{name}{suffix}"
         path.write_bytes(PACK[suffix]((mark + '{"text": "a"}\n').encode(encoding)))
@@ -300,7 +308,65 @@ def test_utf_16_is_recognised_by_its_mark(tmp_path: Path, suffix: str, encoding:
         assert texts(path, after) == ["next"]
         [(where, reason)] = malformed(path, after)
         assert where == f"{path}:1"
-        assert "it is UTF-16: convert it to UTF-8" in reason
+        assert f"it is {encoding.upper()[:6]}: convert it to UTF-8" in reason
+
+
+def tar_of(text: bytes) -> bytes:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        entry = tarfile.TarInfo("a.jsonl")
+        entry.size = len(text)
+        tar.addfile(entry, io.BytesIO(text))
+    return archive.getvalue()
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.txt.gz", "x.jsonl", "x.jsonl.gz", "x.json"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (tar_of(b'{"text": "a"}\n'), "it is a tar archive: unpack it"),
+        (b"%PDF-1.7\n", "it is a PDF: extract its text"),
+        (b"7z\xbc\xaf\x27\x1c\0", "it is a 7z archive: unpack it"),
+        (b"PAR1\x15", "it is Parquet: add .parquet to its name"),
+        ("text\n".encode("utf-16-le"), "it is full of NUL bytes"),
+        (bytes(10_000), "it is full of NUL bytes"),
+    ],
+)
+def test_what_is_no_text_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    after = write_lines(tmp_path / "y.jsonl", {"text": "next"})
+    assert texts(path, after) == ["next"]
+    [(where, found)] = malformed(path, after)
+    assert where == f"{path}:1"
+    assert reason in found
+
+
+def test_text_with_a_nul_character(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("a text\0with it")
+    assert texts(tmp_path / "x.txt") == ["a text\0with it"]
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ('{"text": "a"} {"text": "b"}', "a line must hold one value: use `jq -c .`"),
+        ("{", "a value must fill one line: end the name in .json, or use `jq -c .`"),
+        ('[{"text": "a"},', "end the name of a file that is one array in .json"),
+    ],
+)
+def test_remedy_for_lines_that_are_not_json(tmp_path: Path, line: str, remedy: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{line}\n{{"text": "next"}}\n')
+    [(where, reason)] = malformed(path)
+    assert where == f"{path}:1"
+    assert reason.endswith(remedy)
+
+
+def test_field_with_a_space_is_quoted(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", {" text": "a"})
+    with pytest.raises(ValueError, match="choose one of ' text' with --field"):
+        texts(path)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,22 @@ def test_kinds_of_text_columns(tmp_path: Path, kind: pa.DataType, encoded: bool)
     assert texts(path) == ["ab", "é"]
 
 
+@pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
+def test_encodings_without_a_dictionary(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "x.parquet"
+    column = [f"text {number}" for number in range(5000)]
+    pq.write_table(
+        pa.table({"text": column}), path, use_dictionary=False, column_encoding={"text": encoding}
+    )
+    assert texts(path) == column
+
+
+def test_two_columns_of_one_name(tmp_path: Path, after: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    assert problem(path, after) == (1, "2 columns have the name 'text': rename all but one")
+
+
 @pytest.mark.parametrize(
     "column",
     [
