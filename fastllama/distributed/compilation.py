@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from rich.console import Console
@@ -45,21 +45,20 @@ def compile_model(model: Llama, config: Config) -> None:
 
 
 class CompileWatch:
-    """Extends the timeout of the first update, and reports graphs that are compiled later."""
+    """Extends the timeout while graphs are compiled, and reports graphs that are compiled later."""
 
     def __init__(self, config: Config, world: World, console: Console, began: float) -> None:
         """`began` is the start of the run, by time.perf_counter."""
         self._config, self._world, self._console, self._began = config, world, console, began
         self._warm = False
+        self._validated = False
 
     @contextmanager
     def update(self, step: int) -> Iterator[None]:
         """Wrap one update; every process calls it."""
         before = n_compiled_graphs()
-        if not self._warm and self._config.training.compile:
-            asked = self._config.parallel.timeout_minutes
-            self._world.set_timeout(max(FIRST_UPDATE_MINUTES, asked))
-        yield
+        with nullcontext() if self._warm else self._compiling():
+            yield
         compiled = n_compiled_graphs() - before
         if not self._warm:
             self._warm = True
@@ -70,14 +69,30 @@ class CompileWatch:
                 "should not happen after the first update; TORCH_LOGS=recompiles shows the reason."
             )
 
+    @contextmanager
+    def validation(self) -> Iterator[None]:
+        """Wrap one validation; every process calls it. The first compiles graphs of its own."""
+        with nullcontext() if self._validated else self._compiling():
+            yield
+        self._validated = True
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Extend the timeout of collectives for work that compiles graphs."""
+        asked = self._config.parallel.timeout_minutes
+        allowed = max(FIRST_UPDATE_MINUTES, asked) if self._config.training.compile else asked
+        self._world.set_timeout(allowed)
+        try:
+            yield
+            if self._world.device.type == "cuda":
+                torch.cuda.synchronize()
+        finally:
+            self._world.set_timeout(asked)
+
     def _tell_first_update(self, compiled: int) -> None:
-        if self._world.device.type == "cuda":
-            torch.cuda.synchronize()
         seconds = time.perf_counter() - self._began
         graphs = f", {compiled} graphs compiled" if self._config.training.compile else ""
         self._tell(f"first update done {seconds:.1f} s after the start{graphs}")
-        if self._config.training.compile:
-            self._world.set_timeout(self._config.parallel.timeout_minutes)
 
     def _tell(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)

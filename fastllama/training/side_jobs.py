@@ -91,7 +91,11 @@ class SideJobs:
         session, model = self.session, self.state.model
         if session.dataset.validation is None:
             return
-        with self.monitor.side_job(), self._reported("validation"):
+        with (
+            self.monitor.side_job(),
+            self._reported("validation"),
+            self.compile_watch.validation(),
+        ):
             loss = validation_loss(model, session.dataset.validation, session.config, session.world)
             self.monitor.recorder.add_validation(loss, bits_per_byte(loss, session.dataset))
 

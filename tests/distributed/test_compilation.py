@@ -63,6 +63,21 @@ def test_long_first_timeout_and_report_of_late_graphs(
     assert second.startswith("step 13: torch.compile made 1 more graphs")
 
 
+def test_long_timeout_of_the_first_validation(world: World) -> None:
+    watch = CompileWatch(CONFIG, world, Console(file=io.StringIO()), time.perf_counter())
+
+    def minutes() -> list[float]:
+        return [wait.total_seconds() / 60 for wait in timeouts(world)]
+
+    with pytest.raises(OSError, match="a shard"), watch.validation():
+        raise OSError("a shard cannot be read")
+    assert minutes() == [3]
+    for expected in (FIRST_UPDATE_MINUTES, 3):
+        with watch.validation():
+            assert minutes() == [expected]
+    assert minutes() == [3]
+
+
 def test_compiled_model_with_selective_checkpointing(workspace: Workspace, tmp_path: Path) -> None:
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
     train(workspace.recipe, "--run-dir", eager)
