@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from fastllama.config import Config
 from fastllama.distributed.world import World
+from fastllama.errors import SideJobFailedError
 from fastllama.model.llama import Llama
 
 FIRST_UPDATE_MINUTES = 60.0
@@ -79,17 +80,25 @@ class CompileWatch:
     @contextmanager
     def _compiling(self) -> Iterator[None]:
         """Extend the timeout of collectives for work that compiles graphs."""
+        if not self._config.training.compile:
+            yield
+            return
         asked = self._config.parallel.timeout_minutes
-        allowed = max(FIRST_UPDATE_MINUTES, asked) if self._config.training.compile else asked
-        self._world.set_timeout(allowed)
+        self._world.set_timeout(max(FIRST_UPDATE_MINUTES, asked))
         try:
             yield
-            if self._world.device.type == "cuda":
-                torch.cuda.synchronize()
-        finally:
+        except SideJobFailedError:
+            # Every rank has failed, and goes on. Any other error may be one rank's alone, and the
+            # others do not come to the barrier of `set_timeout`.
             self._world.set_timeout(asked)
+            raise
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._world.set_timeout(asked)
 
     def _tell_first_update(self, compiled: int) -> None:
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - self._began
         graphs = f", {compiled} graphs compiled" if self._config.training.compile else ""
         self._tell(f"first update done {seconds:.1f} s after the start{graphs}")

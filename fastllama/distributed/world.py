@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fastllama.config import Config
 from fastllama.distributed.failures import abort_process_group, failures_told, pids_of_node
+from fastllama.errors import TrainingFailedError
+from fastllama.printable import one_line
 
 Result = TypeVar("Result")
 
@@ -81,8 +85,30 @@ class World:
 
 
 def world_size() -> int:
-    """Number of processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes that torchrun started; 1 without it.
+
+    Raises:
+        ValueError: the environment variable WORLD_SIZE is no number of processes.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", size):
+        raise ValueError(
+            f"WORLD_SIZE = {size!r} is no number of processes; unset it, or start with torchrun."
+        )
+    return int(size)
+
+
+def require_launcher() -> None:
+    """Check that the variables of a launcher are complete, before a training starts.
+
+    Raises:
+        ValueError: WORLD_SIZE names several processes, and RANK is missing.
+    """
+    if "RANK" not in os.environ and world_size() > 1:
+        raise ValueError(
+            f"WORLD_SIZE = {world_size()}, but RANK is not set; start with torchrun, or unset "
+            "WORLD_SIZE."
+        )
 
 
 def choose_device(kind: str) -> torch.device:
@@ -130,7 +156,7 @@ def distributed(config: Config) -> Iterator[World]:
     if on_cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        _join_others(backend, timeout, device_id)
     else:
         # A store inside the process: a run of one process opens no port.
         dist.init_process_group(
@@ -154,6 +180,29 @@ def distributed(config: Config) -> Iterator[World]:
         abort_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _join_others(backend: str, timeout: timedelta, device_id: torch.device | None) -> None:
+    """Join the process group that the environment variables of a launcher describe.
+
+    Raises:
+        ValueError: a variable is missing or wrong, or the address cannot be used.
+        TrainingFailedError: the other processes did not come in time.
+    """
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if os.environ["RANK"] == "0" and world_size() > 1:
+        print(f"waiting for {world_size()} processes at {address}", file=sys.stderr, flush=True)
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    except dist.DistStoreError as error:
+        raise TrainingFailedError(
+            f"Not all of the {world_size()} processes came to {address}: {one_line(error, 300)}"
+        ) from None
+    except (ValueError, dist.DistNetworkError) as error:
+        raise ValueError(
+            f"The processes cannot meet at {address} ({one_line(error, 300)}); start with "
+            "torchrun, or correct MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE."
+        ) from None
 
 
 def build_mesh(device_type: str, replicate: int) -> DeviceMesh:

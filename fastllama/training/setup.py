@@ -20,7 +20,13 @@ from fastllama.distributed.compilation import compile_model, refuse_missing_comp
 from fastllama.distributed.determinism import deterministic_algorithms, fix_cublas_workspace
 from fastllama.distributed.flight_recorder import record_collectives
 from fastllama.distributed.fsdp import resolve_resharding, shard_model
-from fastllama.distributed.world import World, choose_device, distributed, world_size
+from fastllama.distributed.world import (
+    World,
+    choose_device,
+    distributed,
+    require_launcher,
+    world_size,
+)
 from fastllama.errors import TrainingFailedError
 from fastllama.model.activation_checkpointing import checkpoint_activations
 from fastllama.model.llama import Llama
@@ -45,6 +51,7 @@ def open_session(
     Raises:
         ValueError: options, data, device and run folder do not fit together. Nothing was written.
     """
+    require_launcher()
     validate(config, world_size())
     dataset = open_dataset(config)
     flight_records = prepare_environment(config, run)

@@ -16,6 +16,7 @@ from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from fastllama.distributed import compilation
 from fastllama.distributed.compilation import FIRST_UPDATE_MINUTES, CompileWatch, compile_model
 from fastllama.distributed.world import World, distributed
+from fastllama.errors import SideJobFailedError
 from fastllama.model.llama import Llama
 from fastllama_kernels import REFERENCE
 from tests.distributed.test_world import timeouts
@@ -69,8 +70,8 @@ def test_long_timeout_of_the_first_validation(world: World) -> None:
     def minutes() -> list[float]:
         return [wait.total_seconds() / 60 for wait in timeouts(world)]
 
-    with pytest.raises(OSError, match="a shard"), watch.validation():
-        raise OSError("a shard cannot be read")
+    with pytest.raises(SideJobFailedError), watch.validation():
+        raise SideJobFailedError("1 of 2 ranks cannot read the held-out text")
     assert minutes() == [3]
     for expected in (FIRST_UPDATE_MINUTES, 3):
         with watch.validation():
@@ -99,6 +100,6 @@ def test_compiled_model_with_selective_checkpointing(workspace: Workspace, tmp_p
     assert "graphs compiled" in done.stdout
     # Samples run in eager mode, so they add no graphs.
     assert "more graphs" not in done.stdout
-    assert "parameters freed after the forward, as asked for" in done.stdout
+    assert "parameters freed after the forward" in done.stdout
     for step, loss in losses(eager).items():
         assert float(losses(compiled)[step]) == pytest.approx(float(loss), rel=1e-4)

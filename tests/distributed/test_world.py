@@ -1,6 +1,7 @@
 """Process groups: meshes, devices, timeouts."""
 
 import gc
+import socket
 import weakref
 from datetime import timedelta
 from typing import Any, cast
@@ -10,7 +11,15 @@ import torch
 import torch.distributed as dist
 
 from fastllama.config import Config, ParallelConfig, TrainingConfig
-from fastllama.distributed.world import World, build_mesh, choose_device, distributed
+from fastllama.distributed.world import (
+    World,
+    build_mesh,
+    choose_device,
+    distributed,
+    require_launcher,
+    world_size,
+)
+from fastllama.errors import TrainingFailedError
 
 
 @pytest.mark.usefixtures("rank_0_of_8")
@@ -103,3 +112,54 @@ def test_from_main_leaks_no_frames() -> None:
         assert references[0]() is None
     finally:
         gc.enable()
+
+
+def join(monkeypatch: pytest.MonkeyPatch, minutes: float = 1, **variables: object) -> None:
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "localhost",
+        **variables,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    parallel = ParallelConfig(timeout_minutes=minutes)
+    with distributed(Config(training=TrainingConfig(device="cpu"), parallel=parallel)):
+        pass
+
+
+def test_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot meet at localhost:{port} .*; start with"):
+            join(monkeypatch, MASTER_PORT=port)
+
+
+def test_variable_of_the_launcher_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ValueError, match=r"cannot meet at localhost:None .*MASTER_PORT expected"):
+        join(monkeypatch)
+
+
+def test_processes_that_do_not_come(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(TrainingFailedError, match="Not all of the 2 processes came to localhost:0"):
+        join(monkeypatch, minutes=0.02, MASTER_PORT=0, WORLD_SIZE=2)
+    assert capsys.readouterr().err == "waiting for 2 processes at localhost:0\n"
+
+
+@pytest.mark.parametrize("size", ["", "abc", "0", "-1", "2.0"])
+def test_world_size_that_is_no_number(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ValueError, match="is no number of processes; unset it"):
+        world_size()
+
+
+def test_world_size_without_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    require_launcher()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="WORLD_SIZE = 3, but RANK is not set"):
+        require_launcher()
