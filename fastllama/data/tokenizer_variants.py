@@ -97,8 +97,12 @@ def without_token(tokenizer: Tokenizer, token_id: int) -> Tokenizer:
     if token_id == unknown_id(content):
         return _rebuilt(content)
     if model["type"] == "Unigram":
-        if token_id < len(model["vocab"]):
-            model["vocab"][token_id][0] = UNREACHABLE
+        names += [piece for piece, _ in model["vocab"][token_id : token_id + 1]]
+        # The vocabulary may hold a name twice; with the score of the other entry, text that did not
+        # encode to the token would encode differently.
+        for entry in model["vocab"]:
+            if entry[0] in names:
+                entry[0] = UNREACHABLE
         return _rebuilt(content)
     names += [name for name, number in model["vocab"].items() if number == token_id]
     model["vocab"] = {

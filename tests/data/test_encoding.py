@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
 
 from fastllama.data.encoding import Encoder, encode_prompt
 from fastllama.data.prepare import prepare
@@ -40,6 +43,23 @@ def test_unigram_encodes_the_name_of_the_end_token_as_pieces() -> None:
     other = [i for i in tokenizer.encode(TEXT).ids if i != end]
     assert [i for i in ids if i in other] == other
     assert len(ids) > len(other) + 1
+
+
+def test_unigram_with_two_entries_of_the_end_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = [*"▁abx</s>", "a</", "s>"]
+    vocabulary = [("<unk>", 0.0), ("</s>", 0.0), *((piece, -9.0) for piece in pieces)]
+    tokenizer = Tokenizer(Unigram([*vocabulary, ("</s>", -20.0)], unk_id=0))
+    tokenizer.pre_tokenizer = Metaspace()
+    tokenizer.decoder = MetaspaceDecoder()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.encode_special_tokens = True
+    # Only "</s>" after "b" encodes to the end token.
+    text = "b</s> " + "ab " * 100 + "a</s>"
+    [whole] = encode(tokenizer, text)
+    monkeypatch.setattr("fastllama.data.pieces.WINDOW", 20)
+    monkeypatch.setattr("fastllama.data.pieces.PIECE_CHARACTERS", 100)
+    assert encode(tokenizer, text) == [whole]
+    assert tokenizer.decode(whole[:-1]) == text
 
 
 def test_merges_into_the_end_token_are_undone() -> None:
