@@ -1,4 +1,6 @@
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -189,6 +191,26 @@ def test_dictionary_that_expands_like_a_bomb(
     _, reason = problem(path, after)
     assert "as in a decompression bomb" in reason
     assert pa.default_memory_pool().bytes_allocated() - before < 2**20
+
+
+def test_damaged_column_does_not_abort_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": ["hello"] * 5}), path)
+    data = path.read_bytes()
+    # The empty histogram in the statistics of the column declares 4 entries, in Thrift.
+    damaged = data.replace(bytes.fromhex("19 06 19 26"), bytes.fromhex("19 46 19 26"))
+    assert damaged != data
+    path.write_bytes(damaged)
+    program = """
+import sys
+from pathlib import Path
+from fastllama.data.readers import read_file
+print(*read_file(Path(sys.argv[1]), "text", 0, 100))
+"""
+    command = [sys.executable, "-c", program, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "the file cannot be read (Repetition level histogram" in done.stdout
 
 
 def test_page_that_declares_gigabytes(tmp_path: Path, after: Path) -> None:
