@@ -80,18 +80,8 @@ class Job:
         Raises:
             ValueError: an input file is gone.
         """
-        stats = []
-        for path in self.files.paths:
-            try:
-                stats.append((path, path.stat()))
-            except OSError as error:
-                raise ValueError(
-                    f"the input file {shortened(printable(path), 300)} cannot be read any more "
-                    f"({error.strerror}): restore it, and run the same command again"
-                ) from None
         return JobRecord(
-            # JSON holds no bytes that are not UTF-8.
-            inputs=tuple((printable(path), at.st_size, at.st_mtime_ns) for path, at in stats),
+            inputs=tuple(map(_describe_input, self.files.paths)),
             field=printable(self.field),
             tokenizer=fingerprint(self.tokenizer),
             end_token_id=self.end_token_id,
@@ -99,6 +89,22 @@ class Job:
             shard_tokens=self.shard_tokens,
             max_document_mb=self.max_document_mb,
         )
+
+    def check_inputs(self, record: JobRecord, first: int, last: int) -> None:
+        """Check that input files number `first` to `last` are still as `record` has them.
+
+        Raises:
+            ValueError: a file is gone or was changed.
+        """
+        for path, recorded in zip(
+            self.files.paths[first : last + 1], record.inputs[first : last + 1], strict=True
+        ):
+            if _describe_input(path) != recorded:
+                raise ValueError(
+                    f"the input file {shortened(printable(path), 300)} was changed while it was "
+                    "read: restore it with its time of modification and run the same command "
+                    "again, or delete the output folder and prepare the data again"
+                )
 
     @property
     def dtype(self) -> np.dtype:
@@ -170,6 +176,24 @@ def prepare(
             raise
 
 
+def _describe_input(path: Path) -> tuple[str, int, int]:
+    """Path, size in bytes and time of modification in nanoseconds, as `job.json` records them.
+
+    Raises:
+        ValueError: the file is gone.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ValueError(
+            f"the input file {shortened(printable(path), 300)} cannot be read any more "
+            f"({error.strerror}): restore it with its time of modification, and run the same "
+            "command again"
+        ) from None
+    # JSON holds no bytes that are not UTF-8.
+    return printable(path), status.st_size, status.st_mtime_ns
+
+
 def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> Manifest:
     record = job.describe()
     claim_folder(output, record)
@@ -193,11 +217,8 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
     }
     delete_unused_shards(output, progress)
     started = time.monotonic()
-    _encode(output, job, progress, writers, strict, console)
-    if job.describe() != record:
-        raise ValueError(
-            f"an input file changed while it was read: delete {output} and prepare the data again"
-        )
+    _encode(output, job, record, progress, writers, strict, console)
+    job.check_inputs(record, 0, len(record.inputs) - 1)
     if not progress.splits["train"].tokens:
         discard_work(output, progress)
         raise ValueError(all_held_out(progress.documents, job.validation_fraction))
@@ -215,13 +236,14 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
 def _encode(
     output: Path,
     job: Job,
+    record: JobRecord,
     progress: PrepareProgress,
     writers: dict[str, SplitWriter],
     strict: bool,
     console: Console,
 ) -> None:
     """Append all remaining documents. Record progress every `COMMIT_SECONDS` and at the end."""
-    sizes = [path.stat().st_size for path in job.files.paths]
+    sizes = [size for _, size, _ in record.inputs]
     encoder = Encoder(job.tokenizer, job.end_token_id, progress.text_loss)
     started = committed = time.monotonic()
     tokens_before = progress.tokens
@@ -237,6 +259,8 @@ def _encode(
         records = read_documents(job.files.paths, job.field, progress.position, job.max_document_mb)
         accounting = Accounting(console.print, progress.read)
         for batch in _prefetch(_record_batches(records)):
+            # Before progress is recorded: what is read from a truncated file lacks documents.
+            job.check_inputs(record, batch[0].file, batch[-1].file)
             if strict:
                 _reject_malformed(batch)
             documents = list(accounting.documents(batch))

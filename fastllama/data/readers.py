@@ -83,7 +83,10 @@ def _open(path: Path) -> io.BufferedReader:
 
 
 def _named(error: OSError, path: Path) -> OSError:
-    return type(error)(f"cannot read {printable(path)}: {error.strerror}")
+    return type(error)(
+        f"cannot read {printable(path)}: {error.strerror}; restore it or its permissions, and run "
+        "the same command again"
+    )
 
 
 def _records(

@@ -1,7 +1,9 @@
+import errno
 import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -328,7 +330,7 @@ def test_rejects_input_changed_while_read(
         append_documents(*arguments)
 
     monkeypatch.setattr(module, "_append", append)
-    with pytest.raises(ValueError, match="changed while it was read"):
+    with pytest.raises(ValueError, match=r"x\.txt was changed while it was read: restore"):
         run(source, tmp_path / "data", inputs=[str(path)])
 
 
@@ -346,6 +348,53 @@ def test_input_deleted_while_read(
     monkeypatch.setattr(module, "_append", append)
     with pytest.raises(ValueError, match=r"x\.txt cannot be read any more \(No such file"):
         run(source, tmp_path / "data", inputs=[str(path)])
+
+
+def delete(path: Path, patch: pytest.MonkeyPatch) -> None:
+    path.unlink()
+
+
+def truncate(path: Path, patch: pytest.MonkeyPatch) -> None:
+    # Between two records, so that nothing looks damaged.
+    os.truncate(path, path.read_bytes().rindex(b"\n") + 1)
+
+
+def make_unreadable(path: Path, patch: pytest.MonkeyPatch) -> None:
+    # Root may read everything, so changing the mode of the file would have no effect.
+    def refuse(given: Path, mode: str) -> Any:
+        if given == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open(given, mode)
+
+    patch.setattr("fastllama.data.readers.open", refuse, raising=False)
+
+
+@pytest.mark.usefixtures("commit_every_batch")
+@pytest.mark.parametrize("damage", [delete, truncate, make_unreadable])
+def test_no_document_is_lost_with_an_input(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(source / "corpus", corpus)
+    path = corpus / "b.jsonl"
+    data, status = path.read_bytes(), path.stat()
+    run(source, tmp_path / "reference", inputs=[str(corpus)])
+    append_documents = module._append
+    with monkeypatch.context() as patch:
+
+        def damage_once(*arguments: Any) -> None:
+            append_documents(*arguments)
+            if path.exists() and path.stat().st_size == len(data):
+                damage(path, patch)
+
+        patch.setattr(module, "_append", damage_once)
+        with pytest.raises((ValueError, OSError), match=rf"{path}.*run the same command again"):
+            run(source, tmp_path / "data", inputs=[str(corpus)])
+    assert "progress.json" in files_of(tmp_path / "data")
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    run(source, tmp_path / "data", inputs=[str(corpus)])
+    assert files_of(tmp_path / "data") == files_of(tmp_path / "reference")
 
 
 def test_rejects_folder_of_other_files(source: Path, tmp_path: Path) -> None:
