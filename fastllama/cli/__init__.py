@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     SIGUSR1 and SIGHUP end the process when no training handles them. A console that cannot be
     written ends nothing.
     """
+    if argv is None:
+        let_threads_sleep()
     guard_streams()
     given = split_options(list(sys.argv[1:] if argv is None else argv))
     args = without_debug(given)
@@ -88,6 +90,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if code:
         gc.collect()
         sys.exit(code)
+
+
+def let_threads_sleep() -> None:
+    """Make OpenMP's threads sleep while they wait, unless the user has chosen how they wait.
+
+    OpenMP reads the variable when PyTorch is loaded. Threads that spin take the cores of other
+    processes and, on a busy machine, the time of the thread that they wait for:
+    benchmarks/waiting_policy.py measures both policies.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def end_process(code: int) -> None:

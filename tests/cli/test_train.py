@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,3 +200,21 @@ def test_print_config_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert "n_kv_heads = 8" in printed
     assert "beta2 = 0.95" in printed
     assert "# feed-forward width     5632" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")]
+)
+def test_threads_sleep_while_they_wait(given: dict[str, str], policy: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if "OMP" not in name}
+    # A command that loads PyTorch before it fails.
+    done = subprocess.run(
+        [sys.executable, "-m", "fastllama", "generate", "nothing"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**environment, **given, "OMP_DISPLAY_ENV": "true", "PYTHONPATH": ":".join(sys.path)},
+    )
+    assert done.returncode == 2
+    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
