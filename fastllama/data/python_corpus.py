@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from fastllama.atomic import write_atomic
@@ -65,7 +67,7 @@ def main() -> None:
     )
     output: Path = parser.parse_args().output
     if output.is_file():
-        print(f"{printable(output)} exists and is reused")
+        _say(f"{printable(output)} exists and is reused")
         return
     if output.exists():
         parser.error(f"output {printable(output)} is not a file: choose another --output")
@@ -73,10 +75,17 @@ def main() -> None:
         documents, unreadable = write_corpus(output, Path(sysconfig.get_paths()["stdlib"]))
     except OSError as error:
         parser.error(f"output {printable(output)} cannot be written: {error.strerror}")
-    print(
+    _say(
         f"{printable(output)}: {documents} documents, {output.stat().st_size / 1e6:.1f} MB; "
         f"{unreadable} files left out that are not text"
     )
+
+
+def _say(text: str) -> None:
+    """Print a line on stdout. A console that is closed or fails ends nothing."""
+    # What `print` cannot write, Python tries again when it exits, and exits with 120.
+    with suppress(OSError):
+        os.write(1, os.fsencode(f"{text}\n"))
 
 
 if __name__ == "__main__":

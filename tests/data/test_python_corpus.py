@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,19 +46,37 @@ def test_command_reuses_existing_output(
     library: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "corpus.jsonl"
     monkeypatch.setattr(sys, "argv", ["python_corpus", "--output", str(output)])
     monkeypatch.setattr(python_corpus.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     python_corpus.main()
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     assert "2 documents" in printed
     assert "3 files left out that are not text" in printed
     output.write_text("kept")
     python_corpus.main()
-    assert "reused" in capsys.readouterr().out
+    assert "reused" in capfd.readouterr().out
     assert output.read_text() == "kept"
+
+
+@pytest.mark.parametrize("stdout", [">/dev/full", ">&-", "| true"])
+def test_console_that_fails_ends_nothing(library: Path, tmp_path: Path, stdout: str) -> None:
+    program = f"""
+import sys, sysconfig, time
+sysconfig.get_paths = lambda: {{"stdlib": {str(library)!r}}}
+time.sleep(0.1)  # Until the reader of a pipe is gone.
+from fastllama.data.python_corpus import main
+main()
+"""
+    output = tmp_path / "corpus.jsonl"
+    shell = f'set -o pipefail; "$0" -c "$1" --output "$2" {stdout}'
+    for _ in ("written", "reused"):
+        command = ["bash", "-c", shell, sys.executable, program, str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert len(output.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
