@@ -44,6 +44,17 @@ def report_once(subject: str, sentence: str) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add `path` to an error of the system that names no file, such as that of a write."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not isinstance(error.filename, (str, bytes, os.PathLike)):
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def _flush_may_be_unsupported(path: Path) -> Iterator[None]:
     try:
         yield
@@ -64,7 +75,7 @@ def fsync_folder(folder: Path) -> None:
 
 def fsync_file(path: Path) -> None:
     """Flush what was written into `path` to the disk."""
-    with _flush_may_be_unsupported(path):
+    with naming(path), _flush_may_be_unsupported(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -160,7 +171,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     if is_folder(partial):
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open_new(partial) as file:
+        with naming(path), open_new(partial) as file:
             file.write(data)
             file.flush()
             with _flush_may_be_unsupported(path):

@@ -43,6 +43,13 @@ def reason(error: BaseException) -> str:
 
 
 REMEDIES = {
+    errno.ENOENT: "restore it, or name another path",
+    errno.ENOTDIR: "name a path below a folder",
+    errno.EISDIR: "name a file, not a folder",
+    errno.EEXIST: "move it elsewhere, or choose another path",
+    errno.EBUSY: "end the program that uses it, and run the same command again",
+    errno.ETXTBSY: "end the program that uses it, and run the same command again",
+    errno.EFBIG: "choose a disk that takes larger files",
     errno.EACCES: "choose another path, or change its permissions",
     errno.EPERM: "choose another path, or change its permissions",
     errno.EROFS: "choose a path on a disk that can be written",
@@ -54,14 +61,21 @@ REMEDIES = {
     errno.ENFILE: "close other programs, or raise the limit of open files of the machine",
     errno.ESTALE: "mount the network file system again, and run the same command again",
     errno.EIO: "check the disk",
+    errno.ENOMEM: "end other programs, or use a machine with more memory",
 }
 """What to do about an error of the system."""
+OTHER_REMEDY = "check the disk or the network that it is on, and run the same command again"
 
 
 def sentence(error: BaseException) -> str:
     """The message of an error on one line. An error of the system names the path and a remedy."""
-    if isinstance(error, OSError) and error.errno in REMEDIES and error.strerror:
-        path = error.filename
-        where = f"{os.fsdecode(path)}: " if isinstance(path, (str, bytes, os.PathLike)) else ""
-        return one_line(f"{where}{error.strerror}; {REMEDIES[error.errno]}")
-    return one_line(error)
+    if not (isinstance(error, OSError) and error.errno and error.strerror):
+        return one_line(error)
+    # A renaming has two paths. Those of a write without `atomic.naming` are missing or numbers.
+    paths = [
+        os.fsdecode(path)
+        for path in (error.filename, error.filename2)
+        if isinstance(path, (str, bytes, os.PathLike))
+    ]
+    where = f"{' -> '.join(paths)}: " if paths else ""
+    return one_line(f"{where}{error.strerror}; {REMEDIES.get(error.errno, OTHER_REMEDY)}")

@@ -205,7 +205,7 @@ def test_missing_flush_is_reported_once(
 
 def test_failed_flush_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic.os, "fsync", refuse(errno.EIO))
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match=r"Input/output error: '.*/file'"):
         write_atomic(tmp_path / "file", "content")
     assert not list(tmp_path.iterdir())
 

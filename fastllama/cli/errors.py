@@ -15,7 +15,13 @@ INTERRUPTED = 130
 
 REPORTED = (KeyboardInterrupt, PeerFailedError, RankFailedError, *EXPECTED)
 """Errors that `report` takes; Python prints the traceback of any other and exits with 1."""
-WRONG_PATHS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+WRONG_PATHS = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 """OSErrors that are mistakes of the user; the others are failures of the machine."""
 WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
 """Their numbers, where Python has no class for them."""

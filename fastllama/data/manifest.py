@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from tokenizers import Tokenizer
 
+from fastllama.atomic import naming
 from fastllama.data.checksummed_json import FORMAT_VERSION, read_checksummed, write_checksummed
 from fastllama.data.text_loss import TextLoss
 from fastllama.data.token_file import TokenFile
@@ -240,7 +241,7 @@ class Manifest:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 (hex) of a file."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

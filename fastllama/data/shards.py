@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from pydantic import ConfigDict
 
-from fastllama.atomic import fsync_file, fsync_folder, no_links
+from fastllama.atomic import fsync_file, fsync_folder, naming, no_links
 from fastllama.data.manifest import Count, Shard, damaged, sha256_of
 
 HEADER_BYTES = 128
@@ -89,7 +89,7 @@ class SplitWriter:
             if not self.progress.open_tokens:
                 self._create()
             now = tokens[: self.shard_tokens - self.progress.open_tokens]
-            with _open_own(self.open_path) as file:
+            with naming(self.open_path), _open_own(self.open_path) as file:
                 file.seek(self._open_bytes)
                 file.write(now.data)
             self._digest.update(now.data)
@@ -108,7 +108,7 @@ class SplitWriter:
         """Write the header of the open shard, which must have at least one token."""
         path = self.open_path
         tokens = self.progress.open_tokens
-        with _open_own(path) as file:
+        with naming(path), _open_own(path) as file:
             file.write(_npy_header(self.dtype, tokens))
         fsync_file(path)
         self.progress.shards.append(Shard(path.name, tokens, sha256_of(path)))
@@ -128,7 +128,7 @@ class SplitWriter:
             )
         self._before_create()
         self.progress.created += 1
-        with open(path, "xb") as file:
+        with naming(path), open(path, "xb") as file:
             file.write(bytes(HEADER_BYTES))
         fsync_folder(self.folder)
         self._digest = hashlib.sha256()
@@ -140,7 +140,7 @@ class SplitWriter:
                 f"{path} lacks tokens that were already written: "
                 f"delete {self.folder} and prepare the data again"
             )
-        with _open_own(path) as file:
+        with naming(path), _open_own(path) as file:
             for start in range(HEADER_BYTES, self._open_bytes, CHECK_CHUNK_BYTES):
                 file.seek(start)
                 self._digest.update(file.read(min(CHECK_CHUNK_BYTES, self._open_bytes - start)))

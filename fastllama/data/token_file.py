@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastllama.atomic import naming
+
 MAX_HEADER_BYTES = 4096
 # NumPy's own parser evaluates the header as Python, and fails in many ways on a damaged one.
 HEADER = re.compile(
@@ -65,10 +67,8 @@ class TokenFile:
         """Bytes [at, at + n), fewer at the end of the file."""
         data = b""
         while len(data) < n:
-            try:
+            with naming(self.path):
                 piece = os.pread(self._file.fileno(), n - len(data), at + len(data))
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.path)) from None
             if not piece:
                 break
             data += piece

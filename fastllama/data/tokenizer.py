@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from fastllama.atomic import write_atomic
+from fastllama.atomic import naming, write_atomic
 from fastllama.data.pieces import Cutter
 from fastllama.printable import one_line, printable
 
@@ -109,7 +109,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     shown = printable(path)
     if not path.is_file():
         raise ValueError(_no_file(path))
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(

@@ -56,13 +56,20 @@ def test_exit_code_and_error_line(
 @pytest.mark.parametrize(
     ("number", "code", "remedy"),
     [
+        (errno.ENOENT, MISTAKE, "No such file or directory; restore it, or name another path"),
+        (errno.ENOTDIR, MISTAKE, "Not a directory; name a path below a folder"),
+        (errno.EISDIR, MISTAKE, "Is a directory; name a file, not a folder"),
+        (errno.EEXIST, MISTAKE, "File exists; move it elsewhere, or choose another path"),
         (errno.EACCES, MISTAKE, "Permission denied; choose another path, or"),
         (errno.EROFS, MISTAKE, "Read-only file system; choose a path on a disk that can be"),
         (errno.ENAMETOOLONG, MISTAKE, "File name too long; choose a shorter name"),
         (errno.ELOOP, MISTAKE, "Too many levels of symbolic links; the links lead in a circle"),
         (errno.ENOSPC, FAILED, "No space left on device; free space on the disk"),
         (errno.EMFILE, FAILED, "Too many open files; raise the limit of open files with ulimit -n"),
+        (errno.EDQUOT, FAILED, "Disk quota exceeded; free space in your quota"),
+        (errno.ESTALE, FAILED, "Stale file handle; mount the network file system again"),
         (errno.EIO, FAILED, "Input/output error; check the disk"),
+        (errno.ENXIO, FAILED, "No such device or address; check the disk or the network"),
     ],
 )
 @pytest.mark.parametrize("path", ["a b\x1b", b"a b\x1b", Path("a b\x1b")])
@@ -71,6 +78,15 @@ def test_error_of_the_system(
 ) -> None:
     assert report(OSError(number, os.strerror(number), path), debug=False) == code
     assert capsys.readouterr().err.startswith(f"error: a b\\x1b: {remedy}")
+
+
+def test_error_of_the_system_with_two_paths_or_none(capsys: pytest.CaptureFixture[str]) -> None:
+    report(OSError(errno.EIO, "Input/output error", "a", None, "b"), debug=False)
+    report(OSError(errno.EIO, "Input/output error", 3), debug=False)
+    assert capsys.readouterr().err == (
+        "error: a -> b: Input/output error; check the disk\n"
+        "error: Input/output error; check the disk\n"
+    )
 
 
 @pytest.mark.parametrize(("given", "code"), [(7, 7), (0, FAILED), (None, FAILED), ("no", FAILED)])

@@ -2,6 +2,7 @@ import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -29,6 +30,19 @@ def test_shards_are_numpy_arrays(tmp_path: Path) -> None:
     assert np.array_equal(np.concatenate(found), TOKENS)
     sha256 = hashlib.sha256((tmp_path / "train-00001.npy").read_bytes()).hexdigest()
     assert progress.shards[1] == Shard("train-00001.npy", 10, sha256)
+
+
+def test_full_disk_names_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = writer(tmp_path, SplitProgress())
+
+    def open_full(path: Path) -> BinaryIO:
+        return open("/dev/full", "r+b")
+
+    monkeypatch.setattr("fastllama.data.shards._open_own", open_full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/train-00000.npy'"):
+        shards.append(TOKENS[:5])
+    with pytest.raises(OSError, match=r"No space left on device: '.*/train-00000.npy'"):
+        shards.complete_shard()
 
 
 def test_reports_each_shard_before_it_exists(tmp_path: Path) -> None:
