@@ -18,7 +18,11 @@ gzip reaches about 1030; zstd, bzip2, xz and the encodings of Parquet have no su
 
 
 class DamagedInputError(Exception):
-    """The rest of an input file cannot be used."""
+    """The rest of an input file, `records` records as far as is known, cannot be used."""
+
+    def __init__(self, reason: str, records: int = 1) -> None:
+        super().__init__(reason)
+        self.records = records
 
 
 DAMAGE = (
@@ -32,6 +36,14 @@ DAMAGE = (
     pa.ArrowException,
 )
 """What reading a damaged file may raise."""
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether the data caused this error of `DAMAGE`, not a missing file or a failing disk.
+
+    Only the latter have an errno. They must end the reading instead of being skipped as malformed.
+    """
+    return not isinstance(error, OSError) or error.errno is None
 
 
 def decompressed(raw: io.BufferedReader, suffix: str) -> io.BufferedReader:

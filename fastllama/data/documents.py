@@ -77,7 +77,7 @@ def read_documents(
     if max_document_mb < 1:
         raise ValueError(f"--max-document-mb {max_document_mb} is not a positive number")
     documents = 0
-    field_found = False
+    field_found = field_missing = False
     other_fields: dict[str, None] = {}
     first_malformed = ""
     bytes_before = sum(map(size_of, files[: start.file]))
@@ -93,9 +93,11 @@ def read_documents(
                 continue
             if content.fields is None:
                 field_found = True
-            elif len(other_fields) < MAX_FIELDS:
-                names = (name[:FIELD_CHARACTERS] for name in content.fields[:MAX_FIELDS])
-                other_fields.update(dict.fromkeys(names))
+            else:
+                field_missing = True
+                if len(other_fields) < MAX_FIELDS:
+                    names = (name[:FIELD_CHARACTERS] for name in content.fields[:MAX_FIELDS])
+                    other_fields.update(dict.fromkeys(names))
             if content.ends_file:
                 after = Position(index + 1, 0)
             if not content.malformed:
@@ -110,11 +112,13 @@ def read_documents(
         if not number:
             yield Empty(index, Position(index + 1, 0), bytes_before)
     if not documents and start == START:
-        if not field_found and other_fields:
-            raise ValueError(
-                f"no record of the input has the field {field!r}: "
-                f"choose one of {list_fields(sorted(other_fields))} with --field"
+        if field_missing and not field_found:
+            remedy = (
+                f": choose one of {list_fields(sorted(other_fields))} with --field"
+                if other_fields
+                else ', or another one with text: write each text as {"text": "…"} in JSON Lines'
             )
+            raise ValueError(f"no record of the input has the field {field!r}{remedy}")
         raise ValueError(
             f"the input has no document: every record is empty or malformed{first_malformed}"
         )

@@ -72,7 +72,7 @@ def _pass_over_metadata(records: Iterator[Record]) -> Iterator[Record]:
     first = next(records, None)
     if first is None:
         return
-    if isinstance(first.content, NoText) and first.content.fields:
+    if isinstance(first.content, NoText) and first.content.fields is not None:
         second = next(records, None)
         if second is None:
             yield first._replace(content=replace(first.content, malformed=False))
@@ -133,7 +133,8 @@ def _text_of(record: object, field: str) -> str | NoText:
     if not isinstance(record, dict):
         return NoText("not a JSON object")
     if field not in record:
-        return missing_field(field, tuple(record))
+        texts = (name for name, value in record.items() if value and isinstance(value, str))
+        return missing_field(field, tuple(record), tuple(texts))
     return check_text(record[field], field)
 
 

@@ -10,13 +10,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fastllama.data.decompression import BUFFER_BYTES, DamagedInputError, check_expansion
+from fastllama.data.decompression import (
+    BUFFER_BYTES,
+    DAMAGE,
+    DamagedInputError,
+    check_expansion,
+    is_damage,
+)
 from fastllama.data.records import EMPTY, NoText, Record, missing_field, too_long
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 2**27
-ROWS_OF_UNKNOWN_SIZE = 64
-"""Rows of a batch where the size of a row is known only after decoding."""
 MAX_ROWS_PER_BYTE = 1000
 """A file may declare this many rows per byte, or 10 million. Each row costs time, even if null."""
 
@@ -32,32 +36,45 @@ def read_parquet(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[
         if rows and problem:
             yield Record(1, replace(problem, records=rows, ends_file=True), size)
             return
-        end = 0
-        for group in range(metadata.num_row_groups):
-            group_rows = metadata.row_group(group).num_rows
-            row, end = end, end + group_rows
-            if end <= skip:
-                continue
-            # Arrow aborts the process if it is asked about a damaged column, so only about groups.
-            group_bytes = metadata.row_group(group).total_byte_size
-            check_expansion(group_bytes, size)
-            longest = _longest_value(source, metadata, group, field)
-            batch_rows = BATCH_BYTES // max(1, longest, group_bytes // max(1, group_rows))
-            batches = file.iter_batches(
-                max(1, min(BATCH_ROWS, batch_rows)),
-                row_groups=[group],
-                columns=[field],
-                use_threads=False,
-            )
-            for content in _read_batches(batches, size, field, max_bytes):
-                row += 1
-                if row > skip:
-                    yield Record(row, content, size * row // rows)
-            if row != end:
-                held = row - end + group_rows
-                raise DamagedInputError(
-                    f"row group {group} holds {held:,} of its {group_rows:,} rows"
-                )
+        row = skip
+        try:
+            for row, content in _read_groups(source, file, field, skip, max_bytes):
+                yield Record(row, content, size * row // rows)
+        except DAMAGE as error:
+            if not is_damage(error):
+                raise
+            raise DamagedInputError(str(error), max(1, rows - row)) from error
+
+
+def _read_groups(
+    source: pa.NativeFile, file: pq.ParquetFile, field: str, skip: int, max_bytes: int
+) -> Iterator[tuple[int, str | NoText]]:
+    """Yield the number and the content of the rows after the first `skip`."""
+    metadata, size = file.metadata, source.size()
+    end = 0
+    for group in range(metadata.num_row_groups):
+        group_rows = metadata.row_group(group).num_rows
+        row, end = end, end + group_rows
+        if end <= skip:
+            continue
+        # Arrow aborts the process if it is asked about a damaged column, so only about groups.
+        group_bytes = metadata.row_group(group).total_byte_size
+        check_expansion(group_bytes, size)
+        longest = _longest_value(source, metadata, group, field)
+        batch_rows = BATCH_BYTES // max(1, longest, group_bytes // max(1, group_rows))
+        batches = file.iter_batches(
+            max(1, min(BATCH_ROWS, batch_rows)),
+            row_groups=[group],
+            columns=[field],
+            use_threads=False,
+        )
+        for content in _read_batches(batches, size, field, max_bytes):
+            row += 1
+            if row > skip:
+                yield row, content
+        if row != end:
+            held = row - end + group_rows
+            raise DamagedInputError(f"row group {group} holds {held:,} of its {group_rows:,} rows")
 
 
 def _open(source: pa.NativeFile, **options: Any) -> pq.ParquetFile:
@@ -90,23 +107,28 @@ def _check_rows(metadata: pq.FileMetaData, size: int) -> int:
 def _check_column(schema: pa.Schema, field: str) -> NoText | None:
     """Why the column `field` has no text in any row; None if it has."""
     if field not in schema.names:
-        return missing_field(field, tuple(schema.names))
+        columns = zip(schema.names, schema.types, strict=True)
+        texts = tuple(name for name, kind in columns if _is_text(kind))
+        return missing_field(field, tuple(schema.names), texts)
     if (count := schema.names.count(field)) > 1:
         return NoText(f"{count} columns have the name {field!r}: rename all but one")
     kind = schema.types[schema.names.index(field)]
+    return None if _is_text(kind) else NoText(f"field {field!r} is of type {kind}, not a string")
+
+
+def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     binaries = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-    if any(is_kind(kind) for is_kind in (*texts, *binaries)):
-        return None
-    return NoText(f"field {field!r} is of type {kind}, not a string")
+    return any(is_kind(kind) for is_kind in (*texts, *binaries))
 
 
 def _longest_value(source: pa.NativeFile, metadata: pq.FileMetaData, group: int, field: str) -> int:
     """Bytes of the longest value in the dictionary of a row group. Any row may repeat it.
 
-    A delta encoding has no dictionary, and a row may repeat any part of the row before it.
+    A delta encoding has no dictionary, and a row may repeat all of the row before it in a few
+    bytes. `BATCH_BYTES`, and so batches of one row, where that may be.
     """
     # Read as a dictionary, a single row comes with all values of the dictionary page.
     with _open(source, metadata=metadata, read_dictionary=[field]) as file:
@@ -114,13 +136,13 @@ def _longest_value(source: pa.NativeFile, metadata: pq.FileMetaData, group: int,
         try:
             first = next(rows, None)
         except OSError as error:
-            # Damage, which the reading reports later, has no number either.
-            if error.errno is not None:
+            # Damage, which the reading reports later, looks the same.
+            if not is_damage(error):
                 raise
-            return BATCH_BYTES // ROWS_OF_UNKNOWN_SIZE
+            return BATCH_BYTES
     if first is None:
         return 0
-    return pc.max(pc.binary_length(first.column(0).dictionary)).as_py() or 0
+    return pc.max(pc.binary_length(first.column(field).dictionary)).as_py() or 0
 
 
 def _read_batches(
@@ -129,7 +151,8 @@ def _read_batches(
     """Yield the content of every row of a row group, from a file of `size` bytes."""
     text_bytes = 0
     for batch in batches:
-        column = batch.column(0)
+        # By its name: "a.b" also selects the field "b" of a column "a".
+        column = batch.column(field)
         if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
             column = column.cast(pa.large_binary())  # Arrow computes no length of a view.
         if pa.types.is_dictionary(column.type):

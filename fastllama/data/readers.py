@@ -11,6 +11,7 @@ from fastllama.data.decompression import (
     DAMAGE,
     DamagedInputError,
     decompressed,
+    is_damage,
 )
 from fastllama.data.files import COMPRESSIONS
 from fastllama.data.json_records import read_json, read_json_lines
@@ -44,7 +45,7 @@ MAX_NUL_SHARE = 0.1
 
 
 def read_file(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[Record]:
-    """Yield the records of one file after the first `skip`. An unreadable rest is one record.
+    """Yield the records of one file after the first `skip`. An unreadable rest is the last one.
 
     Raises:
         OSError: the file cannot be opened, or the disk fails.
@@ -56,15 +57,16 @@ def read_file(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[Rec
                 number = record.number
                 yield record
         except DAMAGE as error:
-            # Damaged data has no errno. A missing file or a failing disk has one, and must end the
-            # reading instead of being skipped as malformed.
-            if isinstance(error, OSError) and error.errno is not None:
+            if isinstance(error, OSError) and not is_damage(error):
                 raise _named(error, path) from error
             size = size_of(path)
             what = "the rest of the file" if number else "the file"
+            lost = error.records if isinstance(error, DamagedInputError) else 1
+            if lost > 1:
+                what += f", {lost:,} records,"
             place = f", after {raw.tell():,} of {size:,} bytes" if number and raw.tell() else ""
             reason = f"{what} cannot be read{place} ({str(error) or 'out of memory'})"
-            yield Record(number + 1, NoText(reason, ends_file=True), size)
+            yield Record(number + 1, NoText(reason, records=lost, ends_file=True), size)
 
 
 def size_of(path: Path) -> int:

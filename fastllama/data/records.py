@@ -1,10 +1,11 @@
 """What the readers of input files yield: the records of one file."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastllama.printable import one_line
+from fastllama.printable import shortened
 
 MAX_DOCUMENT_MB = 256
 """Default limit of a record, in MB (10^6 bytes). Reading takes up to five times as much memory."""
@@ -16,7 +17,7 @@ class NoText:
     """Why a record has no text, or the rest of a file no records."""
 
     reason: str
-    fields: tuple[str, ...] | None = None  # of the record, if the text field is missing
+    fields: tuple[str, ...] | None = None  # that hold text, if the text field is missing
     records: int = 1
     malformed: bool = True
     ends_file: bool = False
@@ -39,9 +40,9 @@ def too_long(max_bytes: int) -> NoText:
     return NoText(f"longer than {max_bytes / 1e6:,.0f} MB: raise --max-document-mb, or split it")
 
 
-def missing_field(field: str, fields: tuple[str, ...]) -> NoText:
-    """The reason of a record that has `fields`, without the text field."""
-    return NoText(f"no field {field!r} among {list_fields(fields) or 'none'}", fields)
+def missing_field(field: str, fields: tuple[str, ...], texts: tuple[str, ...]) -> NoText:
+    """The reason of a record without the text field, whose `fields` include `texts` with text."""
+    return NoText(f"no field {field!r} among {list_fields(fields) or 'none'}", texts)
 
 
 def list_fields(fields: Sequence[str]) -> str:
@@ -52,8 +53,8 @@ def list_fields(fields: Sequence[str]) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name, in quotes if it begins or ends with a space."""
-    return one_line(name, 40) if name == name.strip() else repr(name[:40])
+    """A name as it is typed: in quotes, unless it is one word."""
+    return shortened(name, 40) if re.fullmatch(r"[\w.-]+", name) else repr(shortened(name, 40))
 
 
 def check_text(value: object, field: str) -> str | NoText:

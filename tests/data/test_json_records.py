@@ -61,10 +61,18 @@ def test_one_object(path: Path, indent: int | None) -> None:
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_one_object_without_the_field_is_no_document(path: Path, indent: int | None) -> None:
-    path.write_text(json.dumps({"splits": {"train": 3}, "version": 1}, indent=indent))
+    metadata = {"splits": {"train": 3}, "version": "1", "name": "", "license": "MIT"}
+    path.write_text(json.dumps(metadata, indent=indent))
     first, _ = read_documents([path, path.with_name("z.txt")])
     assert isinstance(first, Empty)
-    with pytest.raises(ValueError, match="choose one of splits, version with --field"):
+    with pytest.raises(ValueError, match="choose one of license, version with --field"):
+        list(read_documents([path]))
+
+
+@pytest.mark.parametrize("record", [{}, {"data": [{"text": "a"}]}, {"messages": ["a"], "id": 1}])
+def test_no_field_is_offered_that_holds_no_text(path: Path, record: object) -> None:
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="has the field 'text', or another one with text: write"):
         list(read_documents([path]))
 
 

@@ -57,11 +57,29 @@ def test_kinds_of_text_columns(tmp_path: Path, kind: pa.DataType, encoded: bool)
 @pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
 def test_encodings_without_a_dictionary(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "x.parquet"
-    column = [f"text {number}" for number in range(5000)]
+    column = [None, "", *(f"text {number}" for number in range(5000))]
     pq.write_table(
         pa.table({"text": column}), path, use_dictionary=False, column_encoding={"text": encoding}
     )
-    assert texts(path) == column
+    assert texts(path) == column[2:]
+
+
+def test_delta_encoding_that_expands_like_a_bomb(tmp_path: Path, after: Path) -> None:
+    path = tmp_path / "x.parquet"
+    # In one page, each row after the first is a reference to the row before it.
+    pq.write_table(
+        pa.table({"text": pa.chunked_array([pa.array(["a" * 20_000_000])] * 60)}),
+        path,
+        compression="zstd",
+        use_dictionary=False,
+        column_encoding={"text": "DELTA_BYTE_ARRAY"},
+        data_page_size=2**31 - 1,
+    )
+    number, reason = problem(path, after)
+    assert number == 4
+    assert "as in a decompression bomb" in reason
+    # The peak of this process; no other test comes near it.
+    assert pa.default_memory_pool().max_memory() < 2**30
 
 
 def test_two_columns_of_one_name(tmp_path: Path, after: Path) -> None:
@@ -97,9 +115,31 @@ def test_name_that_is_not_utf8(tmp_path: Path) -> None:
     assert texts(path) == ["a"]
 
 
-def test_column_beside_a_nested_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "others"),
+    [
+        ("text", {"meta": [{"text": "no"}]}),
+        ("text", {"text.body": ["no"]}),
+        ("a.b", {"a": [{"b": "no"}]}),
+        ("", {"a": ["no"]}),
+    ],
+)
+def test_column_beside_one_of_a_similar_name(
+    tmp_path: Path, field: str, others: dict[str, list[object]]
+) -> None:
     path = tmp_path / "x.parquet"
-    pq.write_table(pa.table({"meta": [{"text": "no"}], "text": ["yes"]}), path)
+    pq.write_table(pa.table({**others, field: ["yes"]}), path)
+    [document] = read_documents([path], field)
+    assert isinstance(document, Document)
+    assert document.text == "yes"
+
+
+def test_other_columns_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    value = pa.array(["no"])
+    nested = pa.StructArray.from_arrays([value, value], names=["a", "a"])
+    columns = [value, value, nested, pa.array(["yes"])]
+    pq.write_table(pa.table(columns, names=["id", "id", "meta", "text"]), path)
     assert texts(path) == ["yes"]
 
 
@@ -119,7 +159,10 @@ def test_wrong_page_checksum(tmp_path: Path, after: Path) -> None:
     assert texts(path) == column[:20]
     number, reason = problem(path, after)
     assert number == 21
+    assert reason.startswith("the rest of the file, 40 records, cannot be read (")
     assert "CRC" in reason
+    [lost] = [record for record in read_documents([path]) if isinstance(record, Malformed)]
+    assert lost.records == 40
 
 
 def varint(number: int) -> bytes:
@@ -210,7 +253,7 @@ print(*read_file(Path(sys.argv[1]), "text", 0, 100))
     command = [sys.executable, "-c", program, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "the file cannot be read (Repetition level histogram" in done.stdout
+    assert "the file, 5 records, cannot be read (Repetition level histogram" in done.stdout
 
 
 def test_page_that_declares_gigabytes(tmp_path: Path, after: Path) -> None:
