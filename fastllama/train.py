@@ -46,8 +46,9 @@ def train_step(
     Nothing here waits for the device.
 
     Returns:
-        float32 (4,) on the device, the same on every rank: loss before the update, gradient norm,
-        index in `SKIP_REASONS`, and more than 0 if any rank was asked to stop.
+        float32 (4 + ranks,) on the device, the same on every rank: loss before the update, gradient
+        norm, index in `SKIP_REASONS`, more than 0 if any rank was asked to stop, and the seconds
+        that each rank spent in collectives two updates earlier.
     """
     config, world, progress = session.config, session.world, state.progress
     step = progress.step + 1
@@ -56,6 +57,9 @@ def train_step(
     if config.model.dropout:
         # A function of the update, so that a checkpoint needs no random state.
         torch.manual_seed(zlib.crc32(f"{config.training.seed} {step} {world.rank}".encode()))
+    # Each rank fills a place of its own, so that the mean of all is what each has filled.
+    seconds = torch.zeros(world.size, device=world.device)
+    seconds[world.rank] = world.size * world.collectives.lap()
     n_micro_batches = config.accumulation_steps(world.size)
     loss = torch.zeros((), device=world.device)
     for micro_batch in range(n_micro_batches):
@@ -65,11 +69,12 @@ def train_step(
         micro_loss.backward()
         loss += micro_loss.detach()
     stopping = torch.full((), float(stop.requested), device=world.device)
-    loss, stopping = world.mean(torch.stack((loss, stopping)))
+    means = world.mean(torch.cat((torch.stack((loss, stopping)), seconds)))
+    loss, stopping = means[:2]
     norm, skipped = update(state.optimizer, loss, config.optimizer.grad_clip, state.spikes)
     progress.step = step
     progress.position += config.sequences_per_update
-    return torch.stack((loss, norm, skipped, stopping))
+    return torch.cat((torch.stack((loss, norm, skipped, stopping)), means[2:]))
 
 
 def run_updates(state: TrainState, loader: BatchLoader, stop: StopSignal, jobs: SideJobs) -> None:

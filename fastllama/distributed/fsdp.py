@@ -54,6 +54,8 @@ def shard_model(model: Llama, config: Config, world: World) -> None:
     # The same holds for the embedding, the final norm and the output projection.
     shard(model, reshard_after_forward=False)
     _prefetch_one_ahead(model)
+    if world.size > 1:
+        world.collectives.install(model)
     model.to_empty(device=world.device)
 
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fastllama.config import Config
+from fastllama.distributed.collective_clock import CollectiveClock
 from fastllama.distributed.failures import abort_process_group, failures_told, pids_of_node
 from fastllama.errors import TrainingFailedError
 from fastllama.printable import one_line
@@ -34,6 +35,8 @@ class World:
     mesh: DeviceMesh
     pids: Mapping[int, int] = field(default_factory=dict)
     """The process id of each rank on this node."""
+    collectives: CollectiveClock = field(default_factory=CollectiveClock)
+    """Measures the collectives of this rank."""
 
     @property
     def is_main(self) -> bool:
@@ -109,6 +112,13 @@ def require_launcher() -> None:
             f"WORLD_SIZE = {world_size()}, but RANK is not set; start with torchrun, or unset "
             "WORLD_SIZE."
         )
+
+
+def nccl_settings() -> str:
+    """NCCL's version and the environment variables that configure it, on one line."""
+    version = ".".join(map(str, torch.cuda.nccl.version()))
+    names = sorted(name for name in os.environ if re.match("NCCL_|TORCH_NCCL_|TORCH_FR_", name))
+    return ", ".join([version, *(f"{name}={os.environ[name]}" for name in names)])
 
 
 def choose_device(kind: str) -> torch.device:

@@ -12,6 +12,7 @@ from fastllama.distributed.world import World
 from fastllama.logs.results import UpdateResult
 from fastllama.logs.rows import Row
 from fastllama.logs.sinks import MetricsLog
+from fastllama.logs.slow_rank import SlowRank
 from fastllama.optim.schedule import learning_rate
 from fastllama.planning.flops import flops_per_token, peak_flops
 
@@ -32,6 +33,7 @@ class Recorder:
         self._n_done = 0
         self._result: UpdateResult | None = None
         self._row: Row | None = None
+        self._slow_rank = SlowRank(config.parallel.replicate)
         # Values at the last logged row.
         self._logged_tokens, self._logged_seconds, self._logged_wait = 0, 0.0, 0.0
         self._bar = Progress(
@@ -65,6 +67,7 @@ class Recorder:
         """Make the row of an update; `wall_seconds` and `skipped_steps` count up to its end."""
         self._n_done += 1
         self._result = result
+        self._slow_rank.observe(result.collective_seconds)
         per_update = self._config.training.tokens_per_update
         tokens = self._n_done * per_update
         tok_per_s = (tokens - self._logged_tokens) / (
@@ -108,6 +111,9 @@ class Recorder:
         self._logged_seconds = self._result.training_seconds
         self._logged_wait = self._result.data_wait_seconds
         row.peak_gib = self._peak_gib()
+        if self._world.size > 1 and (slow := self._slow_rank.find()):
+            row.slow_rank, seconds = slow
+            row.slow_rank_share = seconds * row.tok_per_s / self._config.training.tokens_per_update
         if self._log is not None:
             self._log.write(row)
         self._console.print(row.line())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """The result of one update. All fields but the seconds are the same on every rank."""
+    """The result of one update. The seconds of training and data are this rank's."""
 
     step: int
     """Optimizer updates since the run began, from 1."""
@@ -26,6 +26,8 @@ class UpdateResult:
     """Training seconds of this session at the end of the update, side jobs excluded."""
     data_wait_seconds: float
     """Seconds that training has waited for data since the loader was opened."""
+    collective_seconds: list[float]
+    """Seconds that each rank spent in collectives two updates earlier."""
 
 
 class LateScalars:

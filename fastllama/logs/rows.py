@@ -9,6 +9,9 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+SLOW = 0.05
+"""Share of an update's time from which the console names a slow rank."""
+
 
 @dataclass
 class Row:
@@ -51,6 +54,10 @@ class Row:
     """val_loss in bits a byte of text; comparable between tokenizers."""
     peak_gib: float | None = None
     """Peak memory that PyTorch has allocated on the main process's GPU, in GiB."""
+    slow_rank: int | None = None
+    """The rank that the others waited for most in recent updates."""
+    slow_rank_share: float | None = None
+    """Fraction of an update's time that they waited for it in collectives."""
 
     def line(self) -> str:
         """The row for the console."""
@@ -73,6 +80,8 @@ class Row:
             parts.append(f"peak {self.peak_gib:.1f} GiB")
         if self.skipped_steps:
             parts.append(f"skipped {self.skipped_steps}")
+        if self.slow_rank_share is not None and self.slow_rank_share > SLOW:
+            parts.append(f"waits for rank {self.slow_rank} {self.slow_rank_share:.0%}")
         if self.val_loss is not None and self.val_bits_per_byte is not None:
             parts.append(f"val {self.val_loss:.4f} ({self.val_bits_per_byte:.3f} bits/byte)")
         return "  ".join(parts)

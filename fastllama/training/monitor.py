@@ -86,7 +86,7 @@ class UpdateMonitor:
     def _receive(self) -> None:
         if self._sent is None:
             return
-        loss, grad_norm, skip_reason, stop = self._scalars.receive()
+        loss, grad_norm, skip_reason, stop, *collective_seconds = self._scalars.receive()
         (step, end_position, data_wait_seconds), self._sent = self._sent, None
         result = UpdateResult(
             step=step,
@@ -97,6 +97,7 @@ class UpdateMonitor:
             stop=stop > 0,
             training_seconds=self.clock.training(),
             data_wait_seconds=data_wait_seconds,
+            collective_seconds=collective_seconds,
         )
         wall_seconds = self.clock.wall()
         self.stop = self.stop or result.stop

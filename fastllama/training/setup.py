@@ -24,6 +24,7 @@ from fastllama.distributed.world import (
     World,
     choose_device,
     distributed,
+    nccl_settings,
     require_launcher,
     world_size,
 )
@@ -277,6 +278,8 @@ def describe_run(session: Session, start: Start, kernels: str) -> list[str]:
     ]
     if on_cuda:
         lines.append(f"alloc   {allocator_setting()}")
+    if on_cuda and world.size > 1:
+        lines.append(f"nccl    {nccl_settings()}")
     if session.flight_records:
         lines.append(f"hangs   {session.flight_records}RANK, written where a collective times out")
     return lines

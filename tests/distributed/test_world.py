@@ -1,6 +1,8 @@
 """Process groups: meshes, devices, timeouts."""
 
+import dataclasses
 import gc
+import os
 import socket
 import weakref
 from datetime import timedelta
@@ -10,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastllama.config import Config, ParallelConfig, TrainingConfig
+from fastllama.config import Config, ParallelConfig, TrainingConfig, load_recipe
+from fastllama.data.dataset import open_dataset
 from fastllama.distributed.world import (
     World,
     build_mesh,
@@ -20,6 +23,9 @@ from fastllama.distributed.world import (
     world_size,
 )
 from fastllama.errors import TrainingFailedError
+from fastllama.training.setup import describe_run
+from tests.sessions import bare_session, fresh_start
+from tests.workspace import Workspace
 
 
 @pytest.mark.usefixtures("rank_0_of_8")
@@ -68,6 +74,30 @@ def test_choose_device(
             choose_device("cuda")
     else:
         assert choose_device("cuda") == torch.device("cuda", expected)
+
+
+def test_settings_of_nccl_are_printed(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_recipe(workspace.recipe)
+    with distributed(config) as world:
+        session = bare_session(config, world, open_dataset(config))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 29, 7))
+    names = ("TORCH_NCCL_DUMP_ON_TIMEOUT", "NCCL_IB_HCA", "MY_NCCL_NOTES")
+    monkeypatch.setattr(os, "environ", dict.fromkeys(names, "mlx5"))
+    lines = [
+        describe_run(
+            dataclasses.replace(
+                session, world=dataclasses.replace(world, size=size, device=torch.device("cuda"))
+            ),
+            fresh_start(),
+            "",
+        )
+        for size in (1, 2)
+    ]
+    settings = "nccl    2.29.7, NCCL_IB_HCA=mlx5, TORCH_NCCL_DUMP_ON_TIMEOUT=mlx5"
+    assert [settings in each for each in lines] == [False, True]
 
 
 def test_timeout_of_every_group() -> None:

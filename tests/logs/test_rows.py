@@ -44,6 +44,14 @@ def test_console_line_with_optional_values() -> None:
     )
 
 
+def test_console_line_names_a_slow_rank() -> None:
+    slow = row(7)
+    slow.slow_rank, slow.slow_rank_share = 5, 0.123
+    assert slow.line() == row(7).line() + "  waits for rank 5 12%"
+    slow.slow_rank_share = 0.04
+    assert slow.line() == row(7).line()
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [
