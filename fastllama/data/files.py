@@ -26,6 +26,8 @@ BROKEN_LINK = "broken links"
 NOT_A_FILE = "FIFOs, sockets and devices"
 SEARCHED_BEFORE = "folders searched already"
 DATA_FOLDER = "data folders of fastllama"
+ARROW = "Arrow files (`dataset.to_parquet` exports them)"
+METADATA = "descriptions of a dataset"
 
 NAMED = 3
 """Names that the summary gives of each kind of entry left out."""
@@ -129,7 +131,7 @@ def _check_named_file(path: str) -> None:
     if not _has_known_suffix(path):
         raise ValueError(
             f"cannot read {_shown(path)}: its suffix is not {KNOWN_SUFFIXES}; "
-            "convert it, or unpack it first"
+            "convert it (`dataset.to_parquet` does for .arrow), or unpack it first"
         )
     if not os.access(path, os.R_OK):
         raise ValueError(f"cannot read {_shown(path)}: permission denied")
@@ -137,9 +139,12 @@ def _check_named_file(path: str) -> None:
 
 def _files_below(top: str, files: InputFiles) -> Iterator[str]:
     for folder, names in _folders_below(top, files):
+        metadata = _dataset_metadata(names)
         for name in names:
             path = os.path.join(folder, name)
-            if not stat.S_ISDIR(_mode(path)) and _is_usable(path, files):
+            if name in metadata:
+                files.leave_out(path, METADATA)
+            elif not stat.S_ISDIR(_mode(path)) and _is_usable(path, files):
                 yield path
 
 
@@ -170,6 +175,12 @@ def _folders_below(top: str, files: InputFiles) -> Iterator[tuple[str, list[str]
                 waiting.append((path, target_of))
 
 
+def _dataset_metadata(names: Sequence[str]) -> set[str]:
+    """Names that Hugging Face's `save_to_disk` gives to JSON files without documents."""
+    has_arrow = any(name.endswith(".arrow") for name in names)
+    return {"dataset_dict.json"} | ({"dataset_info.json", "state.json"} if has_arrow else set())
+
+
 def _names_in(folder: str, files: InputFiles) -> list[str]:
     try:
         if os.access(folder, os.R_OK | os.X_OK):
@@ -189,7 +200,7 @@ def _is_usable(path: str, files: InputFiles) -> bool:
     elif not stat.S_ISREG(mode):
         reason = NOT_A_FILE
     elif not _has_known_suffix(path):
-        reason = OTHER_SUFFIX
+        reason = ARROW if path.endswith(".arrow") else OTHER_SUFFIX
     elif not os.access(path, os.R_OK):
         reason = UNREADABLE
     if reason:

@@ -29,6 +29,7 @@ only the text."""
 _ARRAY_REMEDY = "; end the name of a file that is one array in .json"
 _ONE_LINE_REMEDY = "; a value must fill one line: end the name in .json, or use `jq -c .`"
 _MANY_VALUES_REMEDY = "; a line must hold one value: use `jq -c .`"
+_COMMA_REMEDY = "; remove the comma after each value, as with `sed 's/,[[:space:]]*$//'`"
 _SEPARATORS = re.compile(r"[\s,]*")
 
 
@@ -124,14 +125,16 @@ def _remedy(line: bytes, error: ValueError) -> str:
     if not isinstance(error, json.JSONDecodeError):
         return ""
     if error.msg == "Extra data":
-        return _MANY_VALUES_REMEDY
+        is_comma = error.doc[error.pos :].strip() == ","
+        return _COMMA_REMEDY if is_comma else _MANY_VALUES_REMEDY
     is_unfinished = line[:1] == b"{" and error.pos >= len(error.doc.rstrip())
     return _ONE_LINE_REMEDY if is_unfinished else ""
 
 
 def _text_of(record: object, field: str) -> str | NoText:
     if not isinstance(record, dict):
-        return NoText("not a JSON object")
+        example = json.dumps({field: "…"}, ensure_ascii=False)
+        return NoText(f"not a JSON object; write a text as {example}")
     if field not in record:
         texts = (name for name, value in record.items() if value and isinstance(value, str))
         return missing_field(field, tuple(record), tuple(texts))

@@ -102,7 +102,15 @@ def _records(
         return
     compression = next(filter(name.endswith, COMPRESSIONS), "")
     content = decompressed(raw, compression)
-    first = content.peek(BUFFER_BYTES)
+    try:
+        first = content.peek(BUFFER_BYTES)
+    except DAMAGE as error:
+        if not compression or not is_damage(error):
+            raise
+        raise DamagedInputError(
+            f"{error}: it is damaged, or not compressed as {compression} says; fetch it again, or "
+            "correct its name"
+        ) from error
     for start, problem in _NOT_TEXT.items():
         if first.startswith(start):
             raise DamagedInputError(problem)

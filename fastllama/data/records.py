@@ -65,6 +65,9 @@ def check_text(value: object, field: str) -> str | NoText:
         return NoText(f"field {field!r} is of type {type(value).__name__}, not a string")
     try:
         value.encode()
-    except UnicodeEncodeError:
-        return NoText(f"field {field!r} has a lone surrogate")
+    except UnicodeEncodeError as error:
+        # A byte of an array that is not UTF-8 was read as such a surrogate.
+        may_be_byte = "\udc80" <= value[error.start] <= "\udcff"
+        other = f", or is not UTF-8{OTHER_ENCODING}" if may_be_byte else ""
+        return NoText(f"field {field!r} has a lone surrogate{other}")
     return value or EMPTY

@@ -193,7 +193,10 @@ def test_wrong_content_for_suffix(tmp_path: Path, name: str) -> None:
     path.write_bytes(b"not in this format")
     after = write_lines(tmp_path / "y.jsonl", {"text": "next"})
     assert texts(path, after) == ["next"]
-    assert [where for where, _ in malformed(path, after)] == [f"{path}:1"]
+    [(where, reason)] = malformed(path, after)
+    assert where == f"{path}:1"
+    if path.suffix in PACK:
+        assert f"or not compressed as {path.suffix} says; fetch it again, or correct" in reason
 
 
 def test_unopenable_file_raises(tmp_path: Path) -> None:
@@ -351,6 +354,9 @@ def test_text_with_a_nul_character(tmp_path: Path) -> None:
     ("line", "remedy"),
     [
         ('{"text": "a"} {"text": "b"}', "a line must hold one value: use `jq -c .`"),
+        ('{"text": "a"}\r{"text": "b"}\r', "a line must hold one value: use `jq -c .`"),
+        ('{"text": "a"},', "remove the comma after each value, as with `sed 's/,[[:space:]]*$//'`"),
+        ('"a text"', 'not a JSON object; write a text as {"text": "…"}'),
         ("{", "a value must fill one line: end the name in .json, or use `jq -c .`"),
         ('[{"text": "a"},', "end the name of a file that is one array in .json"),
     ],

@@ -209,6 +209,24 @@ def test_deep_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             os.rmdir("d")
 
 
+def test_saved_dataset_of_hugging_face(tmp_path: Path) -> None:
+    folder = tmp_path / "saved/train"
+    folder.mkdir(parents=True)
+    for name in ("data.arrow", "dataset_info.json", "state.json", "../dataset_dict.json"):
+        (folder / name).touch()
+    (tmp_path / "state.json").touch()
+    with pytest.raises(ValueError, match=r"left out: descriptions of a dataset 3 .*json.*, Arrow"):
+        find_files([str(folder.parent)])
+    found = find_files([str(tmp_path)])
+    assert [path.name for path in found.paths] == ["state.json"]
+    assert left_out(found)["Arrow files (`dataset.to_parquet` exports them)"] == ["data.arrow"]
+    # Exported beside the original, it is read.
+    (folder / "data.parquet").touch()
+    assert names(tmp_path, str(folder)) == ["saved/train/data.parquet"]
+    with pytest.raises(ValueError, match=r"`dataset.to_parquet` does for \.arrow"):
+        find_files([str(folder / "data.arrow")])
+
+
 def test_data_folders_hold_no_documents(tree: Path) -> None:
     for name in ("job.json", "manifest.json", "tokenizer.json"):
         path = tree / "data" / name
