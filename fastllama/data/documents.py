@@ -116,7 +116,7 @@ def read_documents(
             remedy = (
                 f": choose one of {list_fields(sorted(other_fields))} with --field"
                 if other_fields
-                else ', or another one with text: write each text as {"text": "…"} in JSON Lines'
+                else ' or another field with text: write each text as {"text": "…"} in JSON Lines'
             )
             raise ValueError(f"no record of the input has the field {field!r}{remedy}")
         raise ValueError(

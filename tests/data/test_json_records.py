@@ -74,7 +74,7 @@ def test_no_field_is_offered_that_holds_no_text(path: Path, record: object) -> N
     path.write_text(json.dumps(record))
     first, _ = read_documents([path, path.with_name("z.txt")])
     assert isinstance(first, Empty)
-    with pytest.raises(ValueError, match="has the field 'text', or another one with text: write"):
+    with pytest.raises(ValueError, match="has the field 'text' or another field with text: write"):
         list(read_documents([path]))
 
 
