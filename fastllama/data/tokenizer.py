@@ -24,12 +24,8 @@ MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 WORD_CHARACTERS = 512
 """Words up to this length are never cut for training. Longer ones are, into at most twice as many
 characters, because a merge takes time in proportion to its word."""
-# `ByteLevel` makes words of letters, digits, other characters, or spaces, after at most one space.
-_PART_OF_A_WORD = re.compile(
-    "|".join(
-        f"{kind}{{{WORD_CHARACTERS + 1}}}" for kind in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s")
-    )
-)
+# Python takes the separators 1C to 1F for spaces, the tokenizers library does not.
+_SIGNS = re.compile(r"(?:[^\w\s]|[_\x1c-\x1f])+")
 MAX_FILE_BYTES = 2**28
 MAX_TOKEN_ID = 2**24
 """The tokenizers library writes a tokenizer in memory and time in proportion to the largest id."""
@@ -201,10 +197,17 @@ def _cut_long_words(text: str) -> Iterator[str]:
     # A long word covers one of these places and all characters before it, so ordinary text is
     # looked at only there.
     for cut in range(WORD_CHARACTERS, len(text), WORD_CHARACTERS):
-        if _PART_OF_A_WORD.match(text, cut - WORD_CHARACTERS):
+        if _is_part_of_a_word(text[cut - WORD_CHARACTERS : cut + 1]):
             yield text[start:cut]
             start = cut
     yield text[start:]
+
+
+def _is_part_of_a_word(text: str) -> bool:
+    """Whether `ByteLevel` makes one word of `text`: of letters, numbers, spaces, or signs."""
+    return (
+        text.isalpha() or text.isnumeric() or text.isspace() or _SIGNS.fullmatch(text) is not None
+    )
 
 
 def _no_file(path: Path) -> str:

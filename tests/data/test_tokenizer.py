@@ -73,11 +73,13 @@ def test_min_vocab_size() -> None:
 
 def test_long_words_leave_ordinary_words_as_they_are() -> None:
     letters, spaces = "".join(random.Random(0).choices("ACGT", k=300_000)), " " * 300_000
+    numbers, signs = "1½Ⅷ" * 100_000, "!\x1c_" * 100_000
     started = time.process_time()
-    tokenizer = train_tokenizer([*CORPUS, letters, spaces], vocab_size=1000)
+    tokenizer = train_tokenizer([*CORPUS, letters, spaces, numbers, signs], vocab_size=1000)
     # A minute if each merge passes over a whole word.
     assert time.process_time() - started < 10
-    assert max(map(len, tokenizer.get_vocab())) <= 2 * WORD_CHARACTERS
+    # The vocabulary spells bytes, at most three for each of these characters.
+    assert max(map(len, tokenizer.get_vocab())) <= 3 * 2 * WORD_CHARACTERS
     assert tokenizer.decode(tokenizer.encode(letters).ids) == letters
     draw = random.Random(1)
     lines = ("=" * 80 + "\n") * 20
