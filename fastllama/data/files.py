@@ -112,7 +112,9 @@ def _files_of(value: str, files: InputFiles) -> Iterator[str]:
         yield path
     elif stat.S_ISDIR(mode):
         if not os.access(path, os.R_OK | os.X_OK):
-            raise ValueError(f"cannot read the folder {_shown(path)}: permission denied")
+            raise ValueError(
+                f"cannot read the folder {_shown(path)}: permission denied; change its permissions"
+            )
         yield from _files_below(path, files)
     elif mode:
         raise ValueError(
@@ -134,7 +136,7 @@ def _check_named_file(path: str) -> None:
             "convert it (`dataset.to_parquet` does for .arrow), or unpack it first"
         )
     if not os.access(path, os.R_OK):
-        raise ValueError(f"cannot read {_shown(path)}: permission denied")
+        raise ValueError(f"cannot read {_shown(path)}: permission denied; change its permissions")
 
 
 def _files_below(top: str, files: InputFiles) -> Iterator[str]:
