@@ -219,6 +219,9 @@ def run_tests(
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=GRACE / 2)
         process.kill()
+        # A process that is stuck in the driver does not end.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE / 2)
     last = output.read_text().strip().splitlines()[-1:]
     detail = " ".join(["cut off:"] * (code is None) + last)
     return Check(name, code == 0, f"{detail}, see {output.name}")

@@ -2,10 +2,10 @@
 
     python benchmarks/waiting_policy.py [--rounds 5] [--updates 12] [--output FILE.json]
 
-Threads that have done their part of an operator wait for the others. With the policy "passive" they
-sleep; OpenMP's own default lets them spin first. On the busy machine another process keeps one core
-busy. Runs alternate, so that other load affects all of them. Prints medians and extremes, and
-ratios to OpenMP's default on the quiet machine.
+Threads that have done their part of an operator wait for the others. They spin for a while, and
+then sleep. fastllama lets them spin for a shorter time than OpenMP by itself, "passive" not at all.
+On the busy machine another process keeps one core busy. Runs alternate, so that other load affects
+all of them. Prints medians and extremes, and ratios to OpenMP's default on the quiet machine.
 """
 
 import argparse
@@ -21,9 +21,14 @@ from pathlib import Path
 
 from benchmarks.compare_plain_loop import RECIPE, ROOT, trainer
 from benchmarks.conditions import current_conditions
+from fastllama.cli import SPIN_COUNT
 from fastllama.config import load_recipe
 
-POLICIES = {"spin": {"GOMP_SPINCOUNT": "300000"}, "passive": {"OMP_WAIT_POLICY": "passive"}}
+POLICIES = {
+    "OpenMP": {"GOMP_SPINCOUNT": "300000"},
+    "fastllama": {"GOMP_SPINCOUNT": SPIN_COUNT},
+    "passive": {"OMP_WAIT_POLICY": "passive"},
+}
 """Environment variables. The first is what GNU's OpenMP does without any."""
 
 

@@ -96,7 +96,7 @@ def with_gigabytes(folder: Path, beside: Path) -> None:
 
 
 def test_faults_of_processes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HANG_SECONDS", 8)
+    monkeypatch.setattr(module, "HANG_SECONDS", 20)
     uses = {"hang": forever, "crash": with_a_crash, "memory": with_gigabytes}
     targets = {kind: Target(make_a_file, use) for kind, use in uses.items()}
     supervisor = Supervisor(1, 0, tmp_path, targets)

@@ -25,6 +25,9 @@ from fastllama.cli.parsing import split_options, without_debug
 from fastllama.cli.streams import guard_streams, report_lost_lines, require_stdout
 from fastllama.errors import PeerFailedError, RankFailedError
 
+SPIN_COUNT = "3000"
+"""Rounds that a thread of GNU's OpenMP spins before it sleeps; its own default is 300,000."""
+
 # In the order of the help text, which follows the way from text to a trained model.
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("tokenizer", "train"): tokenizer_train.COMMAND,
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     written ends nothing.
     """
     if argv is None:
-        let_threads_sleep()
+        limit_spinning()
     guard_streams()
     given = split_options(list(sys.argv[1:] if argv is None else argv))
     args = without_debug(given)
@@ -92,15 +95,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(code)
 
 
-def let_threads_sleep() -> None:
-    """Make OpenMP's threads sleep while they wait, unless the user has chosen how they wait.
+def limit_spinning() -> None:
+    """Make OpenMP's threads sleep soon when they wait, unless the user has chosen how they wait.
 
-    OpenMP reads the variable when PyTorch is loaded. Threads that spin take the cores of other
-    processes and, on a busy machine, the time of the thread that they wait for:
-    benchmarks/waiting_policy.py measures both policies.
+    OpenMP reads the variable when PyTorch is loaded. Threads that spin take the time of the thread
+    that they wait for, if another process is busy; threads that sleep at once wake late. See
+    benchmarks/waiting_policy.py.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def end_process(code: int) -> None:

@@ -215,7 +215,7 @@ def test_unreadable_folder_is_not_an_empty_one(
     with pytest.raises(SystemExit) as stop:
         train("--resume", run, *more_updates(12))
     assert stop.value.code == 2
-    assert f"Permission denied: '{run / 'checkpoints'}'" in capsys.readouterr().err
+    assert f"{run / 'checkpoints'}: Permission denied; choose" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wanted", ["", MODEL])

@@ -203,9 +203,11 @@ def test_print_config_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")]
+    ("given", "count"), [({}, "3000"), ({"GOMP_SPINCOUNT": "77"}, "77")], ids=["ours", "theirs"]
 )
-def test_threads_sleep_while_they_wait(given: dict[str, str], policy: str, tmp_path: Path) -> None:
+def test_threads_sleep_soon_when_they_wait(
+    given: dict[str, str], count: str, tmp_path: Path
+) -> None:
     environment = {name: value for name, value in os.environ.items() if "OMP" not in name}
     # A command that loads PyTorch before it fails.
     done = subprocess.run(
@@ -214,7 +216,12 @@ def test_threads_sleep_while_they_wait(given: dict[str, str], policy: str, tmp_p
         text=True,
         check=False,
         cwd=tmp_path,
-        env={**environment, **given, "OMP_DISPLAY_ENV": "true", "PYTHONPATH": ":".join(sys.path)},
+        env={
+            **environment,
+            **given,
+            "OMP_DISPLAY_ENV": "verbose",
+            "PYTHONPATH": ":".join(sys.path),
+        },
     )
     assert done.returncode == 2
-    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
+    assert f"GOMP_SPINCOUNT = '{count}'" in done.stderr
