@@ -178,6 +178,11 @@ def damage(path: Path, outside: Path, draw: random.Random) -> str:
         change = draw.choice(PATHS)
         change(path, outside, draw)
         return change.__name__
+    return damage_bytes(path, draw)
+
+
+def damage_bytes(path: Path, draw: random.Random) -> str:
+    """Damage the content of the file `path`; return the name of the kind of damage."""
     kinds = BYTES + BY_SUFFIX.get(path.suffix, [])
     kind = draw.choice(kinds if path.stat().st_size else [insert])
     path.write_bytes(kind(path.read_bytes(), draw))
