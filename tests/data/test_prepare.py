@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -318,35 +319,30 @@ def test_rejects_changed_input(source: Path, tmp_path: Path) -> None:
         run(source, tmp_path / "data", inputs=[str(path)], validation_fraction=0.0)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.write_text("two, changed"), "was changed while it was read: restore"),
+        (lambda path: path.unlink(), r"cannot be read any more \(No such file"),
+    ],
+)
 def test_rejects_input_changed_while_read(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], object],
+    message: str,
 ) -> None:
     path = tmp_path / "x.txt"
     path.write_text("one")
     append_documents = module._append
 
     def append(*arguments: Any) -> None:
-        path.write_text("two, changed")
+        change(path)
         append_documents(*arguments)
 
     monkeypatch.setattr(module, "_append", append)
-    with pytest.raises(ValueError, match=r"x\.txt was changed while it was read: restore"):
-        run(source, tmp_path / "data", inputs=[str(path)])
-
-
-def test_input_deleted_while_read(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "x.txt"
-    path.write_text("one")
-    append_documents = module._append
-
-    def append(*arguments: Any) -> None:
-        path.unlink()
-        append_documents(*arguments)
-
-    monkeypatch.setattr(module, "_append", append)
-    with pytest.raises(ValueError, match=r"x\.txt cannot be read any more \(No such file"):
+    with pytest.raises(ValueError, match=rf"x\.txt {message}"):
         run(source, tmp_path / "data", inputs=[str(path)])
 
 
