@@ -51,7 +51,12 @@ def shard_model(model: Llama, config: Config, world: World) -> None:
     for block in model.blocks:
         # The backward begins with the last block: if freed, it would be gathered again at once.
         shard(block, reshard_after_forward=reshard and block is not model.blocks[-1])
-    # The same holds for the embedding, the final norm and the output projection.
+    if not config.model.tied_embeddings:
+        # The gradient of the output projection is ready first and that of the embedding last. In
+        # groups of their own, all but the embedding's reduction overlaps with the backward.
+        shard(model.embedding, reshard_after_forward=False)
+        shard([model.norm, model.output], reshard_after_forward=False)
+    # Tied, the rest are embedding and norm; otherwise nothing is left.
     shard(model, reshard_after_forward=False)
     _prefetch_one_ahead(model)
     if world.size > 1:
@@ -66,10 +71,17 @@ def _prefetch_one_ahead(model: Llama) -> None:
     block's kernels are launched, so a slow host delays no gather. FSDP2 skips blocks that are
     already gathered.
     """
-    order = [cast(FSDPModule, module) for module in (model, *model.blocks)]
-    for module, following in pairwise(order):
+    if model.config.tied_embeddings:
+        forward = [model, *model.blocks]
+        backward = [model, *reversed(model.blocks)]
+    else:
+        forward = [model.embedding, *model.blocks, model.output]
+        # The last prefetches itself, which is nothing. Without that FSDP2 would prefetch what it
+        # has recorded before: the output projection of an earlier micro-batch.
+        backward = [*reversed(forward), model.embedding]
+    for module, following in pairwise(cast(list[FSDPModule], forward)):
         module.set_modules_to_forward_prefetch([following])
-    for module, following in pairwise([order[0], *reversed(order[1:])]):
+    for module, following in pairwise(cast(list[FSDPModule], backward)):
         module.set_modules_to_backward_prefetch([following])
 
 

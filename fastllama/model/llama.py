@@ -109,6 +109,46 @@ class Block(nn.Module):
         return x_BTD, stream_BTD
 
 
+class FinalNorm(nn.RMSNorm):
+    """The norm after the last block. A module that is called, so that FSDP2 can shard it."""
+
+    def __init__(self, config: ModelConfig, operators: Operators) -> None:
+        super().__init__(config.n_embd, eps=config.eps)
+        self.operators = operators
+
+    def forward(self, x_BTD: Tensor, stream_BTD: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Add `x` to the residual stream and normalise it, (B, T, D)."""
+        return self.operators.add_rms_norm(x_BTD, stream_BTD, self.weight, self.eps)[0]
+
+
+class Output(nn.Linear):
+    """Output projection, with the loss inside the forward."""
+
+    def __init__(
+        self, config: ModelConfig, operators: Operators, *, z_loss: float, label_smoothing: float
+    ) -> None:
+        super().__init__(config.n_embd, config.vocab_size, bias=False)
+        self.softcap = config.logit_softcap
+        self.loss_options = {"z_loss": z_loss, "label_smoothing": label_smoothing}
+        self.operators = operators
+
+    def forward(self, x_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Return the mean loss, a float32 scalar, or the logits (B, T, V) without `targets`."""
+        if targets_BT is not None:
+            return self.operators.linear_cross_entropy(
+                x_BTD,
+                self.weight,
+                targets_BT,
+                softcap=self.softcap,
+                **(self.loss_options if self.training else {}),
+            )
+        logits_BTV = F.linear(x_BTD, self.weight)
+        if self.softcap is None:
+            return logits_BTV
+        wide_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+        return (self.softcap * torch.tanh(wide_BTV / self.softcap)).to(logits_BTV.dtype)
+
+
 class Llama(nn.Module):
     """Embedding, blocks, final norm, output projection, and the loss inside the forward."""
 
@@ -129,14 +169,12 @@ class Llama(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.operators = operators
-        self.loss_options = {"z_loss": z_loss, "label_smoothing": label_smoothing}
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(
             Block(config, operators, layer) for layer in range(config.n_layers)
         )
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.eps)
-        self.output = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.norm = FinalNorm(config, operators)
+        self.output = Output(config, operators, z_loss=z_loss, label_smoothing=label_smoothing)
         self.tie_weights()
         table_PR = torch.empty(config.max_seq_len, config.head_dim // 2, dtype=torch.float32)
         self.register_buffer("cos_PR", table_PR, persistent=False)
@@ -159,26 +197,10 @@ class Llama(nn.Module):
         x_BTD, stream_BTD = self.embedding(tokens_BT), None
         for block in self.blocks:
             x_BTD, stream_BTD = block(x_BTD, stream_BTD, rotary, cache)
-        x_BTD, _ = self.operators.add_rms_norm(x_BTD, stream_BTD, self.norm.weight, self.norm.eps)
         if cache is not None:
             cache.length = positions.stop
-        if targets_BT is None:
-            return self._logits(x_BTD)
-        return self.operators.linear_cross_entropy(
-            x_BTD,
-            self.output.weight,
-            targets_BT,
-            softcap=self.config.logit_softcap,
-            **(self.loss_options if self.training else {}),
-        )
-
-    def _logits(self, x_BTD: Tensor) -> Tensor:
-        logits_BTV = F.linear(x_BTD, self.output.weight)
-        softcap = self.config.logit_softcap
-        if softcap is None:
-            return logits_BTV
-        wide_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-        return (softcap * torch.tanh(wide_BTV / softcap)).to(logits_BTV.dtype)
+        loss_or_logits: Tensor = self.output(self.norm(x_BTD, stream_BTD), targets_BT)
+        return loss_or_logits
 
     def tie_weights(self) -> None:
         """Use the embedding as the output projection, if the configuration ties them.

@@ -146,8 +146,10 @@ def _loss_bytes(config: Config) -> int:
 def _block_bytes(config: Config) -> int:
     """Bytes of the backward of one block.
 
-    Gradients of the output projection and the block in `training.dtype`, gradients of the previous
-    block in reduction, recomputed activations, and gradients of activations.
+    Recomputed activations, gradients of activations, and gradients of the output projection in
+    reduction, in the backward of the last block. A tied output projection is reduced at the end:
+    its gradients and those of the block in `training.dtype`, and gradients of the previous block in
+    reduction.
     """
     model, training = config.model, config.training
     compute, reduce = _BYTES[training.dtype], _BYTES[config.parallel.reduce_dtype]
@@ -157,11 +159,12 @@ def _block_bytes(config: Config) -> int:
     )
     # Gradients of gate_up (2F) and of silu(gate) * up (F), and silu(gate) * up recomputed (F).
     in_flight = 4 * model.ffn_hidden * compute
-    return (
-        model.vocab_size * model.n_embd * compute
-        + n_block_parameters(model) * (compute + reduce)
-        + n_tokens * (max(0, recomputed) + in_flight)
-    )
+    n_output, n_block = model.vocab_size * model.n_embd, n_block_parameters(model)
+    if model.tied_embeddings:
+        gradients = n_output * compute + n_block * (compute + reduce)
+    else:
+        gradients = n_output * reduce
+    return gradients + n_tokens * (max(0, recomputed) + in_flight)
 
 
 def plan_traffic(config: Config, world_size: int) -> TrafficPlan:

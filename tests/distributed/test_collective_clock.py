@@ -98,7 +98,7 @@ def test_collectives_of_an_update(
             train_step(session, state, loader, StopSignal())
         # The table of docs/distributed.md.
         assert counter.counts == {
-            "all-gather": 2 * n_micro_batches * L if reshard else L + 1,
-            "reduce-scatter": (n_micro_batches if accumulate == "sharded" else 1) * (L + 1),
-            "all-reduce": 2 if replicate == 1 else L + 4,
+            "all-gather": n_micro_batches * (2 * L + 1) if reshard else L + 2,
+            "reduce-scatter": (n_micro_batches if accumulate == "sharded" else 1) * (L + 2),
+            "all-reduce": 2 if replicate == 1 else L + 5,
         }

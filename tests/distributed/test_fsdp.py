@@ -22,42 +22,67 @@ RECIPE = Path(__file__).parents[2] / "configs" / "llama-3.1-8b.toml"
 MODEL = ModelConfig(vocab_size=32, n_embd=16, n_layers=3, n_heads=2, multiple_of=16, max_seq_len=8)
 
 
-def sharded_model(**options: Any) -> Llama:
-    """`MODEL` sharded over 8 ranks, with `parallel` options."""
+def sharded_model(shape: ModelConfig = MODEL, **options: Any) -> Llama:
+    """A model sharded over 8 ranks, with `parallel` options."""
     parallel = ParallelConfig(**{"reshard_after_forward": True, **options})
-    config = Config(model=MODEL, training=TrainingConfig(dtype="float32"), parallel=parallel)
+    config = Config(model=shape, training=TrainingConfig(dtype="float32"), parallel=parallel)
     with torch.device("meta"):
-        model = Llama(MODEL, REFERENCE)
+        model = Llama(shape, REFERENCE)
     mesh = build_mesh("cpu", parallel.replicate)
     shard_model(model, config, World(0, 8, torch.device("cpu"), mesh))
     return model
 
 
 class RecordCollectives(TorchDispatchMode):
-    """Records the name of each collective and the dtype of its first tensor, in order."""
+    """Records each collective: its name, and dtype and elements of its first tensor, in order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, torch.dtype]] = []
+        self.calls: list[tuple[str, torch.dtype, int]] = []
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if operator.namespace == "c10d":
             first = next(x for x in tree_leaves(args) if isinstance(x, torch.Tensor))
-            self.calls.append((operator.__name__.partition(".")[0], first.dtype))
+            name = operator.__name__.partition(".")[0]
+            self.calls.append((name, first.dtype, first.numel()))
         return operator(*args, **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("rank_0_of_8")
-def test_blocks_are_prefetched_one_ahead() -> None:
+def test_groups_are_prefetched_one_ahead() -> None:
     model = sharded_model()
-    states = [cast(FSDPModule, module)._get_fsdp_state() for module in (model, *model.blocks)]
-    _, first, second, third = states
+    modules = (model.embedding, *model.blocks, model.output)
+    states = [cast(FSDPModule, module)._get_fsdp_state() for module in modules]
     forward = [state._states_to_forward_prefetch for state in states]
     backward = [state._states_to_backward_prefetch for state in states]
-    assert forward == [[first], [second], [third], []]
-    assert backward == [[third], [], [first], [second]]
+    assert forward == [[state] for state in states[1:]] + [[]]
+    # The embedding is gathered already, so its prefetch of itself is none.
+    assert backward == [[state] for state in (states[0], *states[:-1])]
+
+
+def reduced_elements(model: Llama) -> list[int]:
+    """Elements of this rank in each reduce-scatter of one backward, in order."""
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    with RecordCollectives() as recorded:
+        model(tokens, tokens).backward()
+    return [size for name, _, size in recorded.calls if name == "_reduce_scatter_base_"]
+
+
+@pytest.mark.usefixtures("rank_0_of_8")
+@pytest.mark.parametrize("tied", [False, True])
+def test_output_is_reduced_first_and_embedding_last(tied: bool) -> None:
+    model = sharded_model(dataclasses.replace(MODEL, tied_embeddings=tied))
+    reduced = reduced_elements(model)
+    embedding, block, output, norm = (
+        sum(weight.to_local().numel() for weight in module.parameters())
+        for module in (model.embedding, model.blocks[0], model.output, model.norm)
+    )
+    if tied:
+        assert reduced == [block, block, block, embedding + norm]
+    else:
+        assert reduced == [output + norm, block, block, block, embedding]
 
 
 @pytest.mark.usefixtures("rank_0_of_8")
@@ -67,9 +92,9 @@ def test_gradients_are_reduced_in_reduce_dtype(dtype: str) -> None:
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     with RecordCollectives() as recorded:
         model(tokens, tokens).backward()
-    reduced = [kind for name, kind in recorded.calls if name == "_reduce_scatter_base_"]
-    # Three blocks, and the rest of the model.
-    assert reduced == [getattr(torch, dtype)] * 4
+    reduced = [kind for name, kind, _ in recorded.calls if name == "_reduce_scatter_base_"]
+    # Three blocks, the embedding, and final norm with output projection.
+    assert reduced == [getattr(torch, dtype)] * 5
 
 
 @pytest.mark.parametrize(
@@ -98,7 +123,7 @@ def test_device_memory_decides_resharding_and_sums(
 
 @pytest.mark.usefixtures("rank_0_of_8")
 @pytest.mark.parametrize("replicate", [1, 2])
-@pytest.mark.parametrize(("accumulate", "n_reductions"), [("unsharded", 4), ("sharded", 12)])
+@pytest.mark.parametrize(("accumulate", "n_reductions"), [("unsharded", 5), ("sharded", 15)])
 def test_collectives_of_an_update_with_three_micro_batches(
     replicate: int, accumulate: Literal["unsharded", "sharded"], n_reductions: int
 ) -> None:
@@ -111,8 +136,8 @@ def test_collectives_of_an_update_with_three_micro_batches(
         for is_last in (False, False, True):
             set_last_micro_batch(cast(FSDPModule, model), is_last, parallel)
             model(tokens, tokens).backward()
-    called = Counter(name for name, _ in recorded.calls)
-    # A collective for each of the three blocks, and one for the rest of the model.
-    assert called["_allgather_base_"] == 4
+    called = Counter(name for name, *_ in recorded.calls)
+    # Three blocks, the embedding, and final norm with output projection.
+    assert called["_allgather_base_"] == 5
     assert called["_reduce_scatter_base_"] == n_reductions
-    assert called["allreduce_"] == (4 if replicate > 1 else 0)
+    assert called["allreduce_"] == (5 if replicate > 1 else 0)

@@ -125,7 +125,7 @@ def test_generation_applies_the_softcap_of_the_run(
         model.output.weight *= 100
         prompt = [5, 6, 7]
         new = list(generate_tokens(model, prompt, Sampling(4, temperature=0), end_token=-1))
-        model.config = dataclasses.replace(model.config, logit_softcap=None)
+        model.output.softcap = None
         unbounded = model(torch.tensor([prompt + new[:-1]]))[0, len(prompt) - 1 :]
     bounded = torch.stack(sampled_from)
     assert bounded.shape == unbounded.shape == (4, 320)
