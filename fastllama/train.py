@@ -15,7 +15,7 @@ from fastllama.checkpoints.state import TrainState
 from fastllama.config import Config
 from fastllama.data.loader import BatchLoader
 from fastllama.distributed.determinism import explained_nondeterminism
-from fastllama.distributed.fsdp import set_last_micro_batch
+from fastllama.distributed.fsdp import set_last_micro_batch, sum_in_matmuls, sums_in_matmuls
 from fastllama.optim.clipping import update
 from fastllama.optim.schedule import learning_rate
 from fastllama.run_folder import RunFolder
@@ -62,6 +62,8 @@ def train_step(
     seconds[world.rank] = world.size * world.collectives.lap()
     n_micro_batches = config.accumulation_steps(world.size)
     loss = torch.zeros((), device=world.device)
+    if sums_in_matmuls(config, world):
+        sum_in_matmuls(state.model)
     for micro_batch in range(n_micro_batches):
         is_last = micro_batch == n_micro_batches - 1
         set_last_micro_batch(cast(FSDPModule, state.model), is_last, config.parallel)

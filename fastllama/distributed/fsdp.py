@@ -1,15 +1,18 @@
 """FSDP2: shards the model over the processes. A single process runs the same code."""
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from typing import cast
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from fastllama.config import Config, ParallelConfig
 from fastllama.distributed.world import World
-from fastllama.model.llama import Llama
+from fastllama.model.llama import Linear, Llama
 from fastllama.planning.memory import choose_by_memory
 
 
@@ -93,6 +96,52 @@ def reshard(model: Llama) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def _linear_weights(model: nn.Module) -> Iterator[FSDPParam]:
+    """What FSDP2 knows of each weight that a matmul multiplies and that is trained."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            for weight in () if group is None else group.fsdp_params:
+                if _owners(weight) and weight.sharded_param.requires_grad:
+                    yield weight
+
+
+def _owners(weight: FSDPParam) -> list[Linear]:
+    """The projections with this weight: one, or none for a norm or an untied embedding."""
+    info = weight._module_info
+    return [module for module in (info.module, *info.shared_modules) if isinstance(module, Linear)]
+
+
+def sums_in_matmuls(config: Config, world: World) -> bool:
+    """Whether to call `sum_in_matmuls` before each update.
+
+    On a CPU it gains nothing: float32 gradients are not rounded, and for bfloat16 PyTorch has no
+    matmul with a float32 result.
+    """
+    parallel = config.parallel
+    return (
+        world.device.type != "cpu"
+        and config.accumulation_steps(world.size) > 1
+        and parallel.accumulate == "unsharded"
+        and parallel.reduce_dtype == "float32"
+    )
+
+
+def sum_in_matmuls(model: nn.Module) -> None:
+    """Let the matmuls of an update's backwards sum the weight gradients over micro-batches.
+
+    FSDP2 sums whole gradients in `unsharded_accumulated_grad`: it rounds each to `training.dtype`,
+    and adds it in a pass of its own. Here it finds the sums complete; it reduces and frees them.
+    """
+    for weight in _linear_weights(model):
+        weight.unsharded_accumulated_grad = torch.zeros(
+            weight.sharded_param.shape, dtype=torch.float32, device=weight.device
+        )
+        for module in _owners(weight):
+            if module.main_grad_of is None:
+                module.main_grad_of = partial(getattr, weight, "unsharded_accumulated_grad")
 
 
 def set_last_micro_batch(model: FSDPModule, is_last: bool, parallel: ParallelConfig) -> None:

@@ -161,6 +161,9 @@ def distributed(config: Config) -> Iterator[World]:
     on_cuda = device.type == "cuda"
     if not on_cuda:
         keep_freed_memory()
+    # cuBLAS may split a long sum, as over the tokens of a weight gradient, and would then add the
+    # parts in bfloat16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     device_id = device if on_cuda else None
     if on_cuda:

@@ -15,6 +15,7 @@ matmul after it takes both weights, so that the normalised rows between them are
 
 import math
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,26 @@ from torch.nn import functional as F
 from fastllama.config import ModelConfig
 from fastllama.model.kv_cache import KVCache
 from fastllama.model.rotary import rotary_tables
-from fastllama_kernels import Operators
+from fastllama_kernels import Operators, linear
+
+
+class Linear(nn.Linear):
+    """A projection without bias."""
+
+    main_grad_of: Callable[[], Tensor | None] | None = None
+    """Where the backward adds the gradient of the weight, if asked; None returns it to autograd."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    @property
+    def main_grad(self) -> Tensor | None:
+        """Float32 sum of the weight's gradients over micro-batches, while there is one."""
+        return None if self.main_grad_of is None else self.main_grad_of()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x @ weight^T."""
+        return linear(x, self.weight, self.main_grad)
 
 
 class Attention(nn.Module):
@@ -35,8 +55,8 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
         packed_width = (config.n_heads + 2 * config.kv_heads) * config.head_dim
         self.norm = nn.RMSNorm(config.n_embd, eps=config.eps)
-        self.qkv = nn.Linear(config.n_embd, packed_width, bias=False)
-        self.output = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.qkv = Linear(config.n_embd, packed_width)
+        self.output = Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.operators = operators
         self.layer = layer
@@ -50,7 +70,12 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Add `x` to the residual stream and attend; return (this branch's output, the stream)."""
         qkv_BTE, stream_BTD = self.operators.add_rms_norm_linear(
-            x_BTD, stream_BTD, self.norm.weight, self.norm.eps, self.qkv.weight
+            x_BTD,
+            stream_BTD,
+            self.norm.weight,
+            self.norm.eps,
+            self.qkv.weight,
+            self.qkv.main_grad,
         )
         q_BTHK, k_BSGK, v_BSGK = self.operators.rope(
             qkv_BTE, *rotary, self.n_heads, self.n_kv_heads
@@ -67,17 +92,22 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, operators: Operators) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.n_embd, eps=config.eps)
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.ffn_hidden, bias=False)
-        self.down = nn.Linear(config.ffn_hidden, config.n_embd, bias=False)
+        self.gate_up = Linear(config.n_embd, 2 * config.ffn_hidden)
+        self.down = Linear(config.ffn_hidden, config.n_embd)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.operators = operators
 
     def forward(self, x_BTD: Tensor, stream_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Add `x` to the residual stream and feed forward; return (branch output, stream)."""
         gate_up_BTI, stream_BTD = self.operators.add_rms_norm_linear(
-            x_BTD, stream_BTD, self.norm.weight, self.norm.eps, self.gate_up.weight
+            x_BTD,
+            stream_BTD,
+            self.norm.weight,
+            self.norm.eps,
+            self.gate_up.weight,
+            self.gate_up.main_grad,
         )
-        out_BTD = self.operators.swiglu_linear(gate_up_BTI, self.down.weight)
+        out_BTD = self.operators.swiglu_linear(gate_up_BTI, self.down.weight, self.down.main_grad)
         return self.dropout(out_BTD), stream_BTD
 
 
@@ -121,13 +151,13 @@ class FinalNorm(nn.RMSNorm):
         return self.operators.add_rms_norm(x_BTD, stream_BTD, self.weight, self.eps)[0]
 
 
-class Output(nn.Linear):
+class Output(Linear):
     """Output projection, with the loss inside the forward."""
 
     def __init__(
         self, config: ModelConfig, operators: Operators, *, z_loss: float, label_smoothing: float
     ) -> None:
-        super().__init__(config.n_embd, config.vocab_size, bias=False)
+        super().__init__(config.n_embd, config.vocab_size)
         self.softcap = config.logit_softcap
         self.loss_options = {"z_loss": z_loss, "label_smoothing": label_smoothing}
         self.operators = operators
@@ -140,6 +170,7 @@ class Output(nn.Linear):
                 self.weight,
                 targets_BT,
                 softcap=self.softcap,
+                main_grad=self.main_grad,
                 **(self.loss_options if self.training else {}),
             )
         logits_BTV = F.linear(x_BTD, self.weight)

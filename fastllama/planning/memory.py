@@ -14,6 +14,7 @@ from typing import Literal
 
 from fastllama.config import Config
 from fastllama.planning.flops import n_block_parameters, n_parameters
+from fastllama_kernels.linear_cross_entropy import chunk_length
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -132,15 +133,17 @@ def activation_bytes(config: Config, checkpointing: str) -> int:
 
 
 def _loss_bytes(config: Config) -> int:
-    """Bytes of the loss's gradients.
+    """Bytes of the loss.
 
-    Gradient of the output projection in float32 and in `training.dtype`, and gradient of its input
-    before and after scaling.
+    Gradient of the output projection in float32, and gradient of its input. Also one chunk of
+    logits, in the forward, or the first gradient in `training.dtype` and the second one scaled, in
+    the backward.
     """
     model, compute = config.model, _BYTES[config.training.dtype]
     n_tokens = config.training.batch_size * model.max_seq_len
-    weight = model.vocab_size * model.n_embd
-    return weight * (4 + compute) + 2 * n_tokens * model.n_embd * compute
+    weight, hidden = model.vocab_size * model.n_embd, n_tokens * model.n_embd * compute
+    logits = chunk_length(n_tokens, model.vocab_size, compute) * model.vocab_size * compute
+    return 4 * weight + hidden + max(logits, compute * weight + hidden)
 
 
 def _block_bytes(config: Config) -> int:

@@ -6,6 +6,7 @@ holds the same functions as one set; `REFERENCE` holds plain PyTorch versions fo
 
 # The functions hide the modules of the same names as attributes of this package. Import from a
 # module with `from fastllama_kernels.rope import ...`.
+from fastllama_kernels._linear import linear
 from fastllama_kernels.attention import attention
 from fastllama_kernels.cross_entropy import cross_entropy
 from fastllama_kernels.linear_cross_entropy import linear_cross_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "add_rms_norm_linear",
     "attention",
     "cross_entropy",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rope",

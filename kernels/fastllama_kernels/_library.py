@@ -22,16 +22,19 @@ _LIBRARY = library.Library("fastllama", "DEF")
 Launcher = Callable[..., Any]
 
 
-def register(schema: str, fake: Launcher) -> Callable[[Launcher], Launcher]:
+def register(
+    schema: str, fake: Launcher, *, uses_triton: bool = True
+) -> Callable[[Launcher], Launcher]:
     """Register the decorated launcher as torch.ops.fastllama.<name in `schema`>.
 
     Args:
         schema: name, arguments and results. `(a!)` marks a first argument that is written to.
         fake: returns empty results with the right shapes, dtypes and strides.
+        uses_triton: whether the operator runs on CUDA devices only.
 
     Returns:
-        A decorator that returns the operator. The operator raises ValueError for tensors off
-        CUDA, unless Triton's interpreter is on.
+        A decorator that returns the operator. An operator of Triton kernels raises ValueError for
+        tensors off CUDA, unless Triton's interpreter is on.
     """
     name = schema.partition("(")[0]
     writes = "(a!)" in schema
@@ -42,7 +45,7 @@ def register(schema: str, fake: Launcher) -> Callable[[Launcher], Launcher]:
             if writes and not x.is_inference():
                 # Autograd then raises an error in a backward that saved x before the write.
                 torch.autograd.graph.increment_version(x)
-            with _on_device_of(x, name):
+            with _on_device_of(x, name) if uses_triton else nullcontext():
                 return launch(x, *arguments, **options)
 
         _LIBRARY.define(schema)

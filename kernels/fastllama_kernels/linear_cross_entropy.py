@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from fastllama_kernels._dtype import accumulation_dtype, autocast_like_linear, check_kernel_dtypes
 from fastllama_kernels._library import register
+from fastllama_kernels._linear import add_matmul, linear
 
 
 def linear_cross_entropy_reference(
@@ -39,9 +40,10 @@ def linear_cross_entropy_reference(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: Literal["mean", "sum"] = "mean",
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     """Return the loss of hidden @ weight^T for `targets`, a scalar, float32 or float64."""
-    logits_NV = F.linear(hidden.reshape(-1, hidden.shape[-1]), weight_VD)
+    logits_NV = linear(hidden.reshape(-1, hidden.shape[-1]), weight_VD, main_grad)
     logits_NV = logits_NV.to(accumulation_dtype(logits_NV))
     if softcap is not None:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
@@ -60,13 +62,16 @@ def linear_cross_entropy_reference(
 
 
 def chunk_length(n_tokens: int, vocab_size: int, bytes_per_logit: int) -> int:
-    """Return the rows of a chunk: 4,096, or 2,048 if 4,096 rows of logits exceed 1 GiB.
+    """Return the rows of a chunk: 8,192, or 4,096 or 2,048 if the logits would exceed 1 GiB.
 
-    The length depends on the shape and not on free memory, so the sum over chunks has the same
-    bits in every run.
+    Each chunk reads and writes the float32 gradient of the weight, 8 V D bytes beside the 6 V D
+    FLOPs of each row; docs/kernels.md has the arithmetic. The length depends on the shape and not
+    on free memory, so the sum over chunks has the same bits in every run.
     """
-    fits = 4_096 * vocab_size * bytes_per_logit <= 2**30
-    return max(1, min(n_tokens, 4_096 if fits else 2_048))
+    length = 8_192
+    while length > 2_048 and length * vocab_size * bytes_per_logit > 2**30:
+        length //= 2
+    return max(1, min(n_tokens, length))
 
 
 def _fwd_fake(
@@ -133,17 +138,8 @@ def linear_cross_entropy_fwd(
         if need_dhidden:
             torch.mm(logits, weight, out=dhidden[chunk])
         if need_dweight:
-            _accumulate(dweight, logits.T, hidden[chunk], first=start == 0)
+            add_matmul(dweight, logits.T, hidden[chunk], beta=0 if start == 0 else 1)
     return losses, dhidden, dweight
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """Set `total` (float32) to a @ b if `first`, else add a @ b; sums are in float32."""
-    beta = 0 if first else 1
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
-    else:
-        torch.addmm(total, a.float(), b.float(), beta=beta, out=total)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -156,6 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         n_valid: Tensor,
+        main_grad: Tensor | None,
         need_dhidden: bool,
         need_dweight: bool,
         *options: float,
@@ -163,16 +160,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses, dhidden, dweight = linear_cross_entropy_fwd(
             hidden, weight, targets, *options, need_dhidden, need_dweight
         )
-        ctx.save_for_backward(dhidden, dweight, n_valid)
+        ctx.save_for_backward(dhidden, dweight, n_valid, main_grad)
         ctx.weight_dtype = weight.dtype
         return losses.sum() / n_valid
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight, n_valid = ctx.saved_tensors
+        dhidden, dweight, n_valid, main_grad = ctx.saved_tensors
         scale = dloss / n_valid
         needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
+        if needs_dweight and main_grad is not None:
+            main_grad.addcmul_(dweight, scale)
+            needs_dweight = False
         return (
             _scaled(dhidden, scale, dhidden.dtype) if needs_dhidden else None,
             _scaled(dweight, scale, ctx.weight_dtype) if needs_dweight else None,
@@ -196,6 +196,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: Literal["mean", "sum"] = "mean",
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     """Return the cross-entropy of hidden @ weight^T for `targets`, without all logits in memory.
 
@@ -210,6 +211,8 @@ def linear_cross_entropy(
         z_loss: factor of lse squared.
         softcap: bound on the magnitude of the logits; None means no bound.
         reduction: "mean", over rows not ignored, or "sum".
+        main_grad: float32 (V, D); the backward adds the gradient of `weight_VD` to it and returns
+            none to autograd.
 
     Returns:
         The loss, a float32 scalar.
@@ -229,6 +232,7 @@ def linear_cross_entropy(
         weight_VD,
         targets_N,
         n_valid if reduction == "mean" else torch.ones_like(n_valid),
+        main_grad,
         grad and hidden.requires_grad,
         grad and weight_VD.requires_grad,
         ignore_index,

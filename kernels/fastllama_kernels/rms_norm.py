@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from fastllama_kernels._dtype import accumulation_dtype, autocast_like_linear, check_kernel_dtypes
 from fastllama_kernels._library import n_multiprocessors, register
+from fastllama_kernels._linear import linear, weight_gradient
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -50,11 +51,19 @@ def add_rms_norm_reference(
 
 
 def add_rms_norm_linear_reference(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, projection: Tensor
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    projection: Tensor,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Project the normalised sum of `add_rms_norm`; return (out (..., out_features), sum)."""
+    """Project the normalised sum of `add_rms_norm`; return (out (..., out_features), sum).
+
+    `main_grad` is that of `projection`, as in _linear.py.
+    """
     y, residual = add_rms_norm_reference(x, residual, weight, eps)
-    return F.linear(y, projection), residual
+    return linear(y, projection, main_grad), residual
 
 
 @triton.jit
@@ -359,13 +368,14 @@ class _RMSNorm(torch.autograd.Function):
         weight: Tensor,
         eps: float,
         projection: Tensor | None,
+        main_grad: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if residual is None:
             stream = x
             y, rstd = rms_norm_fwd(x, weight, eps)
         else:
             y, stream, rstd = add_rms_norm_fwd(x, residual, weight, eps)
-        ctx.save_for_backward(stream, weight, rstd, projection)
+        ctx.save_for_backward(stream, weight, rstd, projection, main_grad)
         ctx.set_materialize_grads(False)
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
         out = y if projection is None else F.linear(y, projection)
@@ -376,7 +386,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(
         ctx: Any, dout: Tensor | None, dstream: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        stream, weight, rstd, projection = ctx.saved_tensors
+        stream, weight, rstd, projection, main_grad = ctx.saved_tensors
         x_dtype, residual_dtype = ctx.dtypes
         dx, dweight, dprojection = dstream, None, None
         if dout is not None and projection is None:
@@ -385,11 +395,11 @@ class _RMSNorm(torch.autograd.Function):
             dy = dout @ projection
             dx, dweight, y = rms_norm_recompute_bwd(dy, dstream, stream, weight, rstd)
             if ctx.needs_input_grad[4]:
-                dprojection = dout.reshape(-1, dout.shape[-1]).T @ y.reshape(-1, y.shape[-1])
+                dprojection = weight_gradient(dout, y, main_grad)
         if dx is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         dresidual = None if residual_dtype is None else dx.to(residual_dtype)
-        return dx.to(x_dtype), dresidual, dweight, None, dprojection
+        return dx.to(x_dtype), dresidual, dweight, None, dprojection, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -407,7 +417,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: shapes or dtypes that do not match, or tensors not on CUDA.
     """
     _check(x, None, weight)
-    y: Tensor = _RMSNorm.apply(x, None, weight, eps, None)
+    y: Tensor = _RMSNorm.apply(x, None, weight, eps, None, None)
     return y
 
 
@@ -430,11 +440,16 @@ def add_rms_norm(
         ValueError: shapes or dtypes that do not match, or tensors not on CUDA.
     """
     _check(x, residual, weight)
-    return _apply(x, residual, weight, eps, None)
+    return _apply(x, residual, weight, eps, None, None)
 
 
 def add_rms_norm_linear(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, projection: Tensor
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    projection: Tensor,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Project the normalised sum of `add_rms_norm`; the sum is its only saved activation.
 
@@ -444,6 +459,8 @@ def add_rms_norm_linear(
         weight: (D,), of the norm.
         eps: added to the mean square.
         projection: (out_features, D), as in `torch.nn.Linear`; autocast applies to it.
+        main_grad: float32, shaped like `projection`; the backward adds its gradient to it, as
+            described in _linear.py.
 
     Returns:
         The projected normalised sum (..., out_features), and the sum (..., D).
@@ -457,15 +474,16 @@ def add_rms_norm_linear(
             f"projection has shape {tuple(projection.shape)}, and needs "
             f"(out_features, {x.shape[-1]})."
         )
-    return _apply(x, residual, weight, eps, autocast_like_linear(projection))
+    return _apply(x, residual, weight, eps, autocast_like_linear(projection), main_grad)
 
 
 def _apply(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, projection: Tensor | None
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *projection: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """`projection` is the weight of the projection and its main_grad."""
     if residual is None:
-        return _RMSNorm.apply(x, None, weight, eps, projection), x
-    out, stream = _RMSNorm.apply(x, residual, weight, eps, projection)
+        return _RMSNorm.apply(x, None, weight, eps, *projection), x
+    out, stream = _RMSNorm.apply(x, residual, weight, eps, *projection)
     return out, stream
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fastllama_kernels._dtype import accumulation_dtype, autocast_like_linear, check_kernel_dtypes
 from fastllama_kernels._library import register
+from fastllama_kernels._linear import linear, weight_gradient
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -28,9 +29,14 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def swiglu_linear_reference(gate_up: Tensor, down: Tensor) -> Tensor:
-    """Return swiglu(gate_up) @ down^T (..., D) of `gate_up` (..., 2F) and `down` (D, F)."""
-    return F.linear(swiglu_reference(gate_up), down)
+def swiglu_linear_reference(
+    gate_up: Tensor, down: Tensor, main_grad: Tensor | None = None
+) -> Tensor:
+    """Return swiglu(gate_up) @ down^T (..., D) of `gate_up` (..., 2F) and `down` (D, F).
+
+    `main_grad` is that of `down`, as in _linear.py.
+    """
+    return linear(swiglu_reference(gate_up), down, main_grad)
 
 
 @triton.jit
@@ -142,22 +148,22 @@ class _SwiGLU(torch.autograd.Function):
     """SwiGLU with an optional projection."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, down: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate_up, down)
+    def forward(ctx: Any, gate_up: Tensor, down: Tensor | None, main_grad: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up, down, main_grad)
         h = swiglu_fwd(gate_up)
         return h if down is None else F.linear(h, down)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        gate_up, down = ctx.saved_tensors
+        gate_up, down, main_grad = ctx.saved_tensors
         if down is None:
-            return swiglu_bwd(dout, gate_up), None
+            return swiglu_bwd(dout, gate_up), None, None
         dgate_up, h = swiglu_recompute_bwd(dout @ down, gate_up)
         ddown = None
         if ctx.needs_input_grad[1]:
-            ddown = dout.reshape(-1, dout.shape[-1]).T @ h.reshape(-1, h.shape[-1])
-        return dgate_up, ddown
+            ddown = weight_gradient(dout, h, main_grad)
+        return dgate_up, ddown, None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -173,15 +179,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
         ValueError: an odd last dimension, another dtype, or a tensor not on CUDA.
     """
     _check(gate_up)
-    return _SwiGLU.apply(gate_up, None)
+    return _SwiGLU.apply(gate_up, None, None)
 
 
-def swiglu_linear(gate_up: Tensor, down: Tensor) -> Tensor:
+def swiglu_linear(gate_up: Tensor, down: Tensor, main_grad: Tensor | None = None) -> Tensor:
     """Return swiglu(gate_up) @ down^T; `gate_up` is the only activation saved for backward.
 
     Args:
         gate_up: (..., 2F), gate first; float32, bfloat16 or float16, any strides.
         down: (D, F), as in `torch.nn.Linear`; autocast applies to it.
+        main_grad: float32 (D, F); the backward adds the gradient of `down` to it, as described in
+            _linear.py.
 
     Returns:
         (..., D).
@@ -194,7 +202,7 @@ def swiglu_linear(gate_up: Tensor, down: Tensor) -> Tensor:
         raise ValueError(
             f"down has shape {tuple(down.shape)}, and needs (D, {gate_up.shape[-1] // 2})."
         )
-    return _SwiGLU.apply(gate_up, autocast_like_linear(down))
+    return _SwiGLU.apply(gate_up, autocast_like_linear(down), main_grad)
 
 
 def _check(gate_up: Tensor) -> None:

@@ -13,19 +13,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig, load_recipe
-from fastllama.distributed.fsdp import resolve_resharding, set_last_micro_batch, shard_model
+from fastllama.distributed.fsdp import (
+    resolve_resharding,
+    set_last_micro_batch,
+    shard_model,
+    sum_in_matmuls,
+    sums_in_matmuls,
+)
 from fastllama.distributed.world import World, build_mesh, distributed
-from fastllama.model.llama import Llama
+from fastllama.model.llama import Linear, Llama
 from fastllama_kernels import REFERENCE
 
 RECIPE = Path(__file__).parents[2] / "configs" / "llama-3.1-8b.toml"
 MODEL = ModelConfig(vocab_size=32, n_embd=16, n_layers=3, n_heads=2, multiple_of=16, max_seq_len=8)
 
 
-def sharded_model(shape: ModelConfig = MODEL, **options: Any) -> Llama:
+def sharded_model(shape: ModelConfig = MODEL, dtype: str = "float32", **options: Any) -> Llama:
     """A model sharded over 8 ranks, with `parallel` options."""
     parallel = ParallelConfig(**{"reshard_after_forward": True, **options})
-    config = Config(model=shape, training=TrainingConfig(dtype="float32"), parallel=parallel)
+    config = Config(model=shape, training=TrainingConfig(dtype=dtype), parallel=parallel)
     with torch.device("meta"):
         model = Llama(shape, REFERENCE)
     mesh = build_mesh("cpu", parallel.replicate)
@@ -141,3 +147,73 @@ def test_collectives_of_an_update_with_three_micro_batches(
     assert called["_allgather_base_"] == 5
     assert called["_reduce_scatter_base_"] == n_reductions
     assert called["allreduce_"] == (5 if replicate > 1 else 0)
+
+
+class CountSums(TorchDispatchMode):
+    """Counts the passes that add a gradient, shaped like one of `weights`, to a float32 sum."""
+
+    def __init__(self, weights: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.shapes = {weight.shape for weight in weights}
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if operator is torch.ops.aten.add_.Tensor and args[0].dtype == torch.float32:
+            self.count += args[0].shape in self.shapes
+        return operator(*args, **(kwargs or {}))
+
+
+def linear_weights(model: Llama) -> list[torch.Tensor]:
+    return [module.weight for module in model.modules() if isinstance(module, Linear)]
+
+
+def sums(model: Llama) -> list[torch.Tensor]:
+    return [
+        module.main_grad
+        for module in model.modules()
+        if isinstance(module, Linear) and module.main_grad is not None
+    ]
+
+
+@pytest.mark.usefixtures("rank_0_of_8")
+def test_matmuls_leave_no_sum_to_fsdp2() -> None:
+    parallel = ParallelConfig(reshard_after_forward=False, accumulate="unsharded")
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    passes = {}
+    for in_matmuls in (False, True):
+        model = sharded_model(dtype="bfloat16", **vars(parallel))
+        n_weights = len(linear_weights(model))
+        if in_matmuls:
+            sum_in_matmuls(model)
+            assert len(sums(model)) == n_weights
+        with CountSums(linear_weights(model)) as counted:
+            for is_last in (False, False, True):
+                set_last_micro_batch(cast(FSDPModule, model), is_last, parallel)
+                model(tokens, tokens).backward()
+        passes[in_matmuls] = counted.count
+        # FSDP2 has reduced the sums and dropped them, so the next validation sees none.
+        assert not sums(model)
+    # The embedding has the shape of the output projection, and its gradients stay with FSDP2: they
+    # are added from the second micro-batch on.
+    assert passes == {False: 2 * (n_weights + 1), True: 2}
+
+
+@pytest.mark.parametrize(
+    ("device", "n_micro_batches", "options", "expected"),
+    [
+        ("cuda", 2, {}, True),
+        ("cuda", 1, {}, False),
+        ("cuda", 2, {"accumulate": "sharded"}, False),
+        ("cuda", 2, {"reduce_dtype": "bfloat16"}, False),
+        ("cpu", 2, {}, False),
+    ],
+)
+def test_matmuls_sum_whole_gradients_on_a_gpu(
+    device: str, n_micro_batches: int, options: dict[str, Any], expected: bool
+) -> None:
+    training = TrainingConfig(batch_size=1, tokens_per_update=64 * n_micro_batches)
+    parallel = ParallelConfig(**{"accumulate": "unsharded", **options})
+    config = Config(model=MODEL, training=training, parallel=parallel)
+    assert sums_in_matmuls(config, World(0, 8, torch.device(device), cast(Any, None))) == expected

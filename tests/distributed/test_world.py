@@ -100,6 +100,13 @@ def test_settings_of_nccl_are_printed(
     assert [settings in each for each in lines] == [False, True]
 
 
+def test_matmuls_add_their_parts_in_float32() -> None:
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = True
+    with distributed(Config(training=TrainingConfig(device="cpu"))):
+        assert matmul.allow_bf16_reduced_precision_reduction is False
+
+
 def test_timeout_of_every_group() -> None:
     config = Config(
         training=TrainingConfig(device="cpu"), parallel=ParallelConfig(timeout_minutes=3.0)

@@ -451,6 +451,7 @@ def test_mutations_are_declared() -> None:
             written[name] = [x.name for x in arguments if x.alias_info and x.alias_info.is_write]
     assert {name: names for name, names in written.items() if names} == {
         "fastllama::rope_": ["qkv"],
+        "fastllama::accumulate_matmul_": ["total"],
         "fastllama::cross_entropy_gradient_fwd_": ["logits"],
         "fastllama::scale_": ["x"],
     }

@@ -139,7 +139,10 @@ def test_any_chunk_length(dtype: torch.dtype, length: int, monkeypatch: pytest.M
 
 
 def test_chunk_length() -> None:
-    assert chunk_length(10**6, 32_768, 2) == 4_096
+    assert chunk_length(10**6, 32_768, 2) == 8_192
+    # Exactly 1 GiB.
+    assert chunk_length(10**6, 2**16, 2) == 8_192
+    assert chunk_length(10**6, 2**16 + 1, 2) == 4_096
     # A chunk may have a gibibyte of logits and no more.
     assert chunk_length(10**6, 2**17, 2) == 4_096
     assert chunk_length(10**6, 2**17 + 1, 2) == 2_048

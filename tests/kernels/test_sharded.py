@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig
-from fastllama.distributed.fsdp import set_last_micro_batch, shard_model
+from fastllama.distributed.fsdp import set_last_micro_batch, shard_model, sum_in_matmuls
 from fastllama.distributed.world import World, distributed
 from fastllama.model.activation_checkpointing import checkpoint_activations
 from fastllama.model.llama import Llama
@@ -41,6 +41,7 @@ class Case:
     n_micro_batches: int = 1
     frozen: tuple[str, ...] = ()
     compile: bool = False
+    sum_in_matmuls: bool = False
 
 
 CASES = {
@@ -53,6 +54,21 @@ CASES = {
     "accumulated in shards": Case(n_micro_batches=2, accumulate="sharded"),
     "frozen": Case(frozen=("embedding", "blocks.0.attention.qkv", "blocks.1.mlp.down", "output")),
     "compiled": Case(model=MULTI_HEAD, dtype="bfloat16", compile=True),
+    "summed in matmuls": Case(n_micro_batches=3, sum_in_matmuls=True, recompute="full"),
+    "summed in matmuls, tied": Case(model=TIED, n_micro_batches=2, sum_in_matmuls=True),
+    "summed in matmuls, frozen": Case(
+        n_micro_batches=2,
+        sum_in_matmuls=True,
+        frozen=("blocks.0.attention.qkv", "blocks.1.mlp.down", "blocks.1.attention.output"),
+    ),
+    "summed in matmuls, compiled": Case(
+        model=MULTI_HEAD,
+        dtype="bfloat16",
+        n_micro_batches=2,
+        sum_in_matmuls=True,
+        recompute="selective",
+        compile=True,
+    ),
 }
 
 
@@ -96,6 +112,8 @@ def loss_and_gradients(case: Case, operators: Operators, world: World) -> dict[s
             block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     shard_model(model, config, world)
     model.init_weights(seed=0)
+    if case.sum_in_matmuls:
+        sum_in_matmuls(model)
     total = torch.zeros(())
     for micro_batch, sequences in enumerate(sequences_of(case)):
         is_last = micro_batch == case.n_micro_batches - 1

@@ -85,7 +85,13 @@ def cross_entropy(n_rows: int, dtype: torch.dtype) -> Calls:
     }
 
 
+def linear(n_rows: int, dtype: torch.dtype) -> Calls:
+    dout, x = numbers(n_rows, F, dtype=dtype), numbers(n_rows, D, dtype=dtype)
+    return {"accumulate_matmul_": [(numbers(F, D), dout.T, x)]}
+
+
 GROUPS: list[Callable[[int, torch.dtype], Calls]] = [
+    linear,
     norm,
     rope,
     swiglu,

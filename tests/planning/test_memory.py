@@ -35,6 +35,7 @@ from fastllama.planning.memory import (
     plan_traffic,
 )
 from fastllama_kernels import TRITON
+from fastllama_kernels.linear_cross_entropy import chunk_length
 
 RECIPE = Path(__file__).parents[2] / "configs" / "llama-3.1-8b.toml"
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -96,6 +97,10 @@ class Meter(TorchDispatchMode):
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = operator(*args, **(kwargs or {}))
+        if operator is torch.ops.fastllama.linear_cross_entropy_fwd.default:
+            hidden, weight = args[:2]
+            logits = chunk_length(len(hidden), len(weight), 2) * len(weight) * 2
+            self.peak = max(self.peak, self.alive + logits)
         if operator.namespace == "c10d":
             self._count(operator.__name__.partition(".")[0], args)
         for x in tree_leaves(result):

@@ -12,7 +12,7 @@ from fastllama.planning.out_of_memory import is_out_of_memory, out_of_memory
 SMALL = ModelConfig(
     vocab_size=64, n_embd=32, n_layers=1, n_heads=2, multiple_of=16, max_seq_len=512
 )
-LARGE = dataclasses.replace(SMALL, vocab_size=10**8)
+LARGE = dataclasses.replace(SMALL, n_embd=16_384, n_layers=16, n_heads=128)
 
 
 def allocation_error(*size: int) -> Exception:
