@@ -57,10 +57,10 @@ def gemm_ceilings(timer: Timer, device: torch.device, model: ModelConfig) -> Ite
     """FLOP/s of every matmul of a training step of `model`, in bfloat16."""
     width = model.n_embd
     projections = {
-        "qkv": (width, (model.n_heads + 2 * model.kv_heads) * model.head_dim),
+        "qkv": (width, (model.n_heads + 2 * model.kv_heads) * model.head_width),
         "attention output": (width, width),
-        "gate_up": (width, 2 * model.ffn_hidden),
-        "down": (model.ffn_hidden, width),
+        "gate_up": (width, 2 * model.ffn_width),
+        "down": (model.ffn_width, width),
         "output": (width, model.vocab_size),
     }
     for name, (n_in, n_out) in projections.items():

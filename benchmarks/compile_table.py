@@ -105,14 +105,14 @@ def _train_rms_norm(model: ModelConfig) -> None:
 
 
 def _train_rope(model: ModelConfig) -> None:
-    qkv = _leaf(1, ROWS, (model.n_heads + 2 * model.kv_heads) * model.head_dim)
-    table = torch.ones(ROWS, model.head_dim // 2)
+    qkv = _leaf(1, ROWS, (model.n_heads + 2 * model.kv_heads) * model.head_width)
+    table = torch.ones(ROWS, model.head_width // 2)
     for positions in (None, torch.zeros(1, ROWS, dtype=torch.int64)):
         _backward(*TRITON.rope(qkv, table, table, model.n_heads, model.kv_heads, positions))
 
 
 def _train_swiglu(model: ModelConfig) -> None:
-    gate_up, down = _leaf(ROWS, 2 * model.ffn_hidden), _leaf(ROWS, model.ffn_hidden)
+    gate_up, down = _leaf(ROWS, 2 * model.ffn_width), _leaf(ROWS, model.ffn_width)
     _backward(TRITON.swiglu(gate_up))
     _backward(TRITON.swiglu_linear(gate_up, down))
 
@@ -281,7 +281,7 @@ def resident_warps(architecture: int, warps: int, registers: int, shared_bytes: 
 def compile_recipes() -> list[CompiledKernel]:
     """Compile all launches of training the recipes in configs, on all CPU cores."""
     models = {load_recipe(path).model for path in RECIPES.glob("*.toml")}
-    by_width = sorted(models, key=lambda model: (model.n_embd, model.ffn_hidden))
+    by_width = sorted(models, key=lambda model: (model.n_embd, model.ffn_width))
     launches = [
         launch
         for architecture in ARCHITECTURES

@@ -5,7 +5,8 @@
 Threads that have done their part of an operator wait for the others. They spin for a while, and
 then sleep. fastllama lets them spin for a shorter time than OpenMP by itself, "passive" not at all.
 On the busy machine another process keeps one core busy. Runs alternate, so that other load affects
-all of them. Prints medians and extremes, and ratios to OpenMP's default on the quiet machine.
+all of them. Prints medians and extremes. Each ratio is to the run of the same round with OpenMP's
+default on the quiet machine; the median of these ratios does not move when the machine does.
 """
 
 import argparse
@@ -62,12 +63,13 @@ def main() -> None:
                     del os.environ[name]
                 rates.setdefault(f"{load}, {policy}", []).append(rate)
                 print(f"{load}, {policy}: {rate:,.0f} tok/s", flush=True)
-    reference = statistics.median(next(iter(rates.values())))
+    reference = next(iter(rates.values()))
     for name, values in rates.items():
-        median = statistics.median(values)
+        ratios = [rate / default for rate, default in zip(values, reference, strict=True)]
         print(
-            f"{name:15} {median:7,.0f} tok/s ({min(values):,.0f} to {max(values):,.0f}), "
-            f"ratio {median / reference:.3f}"
+            f"{name:15} {statistics.median(values):7,.0f} tok/s "
+            f"({min(values):,.0f} to {max(values):,.0f}), ratio {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f})"
         )
     if options.output:
         content = {"conditions": asdict(current_conditions()), "tok_per_s": rates}

@@ -8,7 +8,7 @@ from rich.console import Console
 from fastllama.checkpoints.state import TrainProgress
 from fastllama.config import Config
 from fastllama.data.dataset import Dataset
-from fastllama.distributed.fsdp import resolve_resharding
+from fastllama.distributed.fsdp import resolve_by_memory
 from fastllama.distributed.world import World
 from fastllama.run_folder import RunFolder
 from fastllama.training.session import Session
@@ -34,7 +34,7 @@ def bare_session(
 
 def resolved_session(config: Config, world: World, dataset: Dataset | None = None) -> Session:
     """A session that prints nothing, with `parallel.reshard_after_forward` resolved."""
-    return bare_session(resolve_resharding(config, world)[0], world, dataset)
+    return bare_session(resolve_by_memory(config, world)[0], world, dataset)
 
 
 def fresh_start(progress: TrainProgress | None = None) -> Start:

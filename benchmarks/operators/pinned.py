@@ -82,12 +82,14 @@ def _norm_backward_inputs(
 def _rope_inputs(model: ModelConfig, n: int, generator: torch.Generator) -> tuple[Any, ...]:
     seq_len = min(model.max_seq_len, n)
     shape = (n // seq_len, seq_len)
-    width = (model.n_heads + 2 * model.kv_heads) * model.head_dim
+    width = (model.n_heads + 2 * model.kv_heads) * model.head_width
     dq, dk, dv = (
-        randn(generator, DTYPE, *shape, heads, model.head_dim).detach()
+        randn(generator, DTYPE, *shape, heads, model.head_width).detach()
         for heads in (model.n_heads, model.kv_heads, model.kv_heads)
     )
-    angles = torch.randn(seq_len, model.head_dim // 2, generator=generator, device=generator.device)
+    angles = torch.randn(
+        seq_len, model.head_width // 2, generator=generator, device=generator.device
+    )
     return randn(generator, DTYPE, *shape, width).detach(), dq, dk, dv, angles.cos(), angles.sin()
 
 
@@ -99,8 +101,8 @@ def _rotate_fwd_bwd(
 
 
 def _swiglu_inputs(model: ModelConfig, n: int, generator: torch.Generator) -> tuple[Any, ...]:
-    gate_up = randn(generator, DTYPE, n, 2 * model.ffn_hidden).detach()
-    return gate_up, randn(generator, DTYPE, n, model.ffn_hidden).detach()
+    gate_up = randn(generator, DTYPE, n, 2 * model.ffn_width).detach()
+    return gate_up, randn(generator, DTYPE, n, model.ffn_width).detach()
 
 
 def _swiglu_fwd_bwd(gate_up: Tensor, dh: Tensor) -> list[Tensor]:
@@ -139,7 +141,7 @@ def _activations(copies: int) -> Callable[[ModelConfig, int], Work]:
 
 def _rope_work(model: ModelConfig, n: int) -> Work:
     rotated, packed = model.n_heads + model.kv_heads, model.n_heads + 2 * model.kv_heads
-    return Work(2 * (rotated + packed) * model.head_dim * n * DTYPE.itemsize)
+    return Work(2 * (rotated + packed) * model.head_width * n * DTYPE.itemsize)
 
 
 def _logits_work(model: ModelConfig, n: int) -> Work:
@@ -174,7 +176,7 @@ PINNED = (
         name="rope",
         module=rope,
         functions=("launch_config",),
-        sizes=lambda model, _: (model.head_dim // 2,),
+        sizes=lambda model, _: (model.head_width // 2,),
         inputs=_rope_inputs,
         launch=_rotate_fwd_bwd,
         work=_rope_work,
@@ -183,10 +185,10 @@ PINNED = (
         name="swiglu",
         module=swiglu,
         functions=("launch_config",),
-        sizes=lambda model, _: (model.ffn_hidden,),
+        sizes=lambda model, _: (model.ffn_width,),
         inputs=_swiglu_inputs,
         launch=_swiglu_fwd_bwd,
-        work=lambda model, n: Work(9 * n * model.ffn_hidden * DTYPE.itemsize),
+        work=lambda model, n: Work(9 * n * model.ffn_width * DTYPE.itemsize),
     ),
     Pinned(
         name="linear_cross_entropy",

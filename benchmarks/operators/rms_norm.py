@@ -25,7 +25,7 @@ def _shape(model: ModelConfig, n_tokens: int) -> Shape:
 
 
 def _projected(model: ModelConfig, n_tokens: int) -> Shape:
-    width = (model.n_heads + 2 * model.kv_heads) * model.head_dim
+    width = (model.n_heads + 2 * model.kv_heads) * model.head_width
     return _shape(model, n_tokens) | {"E": width}
 
 

@@ -19,7 +19,7 @@ from fastllama_kernels import REFERENCE, TRITON
 
 
 def _shape(model: ModelConfig, n_tokens: int) -> Shape:
-    heads = {"H": model.n_heads, "G": model.kv_heads, "K": model.head_dim}
+    heads = {"H": model.n_heads, "G": model.kv_heads, "K": model.head_width}
     return rows(model, n_tokens) | heads
 
 

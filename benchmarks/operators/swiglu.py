@@ -19,7 +19,7 @@ from fastllama_kernels import REFERENCE, TRITON
 
 
 def _shape(model: ModelConfig, n_tokens: int) -> Shape:
-    return rows(model, n_tokens) | {"F": model.ffn_hidden}
+    return rows(model, n_tokens) | {"F": model.ffn_width}
 
 
 def _projected(model: ModelConfig, n_tokens: int) -> Shape:

@@ -60,7 +60,7 @@ def huggingface_model(llama: Llama) -> Any:
     config = LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.n_embd,
-        intermediate_size=model.ffn_hidden,
+        intermediate_size=model.ffn_width,
         num_hidden_layers=model.n_layers,
         num_attention_heads=model.n_heads,
         num_key_value_heads=model.kv_heads,
@@ -137,7 +137,7 @@ def torchtitan_model(llama: Llama) -> Any:
     from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
 
     model = llama.config
-    width, head_dim = model.n_embd, model.head_dim
+    width, head_dim = model.n_embd, model.head_width
     rope = ComplexRoPE.Config(
         dim=head_dim,
         max_seq_len=model.max_seq_len,
@@ -163,7 +163,7 @@ def torchtitan_model(llama: Llama) -> Any:
             rope=rope,
         ),
         feed_forward=make_ffn_config(
-            dim=width, hidden_dim=model.ffn_hidden, w1_param_init={}, w2w3_param_init={}
+            dim=width, hidden_dim=model.ffn_width, w1_param_init={}, w2w3_param_init={}
         ),
     )
     config = Llama3Model.Config(
@@ -207,10 +207,10 @@ def unpacked(
     heads = [model.n_heads, model.kv_heads, model.kv_heads]
     rows = {
         "attention.norm.weight": [model.n_embd],
-        "attention.qkv.weight": [count * model.head_dim for count in heads],
+        "attention.qkv.weight": [count * model.head_width for count in heads],
         "attention.output.weight": [model.n_embd],
         "mlp.norm.weight": [model.n_embd],
-        "mlp.gate_up.weight": [model.ffn_hidden] * 2,
+        "mlp.gate_up.weight": [model.ffn_width] * 2,
         "mlp.down.weight": [model.n_embd],
     }
     names = {"attention_norm": "attention.norm", "attention_output": "attention.output"}

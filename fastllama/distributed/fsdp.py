@@ -16,7 +16,7 @@ from fastllama.model.llama import Linear, Llama
 from fastllama.planning.memory import choose_by_memory
 
 
-def resolve_resharding(config: Config, world: World) -> tuple[Config, str]:
+def resolve_by_memory(config: Config, world: World) -> tuple[Config, str]:
     """Decide "auto" of `parallel.reshard_after_forward` and `parallel.accumulate`.
 
     Returns:
@@ -41,7 +41,7 @@ def shard_model(model: Llama, config: Config, world: World) -> None:
 
     Shards are float32. Parameters are gathered in `training.dtype`, gradients are reduced in
     `parallel.reduce_dtype`. `cast_forward_inputs` is off because the rotary tables are inputs of
-    the blocks and must stay float32. Call `resolve_resharding` first.
+    the blocks and must stay float32. Call `resolve_by_memory` first.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.training.dtype),

@@ -16,11 +16,11 @@ class Session:
     """The part of one process in a training, from start to exit. Nothing in it changes."""
 
     config: Config
-    """Options, with `parallel.reshard_after_forward` = "auto" resolved."""
+    """Options, with "auto" of `parallel` resolved by memory."""
     given: Config
     """Options as the user gave them."""
     memory: str
-    """One phrase: whether parameters are resharded after the forward, and why."""
+    """One phrase: what `parallel` was resolved to, and why."""
     run: RunFolder
     dataset: Dataset
     world: World

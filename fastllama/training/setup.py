@@ -19,7 +19,7 @@ from fastllama.data.loader import BatchLoader
 from fastllama.distributed.compilation import compile_model, refuse_missing_compiler
 from fastllama.distributed.determinism import deterministic_algorithms, fix_cublas_workspace
 from fastllama.distributed.flight_recorder import record_collectives
-from fastllama.distributed.fsdp import resolve_resharding, shard_model
+from fastllama.distributed.fsdp import resolve_by_memory, shard_model
 from fastllama.distributed.world import (
     World,
     choose_device,
@@ -64,7 +64,7 @@ def open_session(
     ):
         if not resume:
             world.from_main(lambda: run.refuse_other_options(config))
-        resolved, reason = resolve_resharding(config, world)
+        resolved, reason = resolve_by_memory(config, world)
         yield Session(
             config=resolved,
             memory=reason,
@@ -93,7 +93,7 @@ def prepare_environment(config: Config, run: RunFolder) -> str | None:
     if config.training.deterministic:
         fix_cublas_workspace()
     if device.type == "cuda":
-        expand_segments()
+        configure_allocator()
     if device.type == "cuda" and world_size() > 1:
         return record_collectives(run.path)
     return None
@@ -103,14 +103,21 @@ def prepare_environment(config: Config, run: RunFolder) -> str | None:
 _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
-def expand_segments() -> None:
-    """Keep freed GPU memory from fragmenting, unless the environment configures the allocator.
+def configure_allocator() -> None:
+    """Save GPU and pinned host memory, unless the environment configures PyTorch's allocators.
 
-    PyTorch reads the setting with the first allocation on a GPU. Only another `backend` would have
+    Segments that expand do not fragment. Pinned memory is allocated as it is asked for: without the
+    setting, which is new in PyTorch 2.13, the copy for a checkpoint is rounded up tensor by tensor
+    to powers of two, and kept.
+
+    PyTorch reads the settings with the first allocation on a GPU. Only another `backend` would have
     to be set before PyTorch is imported.
     """
     if allocator_setting() is None:
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        settings = ["expandable_segments:True"]
+        if torch.__version__ >= "2.13":
+            settings.append("pinned_max_round_threshold_mb:1")
+        os.environ["PYTORCH_ALLOC_CONF"] = ",".join(settings)
 
 
 def allocator_setting() -> str | None:
@@ -265,7 +272,7 @@ def describe_run(session: Session, start: Start, kernels: str) -> list[str]:
     lines = [
         f"run     {session.run.path}: {begins} of {config.n_updates:,}",
         f"model   {n_parameters(model):,} parameters, {model.n_layers} layers of width "
-        f"{model.n_embd}, feed-forward {model.ffn_hidden}",
+        f"{model.n_embd}, feed-forward {model.ffn_width}",
         f"data    {dataset.folder}: {dataset.train.n_tokens:,} tokens, "
         f"{training.training_tokens / dataset.train.n_tokens:.2f} epochs wanted; "
         f"{describe_validation(dataset)}",

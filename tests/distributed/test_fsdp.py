@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig, load_recipe
 from fastllama.distributed.fsdp import (
-    resolve_resharding,
+    resolve_by_memory,
     set_last_micro_batch,
     shard_model,
     sum_in_matmuls,
@@ -116,8 +116,8 @@ def test_device_memory_decides_resharding_and_sums(
     with distributed(Config(training=TrainingConfig(device="cpu"))) as world:
         # The main process of 8 decides, as in a real run.
         one_of_many = dataclasses.replace(world, size=8, device=torch.device("cuda"))
-        resolved, reason = resolve_resharding(config, one_of_many)
-        on_cpu, _ = resolve_resharding(config, world)
+        resolved, reason = resolve_by_memory(config, one_of_many)
+        on_cpu, _ = resolve_by_memory(config, world)
     parallel = resolved.parallel
     assert (parallel.reshard_after_forward, parallel.accumulate) == expected
     assert f" of {gibibytes}.0 GiB" in reason
