@@ -17,8 +17,10 @@ train: $(CORPUS)/manifest.json
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# What takes too long for every change: damaged files for a minute, and some killed trainings.
-test-all: test
+# What takes too long for every change: what needs an extra, damaged files for a minute, and some
+# killed trainings.
+test-all: test $(VENV)/installed-all
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m extra
 	$(BIN)/python -m tests.fuzz --seconds 60
 	$(BIN)/python -m tests.faults --kills 8
 
@@ -52,6 +54,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/installed-all: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	touch $@
 
 $(CORPUS).jsonl: | $(VENV)/installed

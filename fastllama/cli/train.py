@@ -101,8 +101,8 @@ def print_config(config: Config) -> None:
     model = config.model
     print_result(resolved_toml(config))
     print(f"# parameters             {n_parameters(model):,}")
-    print(f"# feed-forward width     {model.ffn_hidden}")
-    print(f"# head_dim               {model.head_dim}")
+    print(f"# feed-forward width     {model.ffn_width}")
+    print(f"# head_dim               {model.head_width}")
     print(f"# updates                {config.n_updates:,}")
     print(f"# accumulation steps     {config.accumulation_steps(world_size())}")
     print(f"# GFLOP/token, causal    {flops_per_token(model, causal=True) / 1e9:.3f}")

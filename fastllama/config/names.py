@@ -23,6 +23,7 @@ OTHER_NAMES = {
     "gradient_accumulation_steps": "training.tokens_per_update",
     "gradient_checkpointing": "training.activation_checkpointing",
     "hidden_size": "model.n_embd",
+    "intermediate_size": "model.ffn_hidden",
     "learning_rate": "optimizer.max_lr",
     "local_batch_size": "training.batch_size",
     "logging_steps": "logging.log_interval",

@@ -21,9 +21,13 @@ class ModelConfig:
     n_layers: int = 12
     """Decoder blocks."""
     n_heads: int = 12
-    """Query heads; the head width is n_embd / n_heads."""
+    """Query heads."""
     n_kv_heads: int | None = None
     """Key/value heads (grouped-query attention); None means n_heads."""
+    head_dim: int | None = None
+    """Width of a head; None means n_embd / n_heads."""
+    ffn_hidden: int | None = None
+    """Feed-forward width; None means 8/3 n_embd, scaled and rounded by the next two options."""
     multiple_of: int = 256
     """The feed-forward width is rounded up to a multiple of this."""
     ffn_multiplier: float = 1.0
@@ -50,9 +54,14 @@ class ModelConfig:
     """Llama 3 scaling: the context that both factors refer to."""
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.n_embd // self.n_heads
+    def head_width(self) -> int:
+        """Width of one attention head, with None resolved."""
+        return self.head_dim or self.n_embd // self.n_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads together; n_embd without `head_dim`."""
+        return self.n_heads * self.head_width
 
     @property
     def kv_heads(self) -> int:
@@ -60,8 +69,10 @@ class ModelConfig:
         return self.n_kv_heads or self.n_heads
 
     @property
-    def ffn_hidden(self) -> int:
-        """Width of the SwiGLU hidden layer, by the rule in Meta's LLaMA code."""
+    def ffn_width(self) -> int:
+        """Width of the SwiGLU hidden layer; without `ffn_hidden` by the rule in Meta's code."""
+        if self.ffn_hidden is not None:
+            return self.ffn_hidden
         hidden = int(self.ffn_multiplier * int(8 * self.n_embd / 3))
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 

@@ -124,18 +124,26 @@ def _validate_ranges(config: Config) -> None:
 
 
 def _validate_model(model: ModelConfig) -> None:
-    if model.n_embd % model.n_heads:
+    for name in ("n_kv_heads", "head_dim", "ffn_hidden"):
+        value = getattr(model, name)
+        if value is not None and value < 1:
+            raise ValueError(f"model.{name} must be at least 1, not {value}.")
+    if model.head_dim is None and model.n_embd % model.n_heads:
         raise ValueError(
             f"model.n_heads = {model.n_heads} does not divide model.n_embd = {model.n_embd}; "
-            "choose a width that is a multiple of the heads."
+            "choose a width that is a multiple of the heads, or set model.head_dim."
         )
-    if model.head_dim % 2:
+    if model.head_width % 2:
+        name = "n_embd / model.n_heads" if model.head_dim is None else "head_dim"
         raise ValueError(
-            f"model.n_embd / model.n_heads = {model.head_dim} is odd, and rotary embeddings rotate "
-            "pairs; choose an even head width."
+            f"model.{name} = {model.head_width} is odd, and rotary embeddings rotate pairs; choose "
+            "an even head width."
         )
-    if model.n_kv_heads is not None and model.n_kv_heads < 1:
-        raise ValueError(f"model.n_kv_heads must be at least 1, not {model.n_kv_heads}.")
+    if model.ffn_hidden is not None and model.ffn_multiplier != 1:
+        raise ValueError(
+            f"model.ffn_hidden = {model.ffn_hidden} is the feed-forward width, and "
+            f"model.ffn_multiplier = {model.ffn_multiplier} would choose it; give one of them."
+        )
     if model.n_heads % model.kv_heads:
         raise ValueError(
             f"model.n_kv_heads = {model.kv_heads} does not divide model.n_heads = "

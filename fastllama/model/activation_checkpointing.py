@@ -33,7 +33,7 @@ def checkpoint_activations(model: Llama, config: Config) -> None:
     }
     policy: Callable[..., CheckpointPolicy] | None = None
     if mode == "selective":
-        policy = partial(save_expensive_ops, 2 * config.model.ffn_hidden)
+        policy = partial(save_expensive_ops, 2 * config.model.ffn_width)
     elif config.training.compile:
         policy = save_nothing
     if policy is not None:

@@ -53,10 +53,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, operators: Operators, layer: int) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
-        packed_width = (config.n_heads + 2 * config.kv_heads) * config.head_dim
+        packed_width = (config.n_heads + 2 * config.kv_heads) * config.head_width
         self.norm = nn.RMSNorm(config.n_embd, eps=config.eps)
         self.qkv = Linear(config.n_embd, packed_width)
-        self.output = Linear(config.n_embd, config.n_embd)
+        self.output = Linear(config.attention_width, config.n_embd)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.operators = operators
         self.layer = layer
@@ -92,8 +92,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, operators: Operators) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.n_embd, eps=config.eps)
-        self.gate_up = Linear(config.n_embd, 2 * config.ffn_hidden)
-        self.down = Linear(config.ffn_hidden, config.n_embd)
+        self.gate_up = Linear(config.n_embd, 2 * config.ffn_width)
+        self.down = Linear(config.ffn_width, config.n_embd)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.operators = operators
 
@@ -207,7 +207,7 @@ class Llama(nn.Module):
         self.norm = FinalNorm(config, operators)
         self.output = Output(config, operators, z_loss=z_loss, label_smoothing=label_smoothing)
         self.tie_weights()
-        table_PR = torch.empty(config.max_seq_len, config.head_dim // 2, dtype=torch.float32)
+        table_PR = torch.empty(config.max_seq_len, config.head_width // 2, dtype=torch.float32)
         self.register_buffer("cos_PR", table_PR, persistent=False)
         self.register_buffer("sin_PR", torch.empty_like(table_PR), persistent=False)
         self.init_rotary()

@@ -27,7 +27,7 @@ def choose_attention_backend(config: Config, device: torch.device) -> AttentionC
         seq_len=model.max_seq_len,
         n_heads=model.n_heads,
         n_kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
+        head_dim=model.head_width,
         dtype=getattr(torch, training.dtype),
         device=device,
     )

@@ -32,15 +32,15 @@ class ReferenceAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        width, kv_width = config.n_embd, config.kv_heads * config.head_dim
-        self.wq = nn.Linear(width, width, bias=False)
-        self.wk = nn.Linear(width, kv_width, bias=False)
-        self.wv = nn.Linear(width, kv_width, bias=False)
-        self.wo = nn.Linear(width, width, bias=False)
+        heads_width, kv_width = config.attention_width, config.kv_heads * config.head_width
+        self.wq = nn.Linear(config.n_embd, heads_width, bias=False)
+        self.wk = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.wv = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.wo = nn.Linear(heads_width, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
         batch, time, _ = x.shape
-        heads, groups, width = self.config.n_heads, self.config.kv_heads, self.config.head_dim
+        heads, groups, width = self.config.n_heads, self.config.kv_heads, self.config.head_width
         q = rotate(self.wq(x).view(batch, time, heads, width), rotations)
         k = rotate(self.wk(x).view(batch, time, groups, width), rotations)
         v = self.wv(x).view(batch, time, groups, width)
@@ -61,9 +61,9 @@ class ReferenceBlock(nn.Module):
         self.norm1 = ReferenceNorm(config.n_embd, config.eps)
         self.attention = ReferenceAttention(config)
         self.norm2 = ReferenceNorm(config.n_embd, config.eps)
-        self.w1 = nn.Linear(config.n_embd, config.ffn_hidden, bias=False)
-        self.w2 = nn.Linear(config.ffn_hidden, config.n_embd, bias=False)
-        self.w3 = nn.Linear(config.n_embd, config.ffn_hidden, bias=False)
+        self.w1 = nn.Linear(config.n_embd, config.ffn_width, bias=False)
+        self.w2 = nn.Linear(config.ffn_width, config.n_embd, bias=False)
+        self.w3 = nn.Linear(config.n_embd, config.ffn_width, bias=False)
 
     def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x), rotations)
@@ -139,8 +139,8 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 def position_rotations(config: ModelConfig, time: int) -> Tensor:
     """exp(i * position * frequency), (time, head_dim / 2) complex128."""
     frequencies = []
-    for pair in range(config.head_dim // 2):
-        frequency = 1.0 / config.theta ** (2 * pair / config.head_dim)
+    for pair in range(config.head_width // 2):
+        frequency = 1.0 / config.theta ** (2 * pair / config.head_width)
         if config.rope_scaling_factor != 1.0:
             frequency = scaled_frequency(config, frequency)
         frequencies.append(frequency)

@@ -26,7 +26,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     low_freq_factor by the factor, keeps those of wavelengths below context / high_freq_factor, and
     interpolates between.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    exponents = torch.arange(0, config.head_width, 2, dtype=torch.float64) / config.head_width
     frequencies = config.theta**-exponents
     if config.rope_scaling_factor == 1.0:
         return frequencies

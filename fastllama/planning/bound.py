@@ -97,8 +97,8 @@ def bound(model: ModelConfig, tokens_per_update: int, rates: Rates) -> Bound:
     `tokens_per_update` counts the tokens of this device only.
     """
     # Causal: QK^T and PV, each with 2 FLOPs for T/2 keys.
-    forward_flops = 2 * model.n_layers * model.n_embd * model.max_seq_len
-    forward, backward = attention_rates(rates, model.head_dim, model.max_seq_len)
+    forward_flops = 2 * model.n_layers * model.attention_width * model.max_seq_len
+    forward, backward = attention_rates(rates, model.head_width, model.max_seq_len)
     return Bound(
         matmul=6 * matmul_parameters(model) / rates.matmul,
         attention_forward=forward_flops / forward,
@@ -117,13 +117,13 @@ def min_bytes(model: ModelConfig) -> dict[str, float]:
     the logits once and writes their gradient in place.
     """
     width, layers = model.n_embd, model.n_layers
-    rotated = (model.n_heads + model.kv_heads) * model.head_dim
+    rotated = (model.n_heads + model.kv_heads) * model.head_width
     return {
         # Forward: read branch and residual stream, write sum and norm. Backward: read the sum and
         # the gradients of sum and norm, write the gradient of branch and residual stream.
         "rms_norm": (2 * layers * 16 + 16) * width,
         "rope": layers * 8 * rotated,
-        "swiglu": layers * 16 * model.ffn_hidden,
+        "swiglu": layers * 16 * model.ffn_width,
         "cross_entropy": 4 * model.vocab_size,
         "embedding": 8 * width,
     }

@@ -40,8 +40,9 @@ def n_block_parameters(model: ModelConfig) -> int:
 
 
 def _block_matmul_parameters(model: ModelConfig) -> int:
-    qkv = model.n_embd * (model.n_heads + 2 * model.kv_heads) * model.head_dim
-    return qkv + model.n_embd**2 + 3 * model.n_embd * model.ffn_hidden
+    qkv = model.n_embd * (model.n_heads + 2 * model.kv_heads) * model.head_width
+    output = model.attention_width * model.n_embd
+    return qkv + output + 3 * model.n_embd * model.ffn_width
 
 
 def matmul_parameters(model: ModelConfig) -> int:
@@ -52,10 +53,11 @@ def matmul_parameters(model: ModelConfig) -> int:
 def flops_per_token(model: ModelConfig, *, causal: bool) -> float:
     """FLOPs of forward and backward for one token of a `max_seq_len` sequence.
 
-    6 per matmul parameter, and 12 * n_layers * D * T for the two matmuls of attention over T keys.
+    6 per matmul parameter, and 12 * n_layers * H * K * T for the two matmuls of attention over T
+    keys with H heads of width K.
     `causal` counts half of the attention, PaLM's convention (causal=False) all of it.
     """
-    attention = 12 * model.n_layers * model.n_embd * model.max_seq_len
+    attention = 12 * model.n_layers * model.attention_width * model.max_seq_len
     return 6.0 * matmul_parameters(model) + attention / (2 if causal else 1)
 
 
@@ -74,5 +76,5 @@ def hardware_flops_per_token(model: ModelConfig) -> float:
     FlashAttention (Dao 2023, https://arxiv.org/abs/2307.08691) computes two matmuls over the keys
     in the forward and five in the backward, one of them to recompute the scores.
     """
-    scores = model.n_layers * model.n_embd * model.max_seq_len
+    scores = model.n_layers * model.attention_width * model.max_seq_len
     return flops_per_token(model, causal=True) + scores

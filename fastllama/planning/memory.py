@@ -1,7 +1,7 @@
 """Plans the memory of each device and the traffic between devices, from the options alone.
 
 All numbers are bytes, for the fused operators and float32 AdamW. The docstrings use these symbols;
-D, E, H and I are as in fastllama/model/llama.py:
+D, E, H, I and K are as in fastllama/model/llama.py:
 
     n_all    parameters of the model     b  bytes of an element of `training.dtype`
     n_block  parameters of one block     r  bytes of an element of `parallel.reduce_dtype`
@@ -112,24 +112,24 @@ def _gradient_bytes(config: Config, world_size: int, n_all: int, n_shard: int) -
 def activation_bytes(config: Config, checkpointing: str) -> int:
     """Bytes per token that one block saves for backward, by mode of activation checkpointing.
 
-    |                  | none      | selective | full  |
-    |------------------|-----------|-----------|-------|
-    | residual stream  | 2 D b     | 2 D b     | 2 D b |
-    | qkv              | E b       | E b       |       |
-    | attention, lse   | D b + 4 H | D b + 4 H |       |
-    | attention.output |           | D b       |       |
-    | gate_up          | I b       |           |       |
-    | rstd             | 8         |           |       |
+    |                  | none        | selective   | full  |
+    |------------------|-------------|-------------|-------|
+    | residual stream  | 2 D b       | 2 D b       | 2 D b |
+    | qkv              | E b         | E b         |       |
+    | attention, lse   | H K b + 4 H | H K b + 4 H |       |
+    | attention.output |             | D b         |       |
+    | gate_up          | I b         |             |       |
+    | rstd             | 8           |             |       |
     """
     model, compute = config.model, _BYTES[config.training.dtype]
     saved = 2 * model.n_embd * compute
     if checkpointing == "full":
         return saved
-    qkv_width = (model.n_heads + 2 * model.kv_heads) * model.head_dim
-    saved += (qkv_width + model.n_embd) * compute + 4 * model.n_heads
+    qkv_width = (model.n_heads + 2 * model.kv_heads) * model.head_width
+    saved += (qkv_width + model.attention_width) * compute + 4 * model.n_heads
     if checkpointing == "selective":
         return saved + model.n_embd * compute
-    return saved + 2 * model.ffn_hidden * compute + 8
+    return saved + 2 * model.ffn_width * compute + 8
 
 
 def _loss_bytes(config: Config) -> int:
@@ -161,7 +161,7 @@ def _block_bytes(config: Config) -> int:
         config, training.activation_checkpointing
     )
     # Gradients of gate_up (2F) and of silu(gate) * up (F), and silu(gate) * up recomputed (F).
-    in_flight = 4 * model.ffn_hidden * compute
+    in_flight = 4 * model.ffn_width * compute
     n_output, n_block = model.vocab_size * model.n_embd, n_block_parameters(model)
     if model.tied_embeddings:
         gradients = n_output * compute + n_block * (compute + reduce)

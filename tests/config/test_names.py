@@ -5,8 +5,9 @@ from fastllama.config import known_keys
 # Adding, renaming or removing an option changes the meaning of old runs and recipes, so this list
 # must change too.
 OPTIONS = """
-    model.vocab_size model.n_embd model.n_layers model.n_heads model.n_kv_heads model.multiple_of
-    model.ffn_multiplier model.eps model.theta model.dropout model.max_seq_len
+    model.vocab_size model.n_embd model.n_layers model.n_heads model.n_kv_heads model.head_dim
+    model.ffn_hidden model.multiple_of model.ffn_multiplier model.eps model.theta
+    model.dropout model.max_seq_len
     model.tied_embeddings model.logit_softcap model.rope_scaling_factor
     model.rope_low_freq_factor model.rope_high_freq_factor model.rope_original_max_seq_len
     data.path data.tokenizer data.prefetch

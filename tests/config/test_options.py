@@ -1,5 +1,7 @@
 """Values derived from options, and options as dictionaries."""
 
+import dataclasses
+
 import pytest
 
 from fastllama.config import Config, ModelConfig, config_from_dict
@@ -19,7 +21,8 @@ def test_feed_forward_width(
     n_embd: int, multiple_of: int, multiplier: float, ffn_hidden: int
 ) -> None:
     model = ModelConfig(n_embd=n_embd, multiple_of=multiple_of, ffn_multiplier=multiplier)
-    assert model.ffn_hidden == ffn_hidden
+    assert model.ffn_width == ffn_hidden
+    assert dataclasses.replace(model, ffn_hidden=100).ffn_width == 100
 
 
 def test_derived_values() -> None:
@@ -31,7 +34,7 @@ def test_derived_values() -> None:
         training__tokens_per_update=256,
         training__training_tokens=1025,
     )
-    assert config.model.head_dim == 16
+    assert config.model.head_width == 16
     assert config.model.kv_heads == 4
     assert with_options(model__n_kv_heads=2).model.kv_heads == 2
     assert config.sequences_per_update == 16

@@ -28,7 +28,8 @@ def test_recipes_are_valid(recipe: Path) -> None:
 RANGES = {
     "at least 1": """
         model__vocab_size model__n_embd model__n_layers model__n_heads model__n_kv_heads
-        model__multiple_of model__max_seq_len model__rope_original_max_seq_len
+        model__head_dim model__ffn_hidden model__multiple_of model__max_seq_len
+        model__rope_original_max_seq_len
         model__rope_scaling_factor data__prefetch training__batch_size training__tokens_per_update
         training__training_tokens training__eval_tokens training__max_bad_updates
         parallel__replicate checkpoint__keep_last
@@ -113,6 +114,11 @@ def test_unrepresentable_value_is_an_error(option: str, value: Any, message: str
     [
         ({"model__n_heads": 7}, r"n_heads = 7 does not divide model\.n_embd = 768"),
         ({"model__n_heads": 256}, r"model\.n_embd / model\.n_heads = 3 is odd"),
+        ({"model__head_dim": 5}, r"model\.head_dim = 5 is odd"),
+        (
+            {"model__ffn_hidden": 512, "model__ffn_multiplier": 1.5},
+            r"ffn_hidden = 512 is .*, and model\.ffn_multiplier = 1\.5 would choose it",
+        ),
         ({"model__logit_softcap": 0.0}, r"logit_softcap must be greater than 0, not 0\.0"),
         ({"model__logit_softcap": float("inf")}, r"logit_softcap must be .*, not inf"),
         ({"model__n_kv_heads": 5}, r"n_kv_heads = 5 does not divide model\.n_heads = 12"),

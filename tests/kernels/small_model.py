@@ -23,6 +23,7 @@ MULTI_HEAD = ModelConfig(
 )
 GROUPED = dataclasses.replace(MULTI_HEAD, n_heads=6, n_kv_heads=2)
 TIED = dataclasses.replace(GROUPED, tied_embeddings=True)
+WIDE_HEADS = dataclasses.replace(GROUPED, n_heads=4, head_dim=14, ffn_hidden=22)
 
 
 def small_model(

@@ -73,7 +73,7 @@ def bytes_per_token_and_layer(operators: Operators, n_layers: int) -> float:
         blocks = [Block(config, operators, layer).bfloat16() for layer in range(n_layers)]
     for block in blocks:
         block.to_empty(device=DEVICE).apply(zero_weights)
-    table = torch.zeros(N_TOKENS, config.head_dim // 2, device=DEVICE)
+    table = torch.zeros(N_TOKENS, config.head_width // 2, device=DEVICE)
     x = randn(1, N_TOKENS, config.n_embd, seed=0, dtype=torch.bfloat16).requires_grad_()
 
     def run() -> tuple[Tensor, ...]:

@@ -14,7 +14,14 @@ from fastllama.model.reference import ReferenceLlama
 from fastllama_kernels import REFERENCE, TRITON
 from tests.compare import DEVICE, assert_as_exact_as, randn
 from tests.kernels.operator_cases import set_chunk_length
-from tests.kernels.small_model import GROUPED, MULTI_HEAD, TIED, random_tokens, small_model
+from tests.kernels.small_model import (
+    GROUPED,
+    MULTI_HEAD,
+    TIED,
+    WIDE_HEADS,
+    random_tokens,
+    small_model,
+)
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 BATCH = (2, 4)
@@ -60,7 +67,9 @@ def assert_model_as_exact_as_plain(config: ModelConfig, dtype: torch.dtype, kind
 @pytest.mark.parametrize("kind", ["logits", "loss"])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize(
-    "config", [MULTI_HEAD, GROUPED, TIED], ids=["multi-head", "grouped", "tied"]
+    "config",
+    [MULTI_HEAD, GROUPED, TIED, WIDE_HEADS],
+    ids=["multi-head", "grouped", "tied", "wide heads"],
 )
 def test_output_and_gradients(config: ModelConfig, dtype: torch.dtype, kind: Kind) -> None:
     assert_model_as_exact_as_plain(config, dtype, kind)

@@ -40,6 +40,8 @@ CONFIGS = {
     "grouped": GROUPED,
     "tied": dataclasses.replace(SMALL, tied_embeddings=True),
     "scaled rope": SCALED,
+    "wide heads": dataclasses.replace(GROUPED, head_dim=24, ffn_hidden=50),
+    "narrow heads": dataclasses.replace(GROUPED, n_heads=6, head_dim=8),
     # As large as the first logits, so that it changes them.
     "softcap": dataclasses.replace(SMALL, logit_softcap=0.5),
 }
@@ -141,7 +143,7 @@ def test_initial_standard_deviations() -> None:
         "blocks.1.attention.qkv": 128**-0.5,
         "blocks.1.attention.output": 128**-0.5 * residual,
         "blocks.1.mlp.gate_up": 128**-0.5,
-        "blocks.1.mlp.down": config.ffn_hidden**-0.5 * residual,
+        "blocks.1.mlp.down": config.ffn_width**-0.5 * residual,
     }
     # The standard deviation of 2^14 values has a relative standard error of 2^-7.5. The tolerance
     # is 3 standard errors.

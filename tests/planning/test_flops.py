@@ -44,7 +44,7 @@ def test_n_parameters(config: ModelConfig) -> None:
 )
 def test_sizes_of_the_recipes(recipe: str, ffn_hidden: int, parameters: int) -> None:
     model = load_recipe(CONFIGS / f"{recipe}.toml").model
-    assert (model.ffn_hidden, n_parameters(model)) == (ffn_hidden, parameters)
+    assert (model.ffn_width, n_parameters(model)) == (ffn_hidden, parameters)
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())

@@ -1,0 +1,1 @@
+"""Weights in and out: other formats than the checkpoints of a run."""
