@@ -19,6 +19,7 @@ ROOMS = {
     "train": (0.3, "an update, and the loop"),
     "tools": (0.8, "verify-resume"),
     "training": (0.3, "set-up, results, side jobs, stopping"),
+    "weights": (0.62, "Hugging Face, GGUF, merging"),
     "inference": (0.3, "generation and evaluation"),
     "checkpoints": (0.18, "state, writing, reading"),
     "logs": (0.62, "rows, clocks, sinks, plot"),
