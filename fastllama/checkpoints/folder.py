@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from fastllama.atomic import is_folder, replace, report_once, set_aside, write_atomic
 from fastllama.config import Config
+from fastllama.run_folder import RunFolder
 
 NAME = re.compile(r"step-[0-9]{8}")
 LEFTOVER = re.compile(r"\.step-[0-9]{8}\.(partial|removed)")
@@ -70,6 +71,19 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted((folder / name for name in names if NAME.fullmatch(name)), reverse=True)
+
+
+def locate(path: Path) -> tuple[RunFolder, Path | None]:
+    """The run folder at or around `path`, and the checkpoint if `path` is one."""
+    if RunFolder(path).exists:
+        return RunFolder(path), None
+    for target in map(Path, (os.path.abspath(path), os.path.realpath(path))):
+        run = RunFolder(target.parent.parent)
+        if run.exists:
+            # Followed once: a training may point `latest` elsewhere between two files.
+            name = latest_name(target.parent) if target.name == "latest" else None
+            return run, target.with_name(name or target.name)
+    return RunFolder(path), None
 
 
 def step_of(checkpoint: Path) -> int:

@@ -1,6 +1,5 @@
 """Loads a trained model and its tokenizer from a run folder or one of its checkpoints."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 
 from fastllama.atomic import report_once
-from fastllama.checkpoints.folder import complete_checkpoints, latest_name
+from fastllama.checkpoints.folder import complete_checkpoints, locate
 from fastllama.checkpoints.reading import (
     find_damage,
     find_difference,
@@ -50,7 +49,7 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
             than config.toml, or the device has too little memory.
         OSError: a file cannot be read.
     """
-    run, checkpoint = _locate(path)
+    run, checkpoint = locate(path)
     config = run.load_config()
     if checkpoint is None:
         return _load_newest(run, config, device)
@@ -61,19 +60,6 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
     if difference := find_difference(checkpoint, model_identity(config.model)):
         raise ValueError(f"{difference}; {_remedy(run)}.")
     return _load(run, config, checkpoint, device)
-
-
-def _locate(path: Path) -> tuple[RunFolder, Path | None]:
-    """The run folder at or around `path`, and the checkpoint if `path` is one."""
-    if RunFolder(path).exists:
-        return RunFolder(path), None
-    for target in map(Path, (os.path.abspath(path), os.path.realpath(path))):
-        run = RunFolder(target.parent.parent)
-        if run.exists:
-            # Followed once: a training may point `latest` elsewhere between two files.
-            name = latest_name(target.parent) if target.name == "latest" else None
-            return run, target.with_name(name or target.name)
-    return RunFolder(path), None
 
 
 def _load_newest(run: RunFolder, config: Config, device: torch.device) -> LoadedRun:
