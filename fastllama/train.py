@@ -3,6 +3,7 @@
 import math
 import time
 import zlib
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -104,11 +105,20 @@ def run_updates(state: TrainState, loader: BatchLoader, stop: StopSignal, jobs: 
     dist.barrier()
 
 
-def train(config: Config, run: RunFolder, console: Console, *, resume: bool = False) -> bool:
+def train(
+    config: Config,
+    run: RunFolder,
+    console: Console,
+    *,
+    resume: bool = False,
+    checkpoint: Path | None = None,
+) -> bool:
     """Train `config` in the folder `run`, from its newest checkpoint if it has one.
 
     With `resume` the options may differ from the run's earlier ones, except those of
-    `run_identity`. `console` should print text without markup.
+    `run_identity`. `checkpoint` is where to resume instead: a checkpoint of `run`, of which later
+    ones are set aside, or one of another run, which `run` branches off from if it has none of its
+    own. `console` should print text without markup.
 
     Returns:
         Whether all updates are done; False when a signal or `training.max_wall_time` stopped it.
@@ -126,7 +136,7 @@ def train(config: Config, run: RunFolder, console: Console, *, resume: bool = Fa
         stop_signals(deadline) as stop,
         open_session(config, run, console, resume=resume) as session,
     ):
-        start = find_start(session)
+        start = find_start(session, checkpoint)
         step, n_updates = start.progress.step, config.n_updates
         if step >= n_updates:
             console.print(f"{run.path} has done all of its {n_updates} updates.")

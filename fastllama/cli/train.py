@@ -30,14 +30,16 @@ class TrainOptions:
     run_dir: Path | None = None
     """Folder of the run; None means runs/NAME for the recipe NAME.toml."""
     resume: Path | None = None
-    """Resume the run in this folder, with its own configuration instead of a recipe."""
+    """Resume the run in this folder, with its own configuration instead of a recipe. Or resume from
+    one of its checkpoints: later ones are kept aside, or with --run-dir stay, and the run branches
+    off into the new folder."""
     print_config: bool = False
     """Print the resolved configuration and the values that follow from it, and exit."""
 
 
 def run(args: list[str]) -> None:
     """Train a run to its end, or until it is asked to stop."""
-    options, path = parse_train(args)
+    options, path, checkpoint = parse_train(args)
     if options.print_config:
         print_config(options.config)
         return
@@ -46,7 +48,13 @@ def run(args: list[str]) -> None:
     from fastllama.train import train
 
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
-    finished = train(options.config, RunFolder(path), console, resume=options.resume is not None)
+    finished = train(
+        options.config,
+        RunFolder(path),
+        console,
+        resume=options.resume is not None,
+        checkpoint=checkpoint,
+    )
     if not finished:
         # A launcher that sees the first rank exit sends SIGTERM to the others, and a terminal that
         # closes sends SIGHUP twice. All ranks are exiting, and must exit with this code.
@@ -67,8 +75,11 @@ def run(args: list[str]) -> None:
     console.print("\n".join(lines))
 
 
-def parse_train(args: list[str]) -> tuple[TrainOptions, Path]:
-    """The options, over the recipe or the run that `args` names, and the folder of the run."""
+def parse_train(args: list[str]) -> tuple[TrainOptions, Path, Path | None]:
+    """The options, over the recipe or the run that `args` names.
+
+    Also returns the folder of the run, and the checkpoint that `--resume` names, if it names one.
+    """
     recipe, args = split_recipe(args)
     # The configuration gives the defaults of the options, so --resume is read before them.
     resume = next(
@@ -76,17 +87,24 @@ def parse_train(args: list[str]) -> tuple[TrainOptions, Path]:
     )
     if recipe is not None and resume is not None:
         raise UsageError("Give a recipe or --resume, not both; a run has its own configuration.")
+    resumed, checkpoint = Path(), None
     if resume is not None and not asks_help(args):
-        from fastllama.run_folder import RunFolder
+        from fastllama.checkpoints.folder import locate
 
-        config = RunFolder(Path(resume)).load_config()
+        run, checkpoint = locate(Path(resume))
+        resumed, config = run.path, run.load_config()
     else:
         config = base_config(recipe, args, "fastllama train CONFIG.toml, or --resume RUN")
     options = parse(TrainOptions, args, "fastllama train CONFIG.toml", TrainOptions(config))
-    if options.resume is not None and options.run_dir is not None:
-        raise UsageError("--run-dir names a new run and --resume an old one; give one of them.")
+    if options.resume is not None and options.run_dir is not None and checkpoint is None:
+        raise UsageError(
+            "--run-dir names a new run and --resume an old one; give one of them, or branch off "
+            f"from a checkpoint: --resume {options.resume / 'checkpoints' / 'latest'}."
+        )
+    if options.resume is not None:
+        return options, options.run_dir or resumed, checkpoint
     name = recipe.stem if recipe is not None else ""
-    return options, options.resume or options.run_dir or Path("runs") / name
+    return options, options.run_dir or Path("runs") / name, None
 
 
 def print_config(config: Config) -> None:

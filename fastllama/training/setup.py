@@ -10,8 +10,14 @@ import torch
 from rich.console import Console
 
 from fastllama.atomic import set_aside
-from fastllama.checkpoints.folder import mend_latest
-from fastllama.checkpoints.reading import load_tensors, newest_checkpoint, read_progress
+from fastllama.checkpoints.folder import complete_checkpoints, mend_latest
+from fastllama.checkpoints.reading import (
+    find_damage,
+    find_difference,
+    load_tensors,
+    newest_checkpoint,
+    read_progress,
+)
 from fastllama.checkpoints.state import TrainProgress, TrainState
 from fastllama.config import Config, validate
 from fastllama.data.dataset import Dataset, open_dataset
@@ -143,23 +149,55 @@ class Start:
 
     progress: TrainProgress
     checkpoint: Path | None
-    """The newest whole checkpoint of the run; None for a new run."""
+    """The checkpoint to resume from; None for a new run."""
     unusable: dict[Path, str]
-    """Newer checkpoints, and why each is not used."""
+    """Newer checkpoints of the run, and why each is not used."""
 
 
-def find_start(session: Session) -> Start:
-    """Find the newest whole checkpoint of the run, and read its progress.
+def find_start(session: Session, wanted: Path | None = None) -> Start:
+    """Find the checkpoint to resume from, and read its progress.
+
+    It is the newest whole one of the run. Or it is `wanted`, which may be of another run: then the
+    run branches off from it, once.
 
     Raises:
-        ValueError: every whole checkpoint belongs to another run.
+        ValueError: every whole checkpoint belongs to another run, or `wanted` cannot be used.
     """
-    checkpoint, unusable = newest_checkpoint(session.run.checkpoints, session.identity)
+    folder, identity = session.run.checkpoints, session.identity
+    is_branch = wanted is not None and wanted.parent.resolve() != folder.resolve()
+    if wanted is None or (is_branch and session.run.has_checkpoints):
+        checkpoint, unusable = newest_checkpoint(folder, identity)
+    else:
+        _refuse_unusable(wanted, session)
+        checkpoint, unusable = wanted, {}
+        for later in () if is_branch else complete_checkpoints(folder):
+            if later.name > wanted.name:
+                unusable[later] = f"the run resumes from {wanted.name}, which is older"
     if checkpoint is None:
         return Start(TrainProgress(), None, unusable)
-    mend_latest(checkpoint)
+    if not is_branch:
+        mend_latest(checkpoint)
     progress = session.world.from_main(lambda: read_progress(checkpoint))
     return Start(progress, checkpoint, unusable)
+
+
+def _refuse_unusable(checkpoint: Path, session: Session) -> None:
+    """Raise ValueError if the run cannot resume from this checkpoint. All ranks call it."""
+    if not checkpoint.is_dir():
+        there = [path.name for path in complete_checkpoints(checkpoint.parent)]
+        raise ValueError(
+            f"There is no checkpoint {checkpoint}; {checkpoint.parent} has "
+            f"{', '.join(there) or 'none'}."
+        )
+    if damage := find_damage(checkpoint):
+        raise ValueError(
+            f"The checkpoint is damaged: {damage}; use another one of {checkpoint.parent}."
+        )
+    if difference := find_difference(checkpoint, session.identity):
+        raise ValueError(
+            f"{difference}; keep that value to resume, or start a new run from its weights with "
+            f"--training.init-from {checkpoint}."
+        )
 
 
 def start_run(session: Session, start: Start) -> Operators:

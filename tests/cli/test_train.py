@@ -152,7 +152,7 @@ def test_console_neither_wraps_nor_reads_markup(
 ) -> None:
     text = "[bold]12[/bold] " + 30 * "words "
 
-    def train(config: Config, run: RunFolder, console: Console, resume: bool) -> bool:
+    def train(config: Config, run: RunFolder, console: Console, **options: Any) -> bool:
         console.print(text)
         return False
 
