@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fastllama.model.llama import Llama
 from fastllama.optim.spikes import SpikeDetector
 
-MODEL = "model."
-"""Prefix of the weights' names in a checkpoint."""
+MODEL, OPTIMIZER = "model.", "optimizer."
+"""Prefixes of the names of weights and of AdamW's state in a checkpoint."""
 
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
@@ -76,5 +76,5 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     tensors: dict[str, Any] = model_tensors(model)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{checkpoint_name(name)}"] = value
+            tensors[f"{OPTIMIZER}{key}.{checkpoint_name(name)}"] = value
     return tensors

@@ -129,6 +129,12 @@ class TrainingConfig:
     seed: int = 1337
     """Seed of the weights, the data order, dropout and the samples."""
 
+    # The start.
+    init_from: str = ""
+    """Run folder or checkpoint whose weights a new run starts from; empty draws new weights."""
+    init_moments: bool = False
+    """Also take the moments of AdamW from `init_from`."""
+
     # The loss.
     z_loss: float = 0.0
     """Weight of the mean squared log-normalizer in the training loss; PaLM uses 1e-4."""

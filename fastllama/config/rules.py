@@ -31,6 +31,11 @@ def validate_values(config: Config) -> None:
     _validate_model(config.model)
     _validate_optimizer(config)
     _validate_skipped_steps(config.training)
+    if config.training.init_moments and not config.training.init_from:
+        raise ValueError(
+            "training.init_moments takes the moments of training.init_from, which is empty; give "
+            "both."
+        )
 
 
 MAX_INTEGER = 2**63 - 1

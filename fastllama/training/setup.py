@@ -44,6 +44,7 @@ from fastllama.planning.flops import n_parameters
 from fastllama.planning.out_of_memory import is_out_of_memory, out_of_memory
 from fastllama.run_folder import RunFolder, run_identity
 from fastllama.training.session import Session
+from fastllama.weights.starting import InitialWeights, find_initial_weights
 from fastllama_kernels import Operators
 
 
@@ -152,6 +153,8 @@ class Start:
     """The checkpoint to resume from; None for a new run."""
     unusable: dict[Path, str]
     """Newer checkpoints of the run, and why each is not used."""
+    weights: InitialWeights | None = None
+    """The weights that a new run starts from; None draws them."""
 
 
 def find_start(session: Session, wanted: Path | None = None) -> Start:
@@ -161,7 +164,8 @@ def find_start(session: Session, wanted: Path | None = None) -> Start:
     run branches off from it, once.
 
     Raises:
-        ValueError: every whole checkpoint belongs to another run, or `wanted` cannot be used.
+        ValueError: every whole checkpoint belongs to another run, or `wanted` or the weights of
+            `training.init_from` cannot be used.
     """
     folder, identity = session.run.checkpoints, session.identity
     is_branch = wanted is not None and wanted.parent.resolve() != folder.resolve()
@@ -174,7 +178,11 @@ def find_start(session: Session, wanted: Path | None = None) -> Start:
             if later.name > wanted.name:
                 unusable[later] = f"the run resumes from {wanted.name}, which is older"
     if checkpoint is None:
-        return Start(TrainProgress(), None, unusable)
+        config = session.config
+        weights = None
+        if config.training.init_from:
+            weights = find_initial_weights(config, session.dataset)
+        return Start(TrainProgress(), None, unusable, weights)
     if not is_branch:
         mend_latest(checkpoint)
     progress = session.world.from_main(lambda: read_progress(checkpoint))
@@ -240,7 +248,10 @@ def claim_run_folder(session: Session, start: Start) -> None:
 
 
 def build_state(session: Session, start: Start, operators: Operators) -> TrainState:
-    """Build the sharded model and its optimizer on the device, new or from a checkpoint."""
+    """Build the sharded model and its optimizer on the device.
+
+    New, from a checkpoint, or with the weights of another run.
+    """
     config, world = session.config, session.world
     with torch.device("meta"):
         model = Llama(
@@ -261,6 +272,8 @@ def build_state(session: Session, start: Start, operators: Operators) -> TrainSt
     state = TrainState(model, optimizer, start.progress, spikes)
     if start.checkpoint is not None:
         load_tensors(start.checkpoint, state.tensors())
+    elif start.weights is not None:
+        start.weights.load(model, optimizer)
     return state
 
 
@@ -321,6 +334,8 @@ def describe_run(session: Session, start: Start, kernels: str) -> list[str]:
         f"kernels {kernels}",
         f"memory  {session.memory}",
     ]
+    if start.weights is not None:
+        lines.append(f"weights {start.weights}")
     if on_cuda:
         lines.append(f"alloc   {allocator_setting()}")
     if on_cuda and world.size > 1:

@@ -15,6 +15,7 @@ OPTIONS = """
     optimizer.decay_fraction optimizer.beta1 optimizer.beta2 optimizer.adam_eps
     optimizer.weight_decay optimizer.grad_clip
     training.batch_size training.tokens_per_update training.training_tokens training.seed
+    training.init_from training.init_moments
     training.z_loss training.label_smoothing training.eval_interval training.eval_tokens
     training.dtype training.device training.compile
     training.compile_scope training.activation_checkpointing training.kernels training.attention
