@@ -75,6 +75,8 @@ def train_step(
     means = world.mean(torch.cat((torch.stack((loss, stopping)), seconds)))
     loss, stopping = means[:2]
     norm, skipped = update(state.optimizer, loss, config.optimizer.grad_clip, state.spikes)
+    if state.average is not None:
+        state.average.update(step)
     progress.step = step
     progress.position += config.sequences_per_update
     return torch.cat((torch.stack((loss, norm, skipped, stopping)), means[2:]))

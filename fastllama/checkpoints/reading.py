@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fastllama.checkpoints.folder import CheckpointManifest, complete_checkpoints, describe
-from fastllama.checkpoints.state import TrainProgress
+from fastllama.checkpoints.state import EMA, TrainProgress, TrainState
 from fastllama.printable import one_line
 from fastllama.typed_json import DamagedFileError, read_json
 
@@ -168,6 +168,28 @@ def read_identity(path: Path) -> dict[str, Any]:
         DamagedFileError: progress.json does not hold the progress of a run.
     """
     return read_json(path / "progress.json", SavedProgress).identity
+
+
+def has_tensors(path: Path, prefix: str) -> bool:
+    """Whether an undamaged checkpoint has tensors whose names begin with `prefix`."""
+    return any(_may_hold(file, prefix) for file in path.glob("*.safetensors"))
+
+
+def load_state(path: Path, state: TrainState) -> None:
+    """Load weights, moments and average of an undamaged checkpoint into `state`.
+
+    If the checkpoint has no average, the average of `state` starts with the weights.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor, or it cannot be read.
+    """
+    has_average = has_tensors(path, EMA)
+    tensors = state.tensors()
+    if not has_average:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(EMA)}
+    load_tensors(path, tensors)
+    if state.average is not None and not has_average:
+        state.average.restart()
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

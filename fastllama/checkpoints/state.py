@@ -8,10 +8,11 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from fastllama.model.llama import Llama
+from fastllama.optim.ema import WeightAverage
 from fastllama.optim.spikes import SpikeDetector
 
-MODEL, OPTIMIZER = "model.", "optimizer."
-"""Prefixes of the names of weights and of AdamW's state in a checkpoint."""
+MODEL, OPTIMIZER, EMA = "model.", "optimizer.", "ema."
+"""Prefixes of the names of weights, of AdamW's state and of averaged weights in a checkpoint."""
 
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
@@ -42,17 +43,22 @@ class TrainProgress:
 
 @dataclass
 class TrainState:
-    """Weights, moments, and progress."""
+    """Weights, moments, average, and progress."""
 
     model: Llama
     optimizer: torch.optim.AdamW
     progress: TrainProgress
     spikes: SpikeDetector | None
     """Statistics of past updates, where `training.spike_z_score` asks for them."""
+    average: WeightAverage | None = None
+    """Average of the weights, where `training.ema_decay` asks for it."""
 
     def tensors(self) -> dict[str, Any]:
-        """Weights and moments by checkpoint name; the values are the live tensors."""
-        return training_tensors(self.model, self.optimizer)
+        """Weights, moments and average by checkpoint name; the values are the live tensors."""
+        averages = {} if self.average is None else self.average.tensors
+        return training_tensors(self.model, self.optimizer) | {
+            f"{EMA}{checkpoint_name(name)}": tensor for name, tensor in averages.items()
+        }
 
 
 def checkpoint_name(parameter: str) -> str:
@@ -63,10 +69,13 @@ def checkpoint_name(parameter: str) -> str:
     return parameter.replace("attention.norm.", "attention_norm.").replace("mlp.norm.", "mlp_norm.")
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Weights by checkpoint name; the values are the live tensors."""
+def model_tensors(model: nn.Module, prefix: str = MODEL) -> dict[str, Tensor]:
+    """Weights by checkpoint name; the values are the live tensors.
+
+    With the prefix `EMA` the names are those of the averaged weights.
+    """
     return {
-        f"{MODEL}{checkpoint_name(name)}": parameter.detach()
+        f"{prefix}{checkpoint_name(name)}": parameter.detach()
         for name, parameter in model.named_parameters()
     }
 

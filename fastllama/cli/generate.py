@@ -28,6 +28,8 @@ class GenerateOptions:
     """Text to continue; - reads it from standard input. An empty prompt starts a document."""
     special_tokens: bool = False
     """Read names of special tokens in the prompt, such as <EOS>, as these tokens, not as text."""
+    ema: bool = False
+    """Generate with the average of the weights that `training.ema_decay` keeps."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA when there is a GPU."""
@@ -36,6 +38,7 @@ class GenerateOptions:
 def run(args: list[str]) -> None:
     """Print the prompt and its continuation as it is generated."""
     options = parse(GenerateOptions, args, "fastllama generate")
+    from fastllama.checkpoints.state import EMA, MODEL
     from fastllama.data.encoding import prompt_loss
     from fastllama.distributed.world import choose_device
     from fastllama.inference.generate import generate_text
@@ -43,7 +46,8 @@ def run(args: list[str]) -> None:
 
     options.sampling.validate()
     prompt = prompt_of(options)
-    loaded = load_run(options.run, choose_device(options.device))
+    weights = EMA if options.ema else MODEL
+    loaded = load_run(options.run, choose_device(options.device), weights)
     loss = prompt_loss(loaded.tokenizer, prompt, loaded.end_token)
     if loss.lost:
         print(f"note: of the prompt, the tokenizer cannot represent {loss}", file=sys.stderr)

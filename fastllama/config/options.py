@@ -167,6 +167,10 @@ class TrainingConfig:
     deterministic: bool = False
     """Compute the same bits in every run of this configuration; slower on CUDA."""
 
+    # The average of the weights.
+    ema_decay: float = 0.0
+    """Keep an exponential average of the weights, of which an update keeps this share; 0 is off."""
+
     # Skipped updates.
     spike_z_score: float = 0.0
     """Skip updates whose loss or gradient norm is this many deviations above its mean; 0 is off."""

@@ -110,6 +110,7 @@ _FRACTIONS = (
     "optimizer.beta2",
     "optimizer.decay_fraction",
     "training.label_smoothing",
+    "training.ema_decay",
 )
 
 

@@ -59,9 +59,11 @@ def generate_tokens(
         )
     device = model.cos_PR.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    cache = KVCache(model.config)
+    n_new = min(sampling.max_new_tokens, room)
+    # Not the whole context: at 131,072 positions the cache of a small model is several gigabytes.
+    cache = KVCache(len(prompt) + n_new)
     tokens = prompt
-    for _ in range(min(sampling.max_new_tokens, room)):
+    for _ in range(n_new):
         logits_BTV = model(torch.tensor([tokens], device=device), cache=cache)
         token = int(agree(sample_token(logits_BTV[0, -1], sampling, generator)))
         if token < 0:

@@ -11,11 +11,12 @@ from fastllama.checkpoints.folder import complete_checkpoints, locate
 from fastllama.checkpoints.reading import (
     find_damage,
     find_difference,
+    has_tensors,
     load_tensors,
     newest_checkpoint,
     read_identity,
 )
-from fastllama.checkpoints.state import MODEL, model_tensors
+from fastllama.checkpoints.state import EMA, MODEL, model_tensors
 from fastllama.config import Config
 from fastllama.data.tokenizer import load_tokenizer, vocabulary_size
 from fastllama.model.llama import Llama
@@ -38,42 +39,43 @@ class LoadedRun:
     end_token: int
 
 
-def load_run(path: Path, device: torch.device) -> LoadedRun:
+def load_run(path: Path, device: torch.device, weights: str = MODEL) -> LoadedRun:
     """Load the newest whole checkpoint of a run folder, or one checkpoint inside it.
 
-    AdamW's moments, two thirds of a checkpoint, are neither read nor checked. A newer checkpoint
-    that is not used is reported on stderr. A training may write into the folder meanwhile.
+    `weights` is `MODEL`, or `EMA` for the averaged weights. Other tensors, two thirds of a
+    checkpoint or more, are neither read nor checked. A newer checkpoint that is not used is
+    reported on stderr. A training may write into the folder meanwhile.
 
     Raises:
-        ValueError: there is no run or checkpoint, the checkpoint is damaged or has other options
-            than config.toml, or the device has too little memory.
+        ValueError: there is no run or checkpoint, the checkpoint is damaged, has other options
+            than config.toml or no such weights, or the device has too little memory.
         OSError: a file cannot be read.
     """
     run, checkpoint = locate(path)
     config = run.load_config()
     if checkpoint is None:
-        return _load_newest(run, config, device)
-    if damage := find_damage(checkpoint, wanted=MODEL):
+        return _load_newest(run, config, device, weights)
+    if damage := find_damage(checkpoint, weights):
         raise ValueError(
             f"The checkpoint is damaged: {damage}; use another one of {checkpoint.parent}."
         )
     if difference := find_difference(checkpoint, model_identity(config.model)):
         raise ValueError(f"{difference}; {_remedy(run)}.")
-    return _load(run, config, checkpoint, device)
+    return _load(run, config, checkpoint, device, weights)
 
 
-def _load_newest(run: RunFolder, config: Config, device: torch.device) -> LoadedRun:
+def _load_newest(run: RunFolder, config: Config, device: torch.device, weights: str) -> LoadedRun:
     for _ in range(ATTEMPTS):
         listed = complete_checkpoints(run.checkpoints)
         unusable: dict[Path, str] = {}
         failure: Exception | None = None
         try:
             checkpoint, unusable = newest_checkpoint(
-                run.checkpoints, model_identity(config.model), MODEL, _remedy(run)
+                run.checkpoints, model_identity(config.model), weights, _remedy(run)
             )
             if checkpoint is None:
                 raise ValueError(_no_checkpoint(run, unusable))
-            loaded = _load(run, config, checkpoint, device)
+            loaded = _load(run, config, checkpoint, device, weights)
         except (ValueError, OSError) as error:
             failure = error
         # A training may have removed a checkpoint after it was listed.
@@ -98,8 +100,15 @@ def _remedy(run: RunFolder) -> str:
     return f"restore that value in {run.config}"
 
 
-def _load(run: RunFolder, config: Config, checkpoint: Path, device: torch.device) -> LoadedRun:
+def _load(
+    run: RunFolder, config: Config, checkpoint: Path, device: torch.device, weights: str
+) -> LoadedRun:
     """Load an undamaged checkpoint with the options of `config`."""
+    if weights == EMA and not has_tensors(checkpoint, EMA):
+        raise ValueError(
+            f"{checkpoint} has no average of the weights; leave out --ema, or train with "
+            "training.ema_decay."
+        )
     tokenizer = load_tokenizer(run.tokenizer)
     n_ids, vocab_size = vocabulary_size(tokenizer), config.model.vocab_size
     if n_ids > vocab_size:
@@ -122,7 +131,7 @@ def _load(run: RunFolder, config: Config, checkpoint: Path, device: torch.device
             f"Out of memory while loading {checkpoint}: the model has "
             f"{n_parameters(config.model):,} parameters, too many for --device {device.type}."
         ) from None
-    load_tensors(checkpoint, model_tensors(model))
+    load_tensors(checkpoint, model_tensors(model, weights))
     return LoadedRun(model.eval(), tokenizer, end_token)
 
 

@@ -30,6 +30,8 @@ class MemoryPlan:
     """Float32 shards."""
     optimizer: int
     """Two AdamW moments, sharded like the parameters."""
+    ema: int
+    """Average of the weights with `training.ema_decay`, sharded like the parameters."""
     gradients: int
     """Sums over the earlier micro-batches; 0 with one micro-batch per update."""
     gathered: int
@@ -46,6 +48,7 @@ class MemoryPlan:
         return (
             self.parameters
             + self.optimizer
+            + self.ema
             + self.gradients
             + self.gathered
             + self.activations
@@ -69,6 +72,7 @@ def plan_memory(config: Config, world_size: int) -> MemoryPlan:
     |-------------|---------------------------------------------------------------|
     | parameters  | 4 n_all / s                                                   |
     | optimizer   | 8 n_all / s                                                   |
+    | ema         | with `training.ema_decay`: 4 n_all / s                        |
     | gradients   | if micro-batches accumulate: r n_all; sharded 4 n_all / s, or |
     |             | r n_all / s with replicas                                     |
     | gathered    | b n_all; resharded b (n_rest + 2 n_block)                     |
@@ -88,6 +92,7 @@ def plan_memory(config: Config, world_size: int) -> MemoryPlan:
     return MemoryPlan(
         parameters=4 * n_shard,
         optimizer=8 * n_shard,
+        ema=4 * n_shard if training.ema_decay else 0,
         gradients=_gradient_bytes(config, world_size, n_all, n_shard),
         gathered=compute * n_gathered,
         activations=n_tokens

@@ -14,7 +14,7 @@ from fastllama.checkpoints.folder import complete_checkpoints, mend_latest
 from fastllama.checkpoints.reading import (
     find_damage,
     find_difference,
-    load_tensors,
+    load_state,
     newest_checkpoint,
     read_progress,
 )
@@ -39,6 +39,7 @@ from fastllama.model.activation_checkpointing import checkpoint_activations
 from fastllama.model.llama import Llama
 from fastllama.model.operator_choice import build_operators, choose_attention_backend
 from fastllama.optim.adamw import build_optimizer
+from fastllama.optim.ema import WeightAverage
 from fastllama.optim.spikes import SpikeDetector
 from fastllama.planning.flops import n_parameters
 from fastllama.planning.out_of_memory import is_out_of_memory, out_of_memory
@@ -269,11 +270,14 @@ def build_state(session: Session, start: Start, operators: Operators) -> TrainSt
     if z_score := config.training.spike_z_score:
         spikes = SpikeDetector(z_score, world.device, start.progress.spikes)
     optimizer = build_optimizer(model, config.optimizer)
-    state = TrainState(model, optimizer, start.progress, spikes)
-    if start.checkpoint is not None:
-        load_tensors(start.checkpoint, state.tensors())
-    elif start.weights is not None:
+    if start.weights is not None:
         start.weights.load(model, optimizer)
+    average = None
+    if decay := config.training.ema_decay:
+        average = WeightAverage(model, decay)
+    state = TrainState(model, optimizer, start.progress, spikes, average)
+    if start.checkpoint is not None:
+        load_state(start.checkpoint, state)
     return state
 
 

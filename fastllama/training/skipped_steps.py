@@ -20,7 +20,7 @@ from fastllama.checkpoints.folder import (
     set_aside,
     step_of,
 )
-from fastllama.checkpoints.reading import load_tensors, newest_checkpoint, read_progress
+from fastllama.checkpoints.reading import load_state, newest_checkpoint, read_progress
 from fastllama.checkpoints.state import TrainProgress, TrainState
 from fastllama.checkpoints.writing import CheckpointWriter
 from fastllama.config import Config
@@ -166,7 +166,7 @@ class Rewinder:
                 "optimizer.max_lr, or move this checkpoint away to resume from an older one."
             )
         saved = world.from_main(lambda: read_progress(checkpoint))
-        load_tensors(checkpoint, self.state.tensors())
+        load_state(checkpoint, self.state)
         if self.state.spikes is not None:
             self.state.spikes.restore(saved.spikes)
         progress = self.state.progress

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from fastllama.checkpoints.folder import locate
-from fastllama.checkpoints.reading import find_damage, load_tensors, newest_checkpoint
+from fastllama.checkpoints.reading import (
+    find_damage,
+    has_tensors,
+    load_tensors,
+    newest_checkpoint,
+)
 from fastllama.checkpoints.state import MODEL, OPTIMIZER, model_tensors, training_tensors
 from fastllama.config import Config, ModelConfig
 from fastllama.data.dataset import Dataset
@@ -58,7 +62,7 @@ def find_initial_weights(config: Config, dataset: Dataset) -> InitialWeights:
     checkpoint = _whole_checkpoint(run, checkpoint, source, "" if moments else MODEL)
     _refuse_other_shape(run, source, config.model)
     _refuse_other_tokenizer(run, dataset)
-    if moments and not _has_moments(checkpoint):
+    if moments and not has_tensors(checkpoint, OPTIMIZER):
         raise ValueError(
             f"{checkpoint} has no moments of AdamW; leave out --training.init-moments."
         )
@@ -110,14 +114,6 @@ def _refuse_other_tokenizer(run: RunFolder, dataset: Dataset) -> None:
             f"The weights of {run.path} belong to another tokenizer than the data "
             f"{dataset.folder}; prepare the data with {run.tokenizer}."
         )
-
-
-def _has_moments(checkpoint: Path) -> bool:
-    for shard in checkpoint.glob("*.safetensors"):
-        with safe_open(shard, framework="pt") as tensors:
-            if any(name.startswith(OPTIMIZER) for name in tensors.keys()):  # noqa: SIM118
-                return True
-    return False
 
 
 def _differences(source: ModelConfig, model: ModelConfig) -> list[str]:

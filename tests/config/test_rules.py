@@ -47,7 +47,7 @@ RANGES = {
     """,
     "at least 0 and less than 1": """
         model__dropout optimizer__beta1 optimizer__beta2 optimizer__decay_fraction
-        training__label_smoothing
+        training__label_smoothing training__ema_decay
     """,
 }
 NEAREST_OUTSIDE: dict[str, list[float]] = {

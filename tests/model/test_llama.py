@@ -155,7 +155,7 @@ def test_initial_standard_deviations() -> None:
 @pytest.mark.parametrize("lengths", [[1] * 24, [10, 1, 5, 1, 7]], ids=["one by one", "in pieces"])
 def test_cache_gives_the_same_logits(lengths: list[int]) -> None:
     model, tokens = build(GROUPED), random_tokens(GROUPED, 2, 24)
-    cache = KVCache(GROUPED)
+    cache = KVCache(24)
     logits = [model(piece, cache=cache) for piece in tokens.split(lengths, dim=1)]
     torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens), rtol=0, atol=1e-12)
 
