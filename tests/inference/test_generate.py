@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from fastllama.config import ModelConfig
 from fastllama.data.tokenizer import train_tokenizer
+from fastllama.inference import generate
 from fastllama.inference.generate import generate_text, generate_tokens, sample_token
 from fastllama.inference.load import load_run
 from fastllama.inference.sampling import Sampling
+from fastllama.model.kv_cache import KVCache
 from fastllama.model.llama import Llama
 from fastllama_kernels import REFERENCE
 from tests.compare import randn
@@ -152,6 +154,15 @@ def test_cached_generation_agrees_with_the_model_without_a_cache(model: Llama) -
         assert token == model(torch.tensor([tokens]))[0, -1].argmax()
         tokens = [*tokens, token]
     assert len(generated) == 8
+
+
+def test_cache_is_as_long_as_the_text(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Models that others trained have contexts of 131,072 positions.
+    allocated = []
+    monkeypatch.setattr(generate, "KVCache", lambda n: allocated.append(n) or KVCache(n))
+    for n_new in (4, 1000):
+        list(generate_tokens(model, [5, 9], Sampling(n_new), end_token=-1))
+    assert allocated == [2 + 4, model.config.max_seq_len]
 
 
 def test_stops_at_the_end_token(model: Llama) -> None:
