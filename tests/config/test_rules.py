@@ -11,7 +11,7 @@ from tests.config.with_options import with_options
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 # An update of the quickstart is two micro-batches, so at most two processes can share it.
-WORLD_SIZES = {"quickstart": (1, 2)}
+WORLD_SIZES = {f"quickstart{suffix}": (1, 2) for suffix in ("", "-wsd", "-continued")}
 
 
 def test_defaults_are_valid() -> None:

@@ -1,0 +1,77 @@
+"""The commands of docs/weights.md about runs that start from others, on a smaller quickstart."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fastllama.cli import main
+from tests.runs import rows
+from tests.workspace import Workspace
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands(section: str) -> list[str]:
+    """The commands of one section of the page."""
+    page = (ROOT / "docs" / "weights.md").read_text()
+    (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.fixture
+def quickstart(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the recipes of the page over the small model, and runs/quickstart."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    recipe = workspace.recipe.read_text()
+    for option, value in {
+        "tokens_per_update": 2048,
+        "batch_size": 32,
+        "training_tokens": 40_960,
+        "eval_interval": 100,
+        "min_lr": "1e-4",
+        "sample_interval": 0,
+    }.items():
+        recipe, n_replaced = re.subn(rf"^{option} = .*", f"{option} = {value}", recipe, flags=re.M)
+        assert n_replaced == 1
+    (tmp_path / "configs" / "quickstart.toml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    main(["train", "configs/quickstart.toml", "--training.ema-decay", "0.9"])
+    return tmp_path
+
+
+def run(command: str) -> None:
+    program, *arguments = shlex.split(command)
+    assert program == "fastllama"
+    main(arguments)
+
+
+def test_commands(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (continued,) = commands("Start from weights")
+    run(continued)
+    weights = "weights runs/quickstart/checkpoints/step-00000020"
+    assert weights in capsys.readouterr().out.replace(f"{quickstart}/", "")
+
+    older, longer, held, annealed = commands("Branches")
+    run(held)
+    assert "step-00000160" in {
+        path.name for path in Path("runs/quickstart-wsd/checkpoints").iterdir()
+    }
+    run(older)
+    assert "resuming after update 180 of 200" in capsys.readouterr().out
+    run(longer)
+    assert "resuming after update 200 of 220" in capsys.readouterr().out
+    run(annealed)
+    rates = [float(row["lr"]) for row in rows(Path("runs/annealed"))]
+    assert len(rates) == 40
+    # The decay begins at once and ends at min_lr.
+    assert rates == sorted(rates, reverse=True)
+    assert (rates[0], rates[-1]) == (pytest.approx(1e-2 - 9.9e-3 / 40), pytest.approx(1e-4))
+
+    (generated,) = commands("The average of the weights")
+    capsys.readouterr()
+    run(generated)
+    assert capsys.readouterr().out.startswith("def ")
