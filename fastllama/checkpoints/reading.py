@@ -4,18 +4,20 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from fastllama.checkpoints.folder import CheckpointManifest, complete_checkpoints, describe
 from fastllama.checkpoints.state import EMA, TrainProgress, TrainState
@@ -130,7 +132,7 @@ def _may_hold(file: Path, wanted: str) -> bool:
     with open(file, "rb"):
         pass
     try:
-        with _utf8_path(file) as path, safe_open(path, framework="pt") as tensors:
+        with utf8_path(file) as path, safe_open(path, framework="pt") as tensors:
             names = tensors.keys()
         return any(name.startswith(wanted) for name in names)
     except SafetensorError:
@@ -198,22 +200,50 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         ValueError: the checkpoint lacks a tensor, or it cannot be read.
     """
+    with utf8_path(path) as name:
+        _load(path, tensors, HuggingFaceStorageReader(name))
+
+
+def _load(path: Path, tensors: dict[str, Tensor], reader: HuggingFaceStorageReader) -> None:
     with warnings.catch_warnings(), _without_traceback():
         # Generation loads in one process without a process group.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            with _utf8_path(path) as name:
-                dcp.load(
-                    tensors,
-                    storage_reader=HuggingFaceStorageReader(name),
-                    no_dist=not dist.is_initialized(),
-                )
+            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
         except CheckpointException as error:
             raise ValueError(f"{path} cannot be loaded: {first_failure(error)}") from None
 
 
 @contextmanager
-def _utf8_path(path: Path) -> Iterator[str]:
+def open_tensors(path: Path) -> Iterator[Callable[[str, torch.Size], Tensor]]:
+    """A function that reads one tensor of an undamaged checkpoint, of this name and shape.
+
+    The function raises ValueError if the checkpoint lacks the tensor or cannot be read.
+    """
+    with utf8_path(path) as name:
+        reader = _HeadersOnce(name)
+
+        def read(tensor: str, shape: torch.Size) -> Tensor:
+            values = torch.empty(shape)
+            _load(path, {tensor: values}, reader)
+            return values
+
+        yield read
+
+
+class _HeadersOnce(HuggingFaceStorageReader):
+    """Reads the headers of all files for the first tensor only."""
+
+    _headers: Metadata | None = None
+
+    def read_metadata(self) -> Metadata:
+        if self._headers is None:
+            self._headers = super().read_metadata()
+        return self._headers
+
+
+@contextmanager
+def utf8_path(path: Path) -> Iterator[str]:
     """A name of a file or folder in UTF-8, for safetensors, which opens no other."""
     try:
         str(path).encode()

@@ -212,7 +212,7 @@ class CheckpointWriter:
             lambda: describe(aside, [name for name in os.listdir(aside) if name.startswith(shard)])
         )
         files = {name: entry for part in parts for name, entry in part.items()}
-        self._on_main(lambda: self._complete(aside, final, progress, files))
+        self._on_main(lambda: complete(aside, final, progress, self._identity, files))
 
     def _make_room(self, aside: Path) -> None:
         # Without parents, so that a deleted run folder does not reappear.
@@ -220,16 +220,6 @@ class CheckpointWriter:
         remove_leftovers(self._folder)
         make_way(aside)
         aside.mkdir()
-
-    def _complete(
-        self, aside: Path, final: Path, progress: TrainProgress, files: dict[str, FileEntry]
-    ) -> None:
-        content = {"progress": dataclasses.asdict(progress), "identity": self._identity}
-        write_atomic(aside / "progress.json", json.dumps(content, indent=2))
-        manifest = CheckpointManifest(files | describe(aside, ["progress.json"]))
-        write_atomic(aside / "manifest.json", json.dumps(dataclasses.asdict(manifest), indent=2))
-        make_way(final)
-        replace(aside, final)
 
     def _tidy(self, newest: Path) -> None:
         try:
@@ -272,6 +262,22 @@ class CheckpointWriter:
         # The staged copy is valid, whatever ended the run.
         if self._thread is not None:
             self._thread.join()
+
+
+def complete(
+    aside: Path,
+    final: Path,
+    progress: TrainProgress,
+    identity: dict[str, Any],
+    files: dict[str, FileEntry],
+) -> None:
+    """Add progress and manifest to the `files` of tensors in `aside`, and rename it to `final`."""
+    content = {"progress": dataclasses.asdict(progress), "identity": identity}
+    write_atomic(aside / "progress.json", json.dumps(content, indent=2))
+    manifest = CheckpointManifest(files | describe(aside, ["progress.json"]))
+    write_atomic(aside / "manifest.json", json.dumps(dataclasses.asdict(manifest), indent=2))
+    make_way(final)
+    replace(aside, final)
 
 
 def file_numbers(tensors: dict[str, Tensor]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from fastllama import __version__
 from fastllama.cli import (
     data_check,
     generate,
+    import_weights,
     prepare,
     tokenizer_repair,
     tokenizer_train,
@@ -37,6 +38,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("train",): train.COMMAND,
     ("verify-resume",): verify_resume.COMMAND,
     ("generate",): generate.COMMAND,
+    ("import",): import_weights.COMMAND,
 }
 
 HELP = """\

@@ -90,9 +90,11 @@ def parse_train(args: list[str]) -> tuple[TrainOptions, Path, Path | None]:
     resumed, checkpoint = Path(), None
     if resume is not None and not asks_help(args):
         from fastllama.checkpoints.folder import locate
+        from fastllama.checkpoints.weights_only import refuse_resume
 
         run, checkpoint = locate(Path(resume))
         resumed, config = run.path, run.load_config()
+        refuse_resume(run, checkpoint)
     else:
         config = base_config(recipe, args, "fastllama train CONFIG.toml, or --resume RUN")
     options = parse(TrainOptions, args, "fastllama train CONFIG.toml", TrainOptions(config))

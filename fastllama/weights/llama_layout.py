@@ -115,6 +115,15 @@ class RotaryJson:
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
+    partial_rotary_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class ArchitectureJson:
+    """What a config.json of any model says about its kind."""
+
+    architectures: list[str] | None = None
+    model_type: str = "llama"
 
 
 @dataclass(frozen=True)
@@ -136,8 +145,6 @@ class LlamaJson:
     rope_parameters: RotaryJson | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    architectures: list[str] | None = None
-    model_type: str = "llama"
     auto_map: Any = None
     hidden_act: Any = "silu"
     attention_bias: Any = False
@@ -147,13 +154,22 @@ class LlamaJson:
     quantization_config: Any = None
 
 
+def refuse_other_architecture(found: ArchitectureJson, source: str) -> None:
+    """Raise ValueError if a config.json describes another model; `source` names the file."""
+    if (found.architectures or [ARCHITECTURE]) != [ARCHITECTURE] or found.model_type != "llama":
+        described = found.architectures or found.model_type
+        raise ValueError(
+            f"{source} describes {_shown(described)}, and only {ARCHITECTURE} can be imported."
+        )
+
+
 def model_config(found: LlamaJson, source: str) -> ModelConfig:
-    """The model that a config.json describes; `source` names the file in errors.
+    """The model that a config.json of a Llama describes; `source` names the file in errors.
 
     Raises:
         ValueError: `Llama` computes another model; the sentence has the reason.
     """
-    _refuse_others(found, source)
+    _refuse_other_options(found, source)
     n_heads = found.num_attention_heads
     is_derived = found.head_dim is None or found.head_dim * n_heads == found.hidden_size
     return ModelConfig(
@@ -171,13 +187,8 @@ def model_config(found: LlamaJson, source: str) -> ModelConfig:
     )
 
 
-def _refuse_others(found: LlamaJson, source: str) -> None:
+def _refuse_other_options(found: LlamaJson, source: str) -> None:
     """Raise ValueError if the file describes anything that `Llama` does not compute."""
-    if (found.architectures or [ARCHITECTURE]) != [ARCHITECTURE] or found.model_type != "llama":
-        described = found.architectures or found.model_type
-        raise ValueError(
-            f"{source} describes {_shown(described)}, and only {ARCHITECTURE} can be imported."
-        )
     if found.auto_map is not None:
         raise ValueError(
             f"{source} names code of its own (auto_map), and an import executes no code; save the "
@@ -202,7 +213,13 @@ def _refuse_others(found: LlamaJson, source: str) -> None:
 
 def _rotary_options(found: LlamaJson, source: str) -> dict[str, Any]:
     """Options of the rotary embedding, by their names in `ModelConfig`."""
-    rotary = found.rope_parameters or found.rope_scaling or RotaryJson()
+    # In the order of transformers.
+    rotary = found.rope_scaling or found.rope_parameters or RotaryJson()
+    if rotary.partial_rotary_factor not in (None, 1.0):
+        raise ValueError(
+            f"{source} has partial_rotary_factor = {rotary.partial_rotary_factor}, and fastllama's "
+            "model rotates whole heads; this model cannot be imported."
+        )
     theta = found.rope_theta if rotary.rope_theta is None else rotary.rope_theta
     kind = rotary.rope_type or rotary.type or "default"
     if kind == "default":

@@ -1,0 +1,44 @@
+"""The run folder that an import or a merge writes: complete, or not there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastllama.atomic import LOCK_FILE, fsync_folder, replace
+from fastllama.run_folder import RunFolder
+
+
+def refuse_output(output: Path) -> None:
+    """Raise ValueError if `output` exists or cannot be created."""
+    if os.path.lexists(output):
+        raise ValueError(f"output {output} exists: choose another --output")
+    nearest = next(path for path in output.absolute().parents if os.path.lexists(path))
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise ValueError(
+            f"output {output} cannot be written because {nearest} is not a writable folder: choose "
+            "another --output"
+        )
+
+
+@contextmanager
+def new_run(output: Path) -> Iterator[RunFolder]:
+    """A run folder under a hidden name, renamed to `output` at the end, or removed."""
+    run = RunFolder(output.with_name(f".{output.name}.partial"))
+    with run.locked():
+        # What a killed command left.
+        _empty(run.path)
+        try:
+            yield run
+            replace(run.path, output)
+        except BaseException:
+            _empty(run.path)
+            raise
+        fsync_folder(output.parent)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != LOCK_FILE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
