@@ -14,6 +14,7 @@ from fastllama.cli import (
     data_check,
     generate,
     import_weights,
+    merge,
     prepare,
     tokenizer_repair,
     tokenizer_train,
@@ -39,6 +40,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("verify-resume",): verify_resume.COMMAND,
     ("generate",): generate.COMMAND,
     ("import",): import_weights.COMMAND,
+    ("merge",): merge.COMMAND,
 }
 
 HELP = """\

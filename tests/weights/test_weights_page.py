@@ -71,6 +71,9 @@ def test_commands(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rates == sorted(rates, reverse=True)
     assert (rates[0], rates[-1]) == (pytest.approx(1e-2 - 9.9e-3 / 40), pytest.approx(1e-4))
 
+    (merged,) = commands("Merge")
+    run(merged)
+    assert "merged 2 checkpoints into runs/merged" in capsys.readouterr().out
     (generated,) = commands("The average of the weights")
     capsys.readouterr()
     run(generated)
