@@ -131,7 +131,7 @@ class TrainingConfig:
 
     # The start.
     init_from: str = ""
-    """Run folder or checkpoint whose weights a new run starts from; empty draws new weights."""
+    """Run, checkpoint or Hugging Face folder whose weights a new run starts from; or empty."""
     init_moments: bool = False
     """Also take the moments of AdamW from `init_from`."""
 

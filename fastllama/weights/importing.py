@@ -21,7 +21,6 @@ from fastllama.weights.hf_weights import LlamaTensors
 from fastllama.weights.llama_layout import (
     ArchitectureJson,
     LlamaJson,
-    Rows,
     model_config,
     refuse_other_architecture,
     tensors,
@@ -43,11 +42,26 @@ class EndToken:
 
 
 @dataclass(frozen=True)
-class ImportedRun:
-    """What an import has written."""
+class HuggingFaceModel:
+    """A folder in the layout of Hugging Face's Llama, checked."""
 
     model: ModelConfig
+    tokenizer: Path
     end_token: EndToken
+    weights: LlamaTensors
+
+    def read(self, name: str) -> Tensor:
+        """A weight of `Llama`, float32, by its checkpoint name.
+
+        Raises:
+            ValueError: a file is damaged, or a value is not finite.
+        """
+        parts = {
+            tensor: rows
+            for tensor, rows in tensors(self.model).items()
+            if f"{MODEL}{checkpoint_name(rows.parameter)}" == name
+        }
+        return torch.cat([self.weights.read(tensor).float() for tensor in parts])
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ class GenerationJson:
     eos_token_id: int | list[int] | None = None
 
 
-def import_run(folder: Path, output: Path) -> ImportedRun:
+def import_run(folder: Path, output: Path) -> HuggingFaceModel:
     """Write the run folder `output` from a folder in the layout of Hugging Face's Llama.
 
     The weights become float32, which keeps every value. They are read and written one file of a
@@ -70,24 +84,31 @@ def import_run(folder: Path, output: Path) -> ImportedRun:
         OSError: a file cannot be read or written.
     """
     refuse_output(output)
+    source = open_hugging_face(folder)
+    with torch.device("meta"):
+        shapes = model_tensors(Llama(source.model, REFERENCE))
+    identity = {**model_identity(source.model), "data.end_token_id": source.end_token.id}
+    with new_run(output) as run:
+        run.create(Config(model=source.model), source.tokenizer)
+        write_weights(run.checkpoints, shapes, source.read, identity)
+    return source
+
+
+def open_hugging_face(folder: Path) -> HuggingFaceModel:
+    """Check a folder in the layout of Hugging Face's Llama: everything but the values.
+
+    Raises:
+        ValueError: `folder` has no model that `Llama` computes, or one that is damaged; the
+            sentence names the file or the tensor.
+        OSError: a file cannot be read.
+    """
     _refuse_source(folder)
     found, model = _read_config(folder / "config.json")
     tokenizer = _read_tokenizer(folder, model)
     end_token = _end_token(folder, found, tokenizer)
-    weights = LlamaTensors(folder, model)
-    with torch.device("meta"):
-        shapes = model_tensors(Llama(model, REFERENCE))
-    sources = _sources(model)
-    identity = {**model_identity(model), "data.end_token_id": end_token.id}
-    with new_run(output) as run:
-        run.create(Config(model=model), folder / "tokenizer.json")
-        write_weights(
-            run.checkpoints,
-            shapes,
-            lambda name: _packed(sources[name], shapes[name].shape, weights),
-            identity,
-        )
-    return ImportedRun(model, end_token)
+    return HuggingFaceModel(
+        model, folder / "tokenizer.json", end_token, LlamaTensors(folder, model)
+    )
 
 
 def _refuse_source(folder: Path) -> None:
@@ -172,18 +193,3 @@ def _end_token(folder: Path, found: LlamaJson, tokenizer: Tokenizer) -> EndToken
             f"{folder / 'tokenizer.json'}; set it to the id of the token that ends a document."
         )
     return EndToken(end_token, text, path, len(ids))
-
-
-def _sources(model: ModelConfig) -> dict[str, dict[str, Rows]]:
-    """The tensors of Hugging Face that make up each weight, by checkpoint name."""
-    found: dict[str, dict[str, Rows]] = {}
-    for name, rows in tensors(model).items():
-        found.setdefault(f"{MODEL}{checkpoint_name(rows.parameter)}", {})[name] = rows
-    return found
-
-
-def _packed(parts: dict[str, Rows], shape: torch.Size, weights: LlamaTensors) -> Tensor:
-    packed = torch.empty(shape)
-    for name, rows in parts.items():
-        packed[rows.start : rows.start + rows.shape[0]] = weights.read(name)
-    return packed

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastllama.checkpoints.folder import locate
 from fastllama.checkpoints.reading import (
@@ -19,54 +20,76 @@ from fastllama.config import Config, ModelConfig
 from fastllama.data.dataset import Dataset
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
 from fastllama.run_folder import RunFolder, model_identity
+from fastllama.weights.importing import HuggingFaceModel, open_hugging_face
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights of another run that fit the model of this one."""
+    """Weights that fit the model of a new run."""
 
-    checkpoint: Path
+    path: Path
+    """A checkpoint of another run, or the folder of `hugging_face`."""
     moments: bool
     """Whether AdamW's moments are taken too."""
     differences: list[str]
     """What this run computes with the weights in another way, as `option = value instead of`."""
+    hugging_face: HuggingFaceModel | None = None
 
+    @torch.no_grad()
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Load the weights, and the moments if they are wanted, sharded in any way.
 
         Raises:
-            ValueError: the checkpoint cannot be read.
+            ValueError: the weights cannot be read.
         """
-        wanted = training_tensors(model, optimizer) if self.moments else model_tensors(model)
-        load_tensors(self.checkpoint, wanted)
+        if self.hugging_face is None:
+            wanted = training_tensors(model, optimizer) if self.moments else model_tensors(model)
+            load_tensors(self.path, wanted)
+            return
+        for name, weight in model_tensors(model).items():
+            full = self.hugging_face.read(name).to(weight.device)
+            if isinstance(weight, DTensor):
+                # src_data_rank=None sends nothing: every rank has read the same values.
+                full = distribute_tensor(
+                    full, weight.device_mesh, weight.placements, src_data_rank=None
+                )
+            weight.copy_(full)
 
     def __str__(self) -> str:
-        parts = [f"{self.checkpoint}{', with the moments of AdamW' if self.moments else ''}"]
+        parts = [f"{self.path}{', with the moments of AdamW' if self.moments else ''}"]
         return "; ".join([*parts, *self.differences])
 
 
 def find_initial_weights(config: Config, dataset: Dataset) -> InitialWeights:
-    """Find the weights that `training.init_from` names: of a run's newest checkpoint, or of one.
+    """Find the weights that `training.init_from` names.
 
-    All ranks of a run call this together.
+    They are those of a run's newest whole checkpoint, of one checkpoint, or of a Llama in a folder
+    of Hugging Face. All ranks of a run call this together.
 
     Raises:
         ValueError: there are no such weights, they are damaged, or they do not fit the model or the
             tokenizer of the data.
     """
-    path = Path(os.path.expanduser(config.training.init_from))
+    path, moments = (
+        Path(os.path.expanduser(config.training.init_from)),
+        config.training.init_moments,
+    )
     run, checkpoint = locate(path)
-    if not run.exists:
-        raise ValueError(f"training.init_from = {path} is neither a run folder nor a checkpoint.")
-    source, moments = run.load_config().model, config.training.init_moments
-    checkpoint = _whole_checkpoint(run, checkpoint, source, "" if moments else MODEL)
-    _refuse_other_shape(run, source, config.model)
-    _refuse_other_tokenizer(run, dataset)
-    if moments and not has_tensors(checkpoint, OPTIMIZER):
-        raise ValueError(
-            f"{checkpoint} has no moments of AdamW; leave out --training.init-moments."
-        )
-    return InitialWeights(checkpoint, moments, _differences(source, config.model))
+    hugging_face = None
+    if run.exists:
+        source, tokenizer = run.load_config().model, run.tokenizer
+        path = _whole_checkpoint(run, checkpoint, source, "" if moments else MODEL)
+    else:
+        try:
+            hugging_face = open_hugging_face(path)
+        except ValueError as error:
+            raise ValueError(f"training.init_from: {error}") from None
+        source, tokenizer = hugging_face.model, hugging_face.tokenizer
+    _refuse_other_shape(path, source, config.model)
+    _refuse_other_tokenizer(path, tokenizer, dataset)
+    if moments and (hugging_face is not None or not has_tensors(path, OPTIMIZER)):
+        raise ValueError(f"{path} has no moments of AdamW; leave out --training.init-moments.")
+    return InitialWeights(path, moments, _differences(source, config.model), hugging_face)
 
 
 def _whole_checkpoint(
@@ -98,21 +121,21 @@ SHAPE = {
 """Options that the shapes of the weights follow from, and where `ModelConfig` has their value."""
 
 
-def _refuse_other_shape(run: RunFolder, source: ModelConfig, model: ModelConfig) -> None:
+def _refuse_other_shape(path: Path, source: ModelConfig, model: ModelConfig) -> None:
     for option, name in SHAPE.items():
         there, here = getattr(source, name), getattr(model, name)
         if there != here:
             raise ValueError(
-                f"The weights of {run.path} have model.{option} = {there}, and this run has "
+                f"The weights of {path} have model.{option} = {there}, and this run has "
                 f"{here}; set --model.{option.replace('_', '-')} {there}."
             )
 
 
-def _refuse_other_tokenizer(run: RunFolder, dataset: Dataset) -> None:
-    if fingerprint(load_tokenizer(run.tokenizer)) != dataset.manifest.tokenizer_fingerprint:
+def _refuse_other_tokenizer(path: Path, tokenizer: Path, dataset: Dataset) -> None:
+    if fingerprint(load_tokenizer(tokenizer)) != dataset.manifest.tokenizer_fingerprint:
         raise ValueError(
-            f"The weights of {run.path} belong to another tokenizer than the data "
-            f"{dataset.folder}; prepare the data with {run.tokenizer}."
+            f"The weights of {path} belong to another tokenizer than the data {dataset.folder}; "
+            f"prepare the data with {tokenizer}."
         )
 
 

@@ -99,8 +99,9 @@ def test_weights_that_do_not_fit_are_refused(
     other.mkdir()
     save_tokenizer(train_tokenizer(["another text"], 270), other / "tokenizer.json")
     prepare([str(workspace.corpus)], other / "tokenizer.json", other / "data")
+    newest = source / "checkpoints" / STEP_10
     cases = {
-        (source, "--model.n-embd", 64): f"The weights of {source} have model.n_embd = 32, and this "
+        (source, "--model.n-embd", 64): f"The weights of {newest} have model.n_embd = 32, and this "
         "run has 64; set --model.n-embd 32.",
         (source, "--model.n-kv-heads", 4): "have model.n_kv_heads = 2, and this run has 4; set",
         (source, "--model.ffn-hidden", 48): "model.ffn_hidden = 96, and this run has 48; set",
@@ -109,7 +110,8 @@ def test_weights_that_do_not_fit_are_refused(
         (damaged,): "training.init_from needs a whole checkpoint: ",
         (damaged / "checkpoints" / STEP_5,): "training.init_from names a damaged checkpoint: ",
         (bare,): f"needs a whole checkpoint: {bare / 'checkpoints'} has none.",
-        (tmp_path,): f"training.init_from = {tmp_path} is neither a run folder nor a checkpoint",
+        (tmp_path,): f"training.init_from: {tmp_path} has no config.json",
+        (tmp_path / "gone",): f"training.init_from: There is no folder {tmp_path / 'gone'}",
     }
     run = tmp_path / "run"
     for (path, *options), expected in cases.items():
