@@ -9,17 +9,22 @@ import pytest
 
 from fastllama.cli import main
 from tests.runs import rows
+from tests.weights.llama_folder import write_llama
 from tests.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 
 
-def commands(section: str) -> list[str]:
-    """The commands of one section of the page."""
+def blocks(section: str, language: str) -> list[str]:
+    """The blocks of code of one section of the page."""
     page = (ROOT / "docs" / "weights.md").read_text()
     (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(section: str) -> list[str]:
+    """The commands of one section of the page."""
+    return [line for block in blocks(section, "sh") for line in block.splitlines()]
 
 
 @pytest.fixture
@@ -78,3 +83,38 @@ def test_commands(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     run(generated)
     assert capsys.readouterr().out.startswith("def ")
+
+
+def test_commands_of_an_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_llama(Path("models/SmolLM2-135M"))
+    Path("notes.txt").write_text("def self return\n" * 2000)
+    (recipe,) = blocks("Import", "toml")
+    recipe, n_replaced = re.subn(
+        r"(max_seq_len|training_tokens|tokens_per_update|warmup_iterations) = \S+",
+        lambda found: f"{found[1]} = {SMALL[found[1]]}",
+        recipe,
+    )
+    assert n_replaced == len(SMALL)
+    Path("notes.toml").write_text(f'{recipe}device = "cpu"\ncompile = false\n')
+    imported, generated, prepared, trained = commands("Import")
+    run(imported)
+    capsys.readouterr()
+    run(generated)
+    assert capsys.readouterr().out.startswith("def ")
+    run(prepared)
+    run(trained)
+    printed = capsys.readouterr().out
+    assert "weights runs/smollm2/checkpoints/step-00000000; model.max_seq_len = 16" in printed
+    assert "starting of 2" in printed
+    assert Path("runs/notes/checkpoints/step-00000002").is_dir()
+
+
+SMALL = {
+    "max_seq_len": 16,
+    "training_tokens": 256,
+    "tokens_per_update": 128,
+    "warmup_iterations": 1,
+}
