@@ -21,6 +21,7 @@ from fastllama.checkpoints.reading import find_damage, load_tensors
 from fastllama.cli import main
 from fastllama.data.prepare import prepare
 from fastllama.inference.load import load_run
+from fastllama.run_folder import RunFolder
 from fastllama.weights.llama_layout import ArchitectureJson, LlamaJson
 from tests.cli.refusal import refusal
 from tests.runs import rows, train
@@ -520,6 +521,14 @@ def test_killed_import_leaves_nothing_in_the_way(tmp_path: Path) -> None:
     run = imported(tmp_path / "llama")
     assert {path.name for path in tmp_path.iterdir()} == {"llama", "run"}
     assert set(os.listdir(run / "checkpoints")) == {"latest", CHECKPOINT.name}
+
+
+def test_second_import_at_the_same_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_llama(tmp_path / "llama")
+    with RunFolder(tmp_path / ".run.partial").locked():
+        line = refusal(capsys, "import", tmp_path / "llama", "--output", tmp_path / "run")
+    assert "another process is writing into" in line
+    assert os.listdir(tmp_path) == ["llama"]
 
 
 # Prints by how much the memory of an import exceeds that before it, in bytes.
