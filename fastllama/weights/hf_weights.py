@@ -186,7 +186,8 @@ def _no_weights(folder: Path) -> str:
     if some := next((name for name in names if name.endswith(PICKLES)), None):
         return (
             f"{folder} has only pickled weights, such as {printable(some)}, and reading them could "
-            "execute code; save the model as safetensors with save_pretrained of transformers."
+            "execute code; save them as safetensors with transformers: AutoModelForCausalLM."
+            f"from_pretrained({str(folder)!r}).save_pretrained('NEW')."
         )
     return f"{folder} has no weights: neither {SINGLE} nor {INDEX}; download them."
 

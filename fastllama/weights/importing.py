@@ -28,6 +28,9 @@ from fastllama.weights.llama_layout import (
 from fastllama.weights.new_run import new_run, refuse_output
 from fastllama_kernels import REFERENCE
 
+MAX_CONTEXT = 2**26
+"""Longest context. No tensor shows whether the number is right, and tables are as long as it."""
+
 
 @dataclass(frozen=True)
 class EndToken:
@@ -139,6 +142,11 @@ def _read_config(path: Path) -> tuple[LlamaJson, ModelConfig]:
         found = read_json(path, LlamaJson)
     except DamagedFileError as error:
         raise ValueError(f"{error}; restore the config.json of the model.") from None
+    if found.max_position_embeddings > MAX_CONTEXT:
+        raise ValueError(
+            f"{path} has max_position_embeddings = {found.max_position_embeddings}, more than "
+            f"{MAX_CONTEXT}; set it to the context that the model was trained for."
+        )
     model = model_config(found, str(path))
     try:
         validate_values(Config(model=model))

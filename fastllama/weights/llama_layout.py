@@ -156,8 +156,9 @@ class LlamaJson:
 
 def refuse_other_architecture(found: ArchitectureJson, source: str) -> None:
     """Raise ValueError if a config.json describes another model; `source` names the file."""
-    if (found.architectures or [ARCHITECTURE]) != [ARCHITECTURE] or found.model_type != "llama":
-        described = found.architectures or found.model_type
+    is_other = (found.architectures or [ARCHITECTURE]) != [ARCHITECTURE]
+    if is_other or found.model_type != "llama":
+        described = found.architectures if is_other else found.model_type
         raise ValueError(
             f"{source} describes {_shown(described)}, and only {ARCHITECTURE} can be imported."
         )

@@ -405,7 +405,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
         change_config(eos_token_id=[-1]),
         "eos_token_id = -1, which is no token",
     ),
-    "large end token": (change_config(eos_token_id=2**70), "config.json: eos_token_id|no token of"),
+    "large end token": (
+        change_config(eos_token_id=2**70),
+        "eos_token_id = 1180591620717411303424, which is no",
+    ),
     "no end token": (change_config(eos_token_id=None), "config.json has no eos_token_id; set it"),
     "no end tokens": (change_config(eos_token_id=[]), "config.json has no eos_token_id; set it"),
     "damaged generation_config": (
@@ -429,7 +432,7 @@ def test_damaged_folder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
 
 FIELDS: dict[str, tuple[Any, str]] = {
     "architectures": (["LlamaForSequenceClassification"], "only LlamaForCausalLM can be imported"),
-    "model_type": ("mistral", "only LlamaForCausalLM can be imported|describes"),
+    "model_type": ("mistral", 'describes "mistral", and only LlamaForCausalLM can be imported'),
     "auto_map": ({"AutoModel": "code.Model"}, "names code of its own"),
     "hidden_act": ("gelu", 'hidden_act = "gelu", and fastllama\'s model computes only .*"silu"'),
     "attention_bias": (True, "attention_bias = true, and .*only attention_bias = false"),
@@ -444,7 +447,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "num_attention_heads": (3, "model.n_heads = 3 does not divide model.n_embd = 32"),
     "num_key_value_heads": (3, "model.n_kv_heads = 3 does not divide model.n_heads = 4"),
     "head_dim": (7, "model.head_dim = 7 is odd"),
-    "max_position_embeddings": (2**63, "max_position_embeddings|model.max_seq_len must be at most"),
+    "max_position_embeddings": (2**62, "max_position_embeddings = 4611686018427387904, more than"),
     "rms_norm_eps": (float("nan"), "model.eps must be greater than 0, not nan"),
     "tie_word_embeddings": ("no", "tie_word_embeddings: input should be a valid boolean"),
     "rope_theta": (float("inf"), "model.theta must be greater than 0, not inf"),
