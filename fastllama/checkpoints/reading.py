@@ -19,9 +19,16 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from fastllama.checkpoints.folder import CheckpointManifest, complete_checkpoints, describe
-from fastllama.checkpoints.state import EMA, TrainProgress, TrainState
+from fastllama.atomic import report_once
+from fastllama.checkpoints.folder import (
+    CheckpointManifest,
+    complete_checkpoints,
+    describe,
+    locate,
+)
+from fastllama.checkpoints.state import EMA, MODEL, TrainProgress, TrainState
 from fastllama.printable import one_line
+from fastllama.run_folder import RunFolder, model_identity
 from fastllama.typed_json import DamagedFileError, read_json
 
 
@@ -65,6 +72,60 @@ def newest_checkpoint(
     if foreign is not None:
         raise ValueError(f"{foreign}; {remedy}.")
     return None, unusable
+
+
+def find_checkpoint(path: Path, wanted: str = MODEL) -> tuple[RunFolder, Path]:
+    """The run and the whole checkpoint that `path` names: a run folder names its newest one.
+
+    `wanted` is the argument of `find_damage`. All ranks of a run call this together.
+
+    Raises:
+        ValueError: there is no run, no checkpoint, or no whole one, or it lacks averaged weights
+            that are wanted.
+    """
+    run, checkpoint = locate(path)
+    model = run.load_config().model
+    if checkpoint is None:
+        checkpoint, unusable = newest_checkpoint(
+            run.checkpoints, model_identity(model), wanted, f"restore that value in {run.config}"
+        )
+        if checkpoint is None:
+            raise ValueError(no_checkpoint(run, unusable))
+        for reason in unusable.values():
+            report_once(reason, f"Not using a checkpoint: {reason}.")
+    elif not checkpoint.is_dir():
+        raise ValueError(missing_checkpoint(checkpoint))
+    elif damage := find_damage(checkpoint, wanted):
+        raise ValueError(
+            f"The checkpoint is damaged: {damage}; use another one of {checkpoint.parent}."
+        )
+    refuse_missing_average(checkpoint, wanted)
+    return run, checkpoint
+
+
+def no_checkpoint(run: RunFolder, unusable: dict[Path, str]) -> str:
+    """A sentence for a run without a whole checkpoint."""
+    if not unusable:
+        return f"{run.path} has no checkpoint yet; train on, or wait for the first."
+    return f"{run.path} has no whole checkpoint: {'; '.join(unusable.values())}."
+
+
+def missing_checkpoint(checkpoint: Path) -> str:
+    """A sentence for a checkpoint that is not there, with those that are."""
+    there = [path.name for path in complete_checkpoints(checkpoint.parent)]
+    return (
+        f"There is no checkpoint {checkpoint}; {checkpoint.parent} has "
+        f"{', '.join(there) or 'none'}."
+    )
+
+
+def refuse_missing_average(checkpoint: Path, wanted: str) -> None:
+    """Raise ValueError if averaged weights are wanted and the checkpoint has none."""
+    if wanted == EMA and not has_tensors(checkpoint, EMA):
+        raise ValueError(
+            f"{checkpoint} has no average of the weights; leave out --ema, or train with "
+            "training.ema_decay."
+        )
 
 
 def find_damage(path: Path, wanted: str = "") -> str | None:
@@ -161,6 +222,21 @@ def read_progress(path: Path) -> TrainProgress:
         DamagedFileError: progress.json does not hold the progress of a run.
     """
     return read_json(path / "progress.json", SavedProgress).progress
+
+
+def read_end_token(path: Path, vocab_size: int) -> int:
+    """Id of the token that ends a document, from an undamaged checkpoint.
+
+    Raises:
+        ValueError: there is none, or it is not in the vocabulary.
+    """
+    end_token = read_identity(path).get("data.end_token_id")
+    if type(end_token) is not int or not 0 <= end_token < vocab_size:
+        raise ValueError(
+            f"{path / 'progress.json'}: data.end_token_id = {end_token!r} is not one of the "
+            f"{vocab_size} token ids."
+        )
+    return end_token
 
 
 def read_identity(path: Path) -> dict[str, Any]:

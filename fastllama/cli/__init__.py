@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from fastllama import __version__
 from fastllama.cli import (
     data_check,
+    export,
     generate,
     import_weights,
     merge,
@@ -39,6 +40,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("train",): train.COMMAND,
     ("verify-resume",): verify_resume.COMMAND,
     ("generate",): generate.COMMAND,
+    ("export",): export.COMMAND,
     ("import",): import_weights.COMMAND,
     ("merge",): merge.COMMAND,
 }

@@ -11,12 +11,13 @@ from fastllama.checkpoints.folder import complete_checkpoints, locate
 from fastllama.checkpoints.reading import (
     find_damage,
     find_difference,
-    has_tensors,
     load_tensors,
     newest_checkpoint,
-    read_identity,
+    no_checkpoint,
+    read_end_token,
+    refuse_missing_average,
 )
-from fastllama.checkpoints.state import EMA, MODEL, model_tensors
+from fastllama.checkpoints.state import MODEL, model_tensors
 from fastllama.config import Config
 from fastllama.data.tokenizer import load_tokenizer, vocabulary_size
 from fastllama.model.llama import Llama
@@ -74,7 +75,7 @@ def _load_newest(run: RunFolder, config: Config, device: torch.device, weights: 
                 run.checkpoints, model_identity(config.model), weights, _remedy(run)
             )
             if checkpoint is None:
-                raise ValueError(_no_checkpoint(run, unusable))
+                raise ValueError(no_checkpoint(run, unusable))
             loaded = _load(run, config, checkpoint, device, weights)
         except (ValueError, OSError) as error:
             failure = error
@@ -90,12 +91,6 @@ def _load_newest(run: RunFolder, config: Config, device: torch.device, weights: 
     return loaded
 
 
-def _no_checkpoint(run: RunFolder, unusable: dict[Path, str]) -> str:
-    if not unusable:
-        return f"{run.path} has no checkpoint yet; train on, or wait for the first."
-    return f"{run.path} has no whole checkpoint: {'; '.join(unusable.values())}."
-
-
 def _remedy(run: RunFolder) -> str:
     return f"restore that value in {run.config}"
 
@@ -104,11 +99,7 @@ def _load(
     run: RunFolder, config: Config, checkpoint: Path, device: torch.device, weights: str
 ) -> LoadedRun:
     """Load an undamaged checkpoint with the options of `config`."""
-    if weights == EMA and not has_tensors(checkpoint, EMA):
-        raise ValueError(
-            f"{checkpoint} has no average of the weights; leave out --ema, or train with "
-            "training.ema_decay."
-        )
+    refuse_missing_average(checkpoint, weights)
     tokenizer = load_tokenizer(run.tokenizer)
     n_ids, vocab_size = vocabulary_size(tokenizer), config.model.vocab_size
     if n_ids > vocab_size:
@@ -116,12 +107,7 @@ def _load(
             f"{run.tokenizer} has {n_ids} token ids and the model {vocab_size}; restore the "
             "tokenizer of the run."
         )
-    end_token = read_identity(checkpoint).get("data.end_token_id")
-    if type(end_token) is not int or not 0 <= end_token < vocab_size:
-        raise ValueError(
-            f"{checkpoint / 'progress.json'}: data.end_token_id = {end_token!r} is not one of the "
-            f"{vocab_size} token ids."
-        )
+    end_token = read_end_token(checkpoint, vocab_size)
     try:
         model = _build(config, device)
     except (RuntimeError, MemoryError) as error:

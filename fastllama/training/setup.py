@@ -15,6 +15,7 @@ from fastllama.checkpoints.reading import (
     find_damage,
     find_difference,
     load_state,
+    missing_checkpoint,
     newest_checkpoint,
     read_progress,
 )
@@ -193,11 +194,7 @@ def find_start(session: Session, wanted: Path | None = None) -> Start:
 def _refuse_unusable(checkpoint: Path, session: Session) -> None:
     """Raise ValueError if the run cannot resume from this checkpoint. All ranks call it."""
     if not checkpoint.is_dir():
-        there = [path.name for path in complete_checkpoints(checkpoint.parent)]
-        raise ValueError(
-            f"There is no checkpoint {checkpoint}; {checkpoint.parent} has "
-            f"{', '.join(there) or 'none'}."
-        )
+        raise ValueError(missing_checkpoint(checkpoint))
     if damage := find_damage(checkpoint):
         raise ValueError(
             f"The checkpoint is damaged: {damage}; use another one of {checkpoint.parent}."

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastllama.checkpoints.folder import locate
-from fastllama.checkpoints.reading import find_damage, open_tensors, read_identity
-from fastllama.checkpoints.state import MODEL, model_tensors
+from fastllama.checkpoints.reading import find_checkpoint, open_tensors, read_identity
+from fastllama.checkpoints.state import model_tensors
 from fastllama.checkpoints.weights_only import write_weights
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
 from fastllama.model.llama import Llama
@@ -44,7 +43,7 @@ def merge(paths: Sequence[Path], output: Path, shares: Sequence[float] = ()) -> 
     """
     refuse_output(output)
     shares = _normalised(shares, len(paths))
-    found = [_checkpoint(path) for path in paths]
+    found = [find_checkpoint(path) for path in paths]
     (run, first), *_ = found
     for other, checkpoint in found[1:]:
         _refuse_other_model(run, first, other, checkpoint)
@@ -77,21 +76,6 @@ def _normalised(shares: Sequence[float], n: int) -> list[float]:
     if not (math.isfinite(total) and total > 0):
         raise ValueError(f"The weights sum to {total}; give finite numbers with a sum above 0.")
     return [share / total for share in shares]
-
-
-def _checkpoint(path: Path) -> tuple[RunFolder, Path]:
-    """The run and the undamaged checkpoint that `path` names."""
-    run, checkpoint = locate(path)
-    if not run.exists:
-        raise ValueError(f"{path} is neither a run folder nor a checkpoint.")
-    if checkpoint is None:
-        checkpoint = locate(path / "checkpoints" / "latest")[1]
-    assert checkpoint is not None
-    if not checkpoint.is_dir():
-        raise ValueError(f"There is no checkpoint {checkpoint}.")
-    if damage := find_damage(checkpoint, MODEL):
-        raise ValueError(f"The checkpoint is damaged: {damage}; leave it out.")
-    return run, checkpoint
 
 
 def _refuse_other_model(run: RunFolder, first: Path, other: RunFolder, checkpoint: Path) -> None:

@@ -10,16 +10,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastllama.checkpoints.folder import locate
 from fastllama.checkpoints.reading import (
-    find_damage,
+    find_checkpoint,
     has_tensors,
     load_tensors,
-    newest_checkpoint,
 )
 from fastllama.checkpoints.state import MODEL, OPTIMIZER, model_tensors, training_tensors
 from fastllama.config import Config, ModelConfig
 from fastllama.data.dataset import Dataset
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
-from fastllama.run_folder import RunFolder, model_identity
 from fastllama.weights.importing import HuggingFaceModel, open_hugging_face
 
 
@@ -74,11 +72,11 @@ def find_initial_weights(config: Config, dataset: Dataset) -> InitialWeights:
         Path(os.path.expanduser(config.training.init_from)),
         config.training.init_moments,
     )
-    run, checkpoint = locate(path)
+    run, _ = locate(path)
     hugging_face = None
     if run.exists:
         source, tokenizer = run.load_config().model, run.tokenizer
-        path = _whole_checkpoint(run, checkpoint, source, "" if moments else MODEL)
+        _, path = find_checkpoint(path, "" if moments else MODEL)
     else:
         try:
             hugging_face = open_hugging_face(path)
@@ -90,22 +88,6 @@ def find_initial_weights(config: Config, dataset: Dataset) -> InitialWeights:
     if moments and (hugging_face is not None or not has_tensors(path, OPTIMIZER)):
         raise ValueError(f"{path} has no moments of AdamW; leave out --training.init-moments.")
     return InitialWeights(path, moments, _differences(source, config.model), hugging_face)
-
-
-def _whole_checkpoint(
-    run: RunFolder, checkpoint: Path | None, model: ModelConfig, wanted: str
-) -> Path:
-    """`checkpoint`, or the newest whole one of the run."""
-    if checkpoint is None:
-        checkpoint, unusable = newest_checkpoint(
-            run.checkpoints, model_identity(model), wanted, f"restore that value in {run.config}"
-        )
-        if checkpoint is None:
-            reasons = "; ".join(unusable.values()) or f"{run.checkpoints} has none"
-            raise ValueError(f"training.init_from needs a whole checkpoint: {reasons}.")
-    elif damage := find_damage(checkpoint, wanted):
-        raise ValueError(f"training.init_from names a damaged checkpoint: {damage}.")
-    return checkpoint
 
 
 SHAPE = {

@@ -12,6 +12,7 @@ import torch
 
 import fastllama.inference.load as module
 from fastllama import atomic
+from fastllama.checkpoints import reading
 from fastllama.checkpoints.state import model_tensors
 from fastllama.cli import main
 from fastllama.data.tokenizer import save_tokenizer, train_tokenizer
@@ -129,7 +130,7 @@ def test_dropout_may_differ(run: Path) -> None:
 def test_end_token_outside_of_the_vocabulary(
     run: Path, monkeypatch: pytest.MonkeyPatch, value: Any
 ) -> None:
-    monkeypatch.setattr(module, "read_identity", lambda path: {"data.end_token_id": value})
+    monkeypatch.setattr(reading, "read_identity", lambda path: {"data.end_token_id": value})
     with pytest.raises(ValueError, match=r"progress.json: data.end_token_id = .* is not one of"):
         load_run(run, CPU)
 

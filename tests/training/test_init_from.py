@@ -107,9 +107,9 @@ def test_weights_that_do_not_fit_are_refused(
         (source, "--model.ffn-hidden", 48): "model.ffn_hidden = 96, and this run has 48; set",
         (source, "--data.path", other / "data"): "belong to another tokenizer than the data "
         f"{other / 'data'}; prepare the data with {source / 'tokenizer.json'}.",
-        (damaged,): "training.init_from needs a whole checkpoint: ",
-        (damaged / "checkpoints" / STEP_5,): "training.init_from names a damaged checkpoint: ",
-        (bare,): f"needs a whole checkpoint: {bare / 'checkpoints'} has none.",
+        (damaged,): f"{damaged} has no whole checkpoint: ",
+        (damaged / "checkpoints" / STEP_5,): "The checkpoint is damaged: ",
+        (bare,): f"{bare} has no checkpoint yet; train on, or wait for the first.",
         (tmp_path,): f"training.init_from: {tmp_path} has no config.json",
         (tmp_path / "gone",): f"training.init_from: There is no folder {tmp_path / 'gone'}",
     }

@@ -90,7 +90,7 @@ def test_refusals(
         (first, second, "--weights", 1, -1): "The weights sum to 0.0; give finite numbers",
         (first, second, "--weights", 1, "nan"): "The weights sum to nan; give finite numbers",
         (first, gone): f"There is no checkpoint {gone}",
-        (first, tmp_path): f"{tmp_path} is neither a run folder nor a checkpoint",
+        (first, tmp_path): f"{tmp_path} is not a run folder: it has no config.toml",
         (first, damaged / "checkpoints" / STEPS[0]): "The checkpoint is damaged: ",
         (first, wide): "has model.ffn_hidden = 48, and ",
     }

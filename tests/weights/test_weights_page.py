@@ -34,7 +34,8 @@ def quickstart(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyP
     recipe = workspace.recipe.read_text()
     for option, value in {
         "tokens_per_update": 2048,
-        "batch_size": 32,
+        "batch_size": 8,
+        "max_seq_len": 128,
         "training_tokens": 40_960,
         "eval_interval": 100,
         "min_lr": "1e-4",
@@ -55,6 +56,9 @@ def run(command: str) -> None:
 
 
 def test_commands(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (exported,) = commands("Export")
+    run(exported)
+    assert Path("models/quickstart/model.safetensors").is_file()
     (continued,) = commands("Start from weights")
     run(continued)
     weights = "weights runs/quickstart/checkpoints/step-00000020"
@@ -83,6 +87,18 @@ def test_commands(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     run(generated)
     assert capsys.readouterr().out.startswith("def ")
+
+
+@pytest.mark.extra
+def test_script_of_the_export(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="make test-all installs it")
+    (exported,), (script,) = commands("Export"), blocks("Export", "python")
+    run(exported)
+    capsys.readouterr()
+    exec(script, {})
+    text = capsys.readouterr().out
+    assert text.startswith("def ")
+    assert len(text) > 64
 
 
 def test_commands_of_an_import(
