@@ -15,12 +15,12 @@ train: $(CORPUS)/manifest.json
 
 # Two processes with a thread each finish sooner than one with two.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow"
 
-# What takes too long for every change: what needs an extra, damaged files for a minute, and some
-# killed trainings.
+# What takes too long for every change: slow tests, those that need an extra, damaged files for a
+# minute, and some killed trainings.
 test-all: test $(VENV)/installed-all
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m extra
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "extra or slow"
 	$(BIN)/python -m tests.fuzz --seconds 60
 	$(BIN)/python -m tests.faults --kills 8
 

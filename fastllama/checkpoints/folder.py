@@ -79,7 +79,7 @@ def locate(path: Path) -> tuple[RunFolder, Path | None]:
         return RunFolder(path), None
     for target in map(Path, (os.path.abspath(path), os.path.realpath(path))):
         run = RunFolder(target.parent.parent)
-        if run.exists:
+        if run.exists and target.parent == run.checkpoints:
             # Followed once: a training may point `latest` elsewhere between two files.
             name = latest_name(target.parent) if target.name == "latest" else None
             return run, target.with_name(name or target.name)

@@ -130,7 +130,9 @@ def test_dropout_may_differ(run: Path) -> None:
 def test_end_token_outside_of_the_vocabulary(
     run: Path, monkeypatch: pytest.MonkeyPatch, value: Any
 ) -> None:
-    monkeypatch.setattr(reading, "read_identity", lambda path: {"data.end_token_id": value})
+    original = reading.read_identity
+    changed = {"data.end_token_id": value}
+    monkeypatch.setattr(reading, "read_identity", lambda path: original(path) | changed)
     with pytest.raises(ValueError, match=r"progress.json: data.end_token_id = .* is not one of"):
         load_run(run, CPU)
 

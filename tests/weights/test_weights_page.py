@@ -37,15 +37,16 @@ def quickstart(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyP
         "batch_size": 8,
         "max_seq_len": 128,
         "training_tokens": 40_960,
+        "n_layers": 1,
         "eval_interval": 100,
         "min_lr": "1e-4",
         "sample_interval": 0,
     }.items():
         recipe, n_replaced = re.subn(rf"^{option} = .*", f"{option} = {value}", recipe, flags=re.M)
         assert n_replaced == 1
+    recipe = recipe.replace("[training]", "[training]\nema_decay = 0.9")
     (tmp_path / "configs" / "quickstart.toml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
-    main(["train", "configs/quickstart.toml", "--training.ema-decay", "0.9"])
     return tmp_path
 
 
@@ -55,9 +56,10 @@ def run(command: str) -> None:
     main(arguments)
 
 
+@pytest.mark.slow
 def test_commands(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (exported,) = commands("Export")
-    run(exported)
+    for command in commands("Export"):
+        run(command)
     assert Path("models/quickstart/model.safetensors").is_file()
     (continued,) = commands("Start from weights")
     run(continued)
@@ -92,13 +94,16 @@ def test_commands(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.extra
 def test_script_of_the_export(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="make test-all installs it")
-    (exported,), (script,) = commands("Export"), blocks("Export", "python")
+    (trained, exported, generated), (script,) = commands("Export"), blocks("Export", "python")
+    run(trained)
     run(exported)
-    capsys.readouterr()
-    exec(script, {})
-    text = capsys.readouterr().out
-    assert text.startswith("def ")
-    assert len(text) > 64
+    texts = []
+    for program in (lambda: run(generated), lambda: exec(script, {})):
+        capsys.readouterr()
+        program()
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 64
 
 
 def test_commands_of_an_import(
