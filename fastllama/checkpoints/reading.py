@@ -80,8 +80,8 @@ def find_checkpoint(path: Path, wanted: str = MODEL) -> tuple[RunFolder, Path]:
     `wanted` is the argument of `find_damage`. All ranks of a run call this together.
 
     Raises:
-        ValueError: there is no run, no checkpoint, or no whole one, or it lacks averaged weights
-            that are wanted.
+        ValueError: there is no run, no checkpoint, or no whole one, it has another model than
+            config.toml, or it lacks averaged weights that are wanted.
     """
     run, checkpoint = locate(path)
     model = run.load_config().model
@@ -99,6 +99,8 @@ def find_checkpoint(path: Path, wanted: str = MODEL) -> tuple[RunFolder, Path]:
         raise ValueError(
             f"The checkpoint is damaged: {damage}; use another one of {checkpoint.parent}."
         )
+    elif difference := find_difference(checkpoint, model_identity(model)):
+        raise ValueError(f"{difference}; restore that value in {run.config}.")
     refuse_missing_average(checkpoint, wanted)
     return run, checkpoint
 

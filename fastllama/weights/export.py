@@ -2,48 +2,37 @@
 
 import csv
 import json
-import os
-import re
-import shutil
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from torch import Tensor
 
-from fastllama.atomic import fsync_file, fsync_folder, replace, write_atomic
-from fastllama.checkpoints.reading import (
-    find_checkpoint,
-    open_tensors,
-    read_end_token,
-    read_progress,
-)
-from fastllama.checkpoints.state import MODEL, checkpoint_name, model_tensors
-from fastllama.config import Config, ModelConfig
-from fastllama.data.tokenizer import load_tokenizer
-from fastllama.model.llama import Llama
+from fastllama.atomic import fsync_file, fsync_folder, naming, write_atomic
+from fastllama.checkpoints.folder import step_of
+from fastllama.checkpoints.reading import read_identity
+from fastllama.checkpoints.state import EMA, MODEL
+from fastllama.data.tokenizer_variants import description
 from fastllama.planning.flops import n_parameters
 from fastllama.printable import printable
 from fastllama.run_folder import RunFolder
 from fastllama.typed_json import DamagedFileError, read_json
-from fastllama.weights.llama_layout import config_json, tensors
-from fastllama.weights.new_run import refuse_output
-from fastllama_kernels import REFERENCE
+from fastllama.weights.llama_layout import Rows, config_json, tensors
+from fastllama.weights.new_run import new_path, refuse_output
+from fastllama.weights.source import Source, find_source, stored
 
 FILE_BYTES = 4 * 2**30
 """Size of one file of weights, unless a single tensor is larger."""
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+"""Their names in safetensors."""
 
 
 def export(path: Path, output: Path, dtype: str = "bfloat16", weights: str = MODEL) -> Path:
     """Write the folder `output`, which `AutoModelForCausalLM` and `AutoTokenizer` load as it is.
 
-    Host memory holds the tensors of one file and one more. `output` appears when it is complete.
+    Host memory holds one weight of `Llama` in float32, and one tensor of the file. `output` appears
+    when it is complete.
 
     Args:
         path: a run folder, of which the newest whole checkpoint is exported, or a checkpoint.
@@ -60,56 +49,37 @@ def export(path: Path, output: Path, dtype: str = "bfloat16", weights: str = MOD
         OSError: a file cannot be read or written.
     """
     refuse_output(output)
-    run, checkpoint = find_checkpoint(path, weights)
-    config, tokenizer = run.load_config(), load_tokenizer(run.tokenizer)
-    end_token = read_end_token(checkpoint, config.model.vocab_size)
-    content = config_json(config.model, dtype, end_token)
-    with _new_folder(output) as folder:
-        _write_weights(folder, checkpoint, config.model, dtype, weights)
-        shutil.copyfile(run.tokenizer, folder / "tokenizer.json")
-        ends = {"bos_token_id": end_token, "eos_token_id": end_token}
-        for name, value in {
-            "config.json": content,
+    source = find_source(path, weights)
+    model, end_token = source.config.model, source.end_token
+    ends = {"bos_token_id": end_token, "eos_token_id": end_token}
+    with new_path(output) as folder:
+        folder.mkdir()
+        _write_weights(folder, source, getattr(torch, dtype))
+        for name, content in {
+            "config.json": config_json(model, dtype, end_token),
             "generation_config.json": {"_from_model_config": True, **ends},
-            "tokenizer_config.json": _tokenizer_config(tokenizer, end_token, config.model),
+            "tokenizer_config.json": _tokenizer_config(source),
         }.items():
-            write_atomic(folder / name, json.dumps(value, indent=2) + "\n")
-        write_atomic(folder / "README.md", model_card(run, checkpoint, config, output.name))
-    return checkpoint
+            write_atomic(folder / name, json.dumps(content, indent=2) + "\n")
+        write_atomic(folder / "tokenizer.json", _tokenizer_json(source))
+        write_atomic(folder / "README.md", model_card(source, output.name))
+        fsync_folder(folder)
+    return source.checkpoint
 
 
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder under a hidden name, renamed to `output` at the end, or removed."""
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        fsync_folder(aside)
-        replace(aside, output)
-    except BaseException:
-        shutil.rmtree(aside)
-        raise
-    fsync_folder(output.parent)
-
-
-def _write_weights(
-    folder: Path, checkpoint: Path, model: ModelConfig, dtype: str, weights: str
-) -> None:
+def _write_weights(folder: Path, source: Source, dtype: torch.dtype) -> None:
     """Write all tensors of Hugging Face's model into safetensors files; several get an index."""
-    element_bytes = torch.finfo(getattr(torch, dtype)).bits // 8
-    files = _files(model, element_bytes)
+    layout = tensors(source.config.model)
+    files = _files(layout, dtype)
     names = ["model.safetensors"]
     if len(files) > 1:
         n = len(files)
         names = [f"model-{number:05d}-of-{n:05d}.safetensors" for number in range(1, n + 1)]
     for name, part in zip(names, files, strict=True):
-        found = dict(_read(checkpoint, model, part, getattr(torch, dtype), weights))
-        _save(found, folder / name)
+        _write_file(folder / name, {tensor: layout[tensor] for tensor in part}, source, dtype)
     if len(files) > 1:
-        n_bytes = element_bytes * n_parameters(model)
         index = {
-            "metadata": {"total_size": n_bytes},
+            "metadata": {"total_size": sum(_n_bytes(rows, dtype) for rows in layout.values())},
             "weight_map": {
                 tensor: name for name, part in zip(names, files, strict=True) for tensor in part
             },
@@ -118,31 +88,12 @@ def _write_weights(
         write_atomic(path, json.dumps(index, indent=2) + "\n")
 
 
-def _save(found: dict[str, Tensor], path: Path) -> None:
-    """Write one safetensors file.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    try:
-        save_file(found, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # The library reports an error of the system as text: "… (os error 28)".
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
-    # The library creates files that only their owner may read.
-    path.chmod(stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
-    fsync_file(path)
-
-
-def _files(model: ModelConfig, element_bytes: int) -> list[list[str]]:
+def _files(layout: Mapping[str, Rows], dtype: torch.dtype) -> list[list[str]]:
     """Names of the tensors of each file, in the order of the layers."""
     files: list[list[str]] = [[]]
     filled = 0
-    for name, rows in tensors(model).items():
-        size = torch.Size(rows.shape).numel() * element_bytes
+    for name, rows in layout.items():
+        size = _n_bytes(rows, dtype)
         if filled and filled + size > FILE_BYTES:
             files.append([])
             filled = 0
@@ -151,40 +102,59 @@ def _files(model: ModelConfig, element_bytes: int) -> list[list[str]]:
     return files
 
 
-def _read(
-    checkpoint: Path, model: ModelConfig, names: list[str], dtype: torch.dtype, weights: str
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of Hugging Face's model with these names, in `dtype`."""
-    with torch.device("meta"):
-        shapes = model_tensors(Llama(model, REFERENCE), weights)
-    with open_tensors(checkpoint) as read:
-        last, packed = "", torch.empty(0)
-        for name in names:
-            rows = tensors(model)[name]
-            parameter = f"{weights}{checkpoint_name(rows.parameter)}"
-            if parameter != last:
-                last, packed = parameter, read(parameter, shapes[parameter].shape)
-            part = packed[rows.start : rows.start + rows.shape[0]]
-            # A copy, because the file may not share memory between tensors.
-            yield name, part.to(dtype, copy=True)
+def _n_bytes(rows: Rows, dtype: torch.dtype) -> int:
+    return torch.Size(rows.shape).numel() * dtype.itemsize
 
 
-def _tokenizer_config(tokenizer: Tokenizer, end_token: int, model: ModelConfig) -> dict[str, Any]:
-    text = tokenizer.id_to_token(end_token)
+def _write_file(path: Path, part: Mapping[str, Rows], source: Source, dtype: torch.dtype) -> None:
+    """Write one safetensors file, tensor by tensor: the library would hold all of them."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, rows in part.items():
+        start, end = end, end + _n_bytes(rows, dtype)
+        header[name] = {
+            "dtype": DTYPES[dtype],
+            "shape": list(rows.shape),
+            "data_offsets": [start, end],
+        }
+    content = json.dumps(header).encode()
+    # So that the tensors, of which all have an even number of bytes, are aligned.
+    content += b" " * (-len(content) % 8)
+    with naming(path), open(path, "xb") as file:
+        file.write(len(content).to_bytes(8, "little"))
+        file.write(content)
+        for tensor in source.read(part):
+            file.write(stored(tensor, dtype))
+    fsync_file(path)
+
+
+def _tokenizer_json(source: Source) -> bytes:
+    """The tokenizer as training used it: whole texts, and no tokens added around them."""
+    content = description(source.tokenizer)
+    if source.tokenizer.num_special_tokens_to_add(False):
+        content["post_processor"] = None
+    saved = source.run.tokenizer.read_bytes()
+    if json.loads(saved.decode("utf-8-sig")) == content:
+        return saved
+    return json.dumps(content, ensure_ascii=False, indent=2).encode()
+
+
+def _tokenizer_config(source: Source) -> dict[str, Any]:
+    text = source.tokenizer.id_to_token(source.end_token)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": text,
         "eos_token": text,
         "add_bos_token": False,
-        "model_max_length": model.max_seq_len,
+        "model_max_length": source.config.model.max_seq_len,
         "clean_up_tokenization_spaces": False,
     }
 
 
-def model_card(run: RunFolder, checkpoint: Path, config: Config, name: str) -> str:
+def model_card(source: Source, name: str) -> str:
     """README.md of an export: what was trained, on what, how well, and how to load it."""
-    model, step = config.model, read_progress(checkpoint).step
-    tokens = step * config.training.tokens_per_update
+    run, model = source.run, source.config.model
+    step = step_of(source.checkpoint)
     facts = {
         "parameters": f"{n_parameters(model):,}",
         "shape": f"{model.n_layers} layers of width {model.n_embd}, {model.n_heads} heads of width "
@@ -192,7 +162,7 @@ def model_card(run: RunFolder, checkpoint: Path, config: Config, name: str) -> s
         f"{model.ffn_width}",
         "context": f"{model.max_seq_len:,} tokens",
         "vocabulary": f"{model.vocab_size:,}",
-        "trained on": f"{tokens:,} tokens in {step:,} updates, of the data in {config.data.path}",
+        **_training(source, step),
         **_losses(run, step),
         **_origin(run),
     }
@@ -208,7 +178,7 @@ tags:
 
 # {printable(name)}
 
-A LLaMA, trained with fastllama.
+A LLaMA in the layout of Hugging Face, written by `fastllama export`.
 
 | | |
 |---|---|
@@ -230,6 +200,20 @@ The recipe:
 {recipe.rstrip()}
 ```
 """
+
+
+def _training(source: Source, step: int) -> dict[str, str]:
+    """What this run has trained on; nothing for an import or a merge."""
+    if step == 0:
+        return {}
+    config, data = source.config, read_identity(source.checkpoint).get("data.fingerprint")
+    tokens = step * config.training.tokens_per_update
+    averaged = {"weights": f"average with training.ema_decay = {config.training.ema_decay}"}
+    return {
+        **(averaged if source.weights == EMA else {}),
+        "trained on": f"{tokens:,} tokens in {step:,} updates, of the data in {config.data.path}",
+        "fingerprint of the data": str(data),
+    }
 
 
 def _losses(run: RunFolder, step: int) -> dict[str, str]:

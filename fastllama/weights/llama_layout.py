@@ -56,17 +56,17 @@ def tensors(model: ModelConfig) -> dict[str, Rows]:
     return found
 
 
-def config_json(model: ModelConfig, dtype: str, end_token: int) -> dict[str, Any]:
-    """The content of config.json for a model whose weights are saved in `dtype`.
-
-    Raises:
-        ValueError: Hugging Face's model has no such option.
-    """
+def refuse_softcap(model: ModelConfig) -> None:
+    """Raise ValueError if the model computes logits that Hugging Face's does not."""
     if model.logit_softcap is not None:
         raise ValueError(
             f"{ARCHITECTURE} has no bound on its logits, and the model was trained with "
             f"model.logit_softcap = {model.logit_softcap}; it cannot be exported."
         )
+
+
+def config_json(model: ModelConfig, dtype: str, end_token: int) -> dict[str, Any]:
+    """The content of config.json for a model whose weights are saved in `dtype`."""
     content: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",

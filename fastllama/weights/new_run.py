@@ -1,12 +1,12 @@
-"""The run folder that an import or a merge writes: complete, or not there."""
+"""What an import, a merge or an export writes: complete, or not there."""
 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastllama.atomic import LOCK_FILE, fsync_folder, replace
+from fastllama.atomic import LOCK_FILE, fsync_folder, naming, replace
 from fastllama.run_folder import RunFolder
 
 
@@ -36,6 +36,30 @@ def new_run(output: Path) -> Iterator[RunFolder]:
             _empty(run.path)
             raise
         fsync_folder(output.parent)
+
+
+@contextmanager
+def new_path(output: Path) -> Iterator[Path]:
+    """A hidden name beside `output`, renamed to it at the end; after an error nothing is left.
+
+    The caller writes a file or a folder there, and flushes it.
+    """
+    created = [folder for folder in output.absolute().parents if not folder.exists()]
+    hidden = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with naming(output):
+            yield hidden
+        replace(hidden, output)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+        for folder in created:
+            # Something else may be in it by now.
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    fsync_folder(output.parent)
 
 
 def _empty(folder: Path) -> None:

@@ -1,0 +1,79 @@
+"""The checkpoint that an export reads: found, checked, and read one tensor at a time."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fastllama.checkpoints.reading import find_checkpoint, open_tensors, read_end_token
+from fastllama.checkpoints.state import checkpoint_name, model_tensors
+from fastllama.config import Config
+from fastllama.data.tokenizer import load_tokenizer, vocabulary_size
+from fastllama.model.llama import Llama
+from fastllama.run_folder import RunFolder
+from fastllama.weights.llama_layout import refuse_softcap, tensors
+from fastllama_kernels import REFERENCE
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole checkpoint, whose model Hugging Face and llama.cpp can compute."""
+
+    run: RunFolder
+    checkpoint: Path
+    weights: str
+    """`MODEL`, or `EMA` for the averaged weights."""
+    config: Config
+    tokenizer: Tokenizer
+    end_token: int
+
+    def read(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """The tensors of Hugging Face's model with these names, float32, on the CPU.
+
+        Each is a view of a weight of `Llama`, which is read once for neighbouring names.
+
+        Raises:
+            ValueError: the checkpoint cannot be read.
+        """
+        with torch.device("meta"):
+            shapes = model_tensors(Llama(self.config.model, REFERENCE), self.weights)
+        layout = tensors(self.config.model)
+        with open_tensors(self.checkpoint) as read:
+            last, packed = "", torch.empty(0)
+            for name in names:
+                rows = layout[name]
+                parameter = f"{self.weights}{checkpoint_name(rows.parameter)}"
+                if parameter != last:
+                    # Freed before the next one is read.
+                    packed = torch.empty(0)
+                    last, packed = parameter, read(parameter, shapes[parameter].shape)
+                yield packed[rows.start : rows.start + rows.shape[0]]
+
+
+def find_source(path: Path, weights: str) -> Source:
+    """The newest whole checkpoint of a run folder, or the checkpoint that `path` names.
+
+    Raises:
+        ValueError: there is no whole checkpoint or it has no such weights, its files do not belong
+            together, or its model has a bound on the logits.
+        OSError: a file cannot be read.
+    """
+    run, checkpoint = find_checkpoint(path, weights)
+    config, tokenizer = run.load_config(), load_tokenizer(run.tokenizer)
+    refuse_softcap(config.model)
+    n_ids, vocab_size = vocabulary_size(tokenizer), config.model.vocab_size
+    if n_ids > vocab_size:
+        raise ValueError(
+            f"{run.tokenizer} has {n_ids} token ids and the model {vocab_size}; restore the "
+            "tokenizer of the run."
+        )
+    end_token = read_end_token(checkpoint, vocab_size)
+    return Source(run, checkpoint, weights, config, tokenizer, end_token)
+
+
+def stored(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    """The bytes of a tensor in `dtype`, as files of weights hold them."""
+    return tensor.to(dtype).contiguous().flatten().view(torch.uint8).numpy().data
