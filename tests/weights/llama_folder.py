@@ -78,8 +78,9 @@ def random_tensors(config: dict[str, Any], dtype: torch.dtype = torch.float32) -
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], width)
     generator = torch.Generator().manual_seed(0)
+    # Norms near 1, so that activations, attention scores and logits are near 1 too.
     return {
-        name: (torch.randn(shape, generator=generator) / width**0.5).to(dtype)
+        name: (torch.randn(shape, generator=generator) / width**0.5 + (len(shape) == 1)).to(dtype)
         for name, shape in shapes.items()
     }
 
