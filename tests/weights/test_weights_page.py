@@ -106,6 +106,17 @@ def test_script_of_the_export(quickstart: Path, capsys: pytest.CaptureFixture[st
     assert len(texts[0]) > 64
 
 
+@pytest.mark.extra
+def test_command_of_a_gguf_file(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gguf = pytest.importorskip("gguf", reason="make test-all installs it")
+    run(commands("Export")[0])
+    (exported,) = commands("GGUF")
+    run(exported)
+    assert "next: llama-cli -m models/quickstart.gguf -no-cnv -p TEXT\n" in capsys.readouterr().out
+    found = gguf.GGUFReader("models/quickstart.gguf")
+    assert found.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+
+
 def test_commands_of_an_import(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
