@@ -13,6 +13,7 @@ from fastllama.checkpoints.state import MODEL
 from fastllama.config import ModelConfig
 from fastllama.data.tokenizer_variants import description, missing_bytes, steps
 from fastllama.model.rotary import rope_frequencies
+from fastllama.printable import printable
 from fastllama.weights.llama_layout import tensors
 from fastllama.weights.new_run import new_path, refuse_output
 from fastllama.weights.source import Source, find_source, stored
@@ -70,21 +71,21 @@ def export_gguf(path: Path, output: Path, dtype: str = "bfloat16", weights: str 
     matrices: torch.dtype = getattr(torch, dtype)
     with new_path(output) as file:
         writer = GGUFWriter(file, "llama")
-        for key, value in (_options(model, matrices, output.stem) | vocabulary).items():
+        for key, value in (_options(model, matrices, output) | vocabulary).items():
             getattr(writer, f"add_{key}")(value)
         _write(writer, file, _shapes(model, matrices), _values(source))
         fsync_file(file)
     return source.checkpoint
 
 
-def _options(model: ModelConfig, matrices: torch.dtype, name: str) -> dict[str, Any]:
+def _options(model: ModelConfig, matrices: torch.dtype, output: Path) -> dict[str, Any]:
     """What the file says about the model, by the names of the writer's methods."""
     from gguf import LlamaFileType
 
     kinds = {torch.float32: LlamaFileType.ALL_F32, torch.bfloat16: LlamaFileType.MOSTLY_BF16}
     return {
         "type": "model",
-        "name": name,
+        "name": printable(output.stem),
         "file_type": kinds[matrices],
         "vocab_size": model.vocab_size,
         "context_length": model.max_seq_len,

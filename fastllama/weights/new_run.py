@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastllama.atomic import LOCK_FILE, fsync_folder, naming, replace
+from fastllama.atomic import LOCK_FILE, fsync_folder, locked, naming, replace
 from fastllama.run_folder import RunFolder
 
 
@@ -40,20 +40,27 @@ def new_run(output: Path) -> Iterator[RunFolder]:
 
 @contextmanager
 def new_path(output: Path) -> Iterator[Path]:
-    """A hidden name beside `output`, renamed to it at the end; after an error nothing is left.
+    """A path in a hidden folder, renamed to `output` at the end; after an error nothing is left.
 
     The caller writes a file or a folder there, and flushes it.
+
+    Raises:
+        ValueError: another process writes `output`.
     """
-    created = [folder for folder in output.absolute().parents if not folder.exists()]
-    hidden = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    hidden = output.with_name(f".{output.name}.partial")
+    created = [folder for folder in hidden.absolute().parents if not folder.exists()]
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with naming(output):
-            yield hidden
-        replace(hidden, output)
+        hidden.mkdir(parents=True, exist_ok=True)
+        with locked(hidden):
+            # What a killed command left.
+            _empty(hidden)
+            try:
+                with naming(output):
+                    yield hidden / output.name
+                replace(hidden / output.name, output)
+            finally:
+                shutil.rmtree(hidden)
     except BaseException:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
         for folder in created:
             # Something else may be in it by now.
             with suppress(OSError):

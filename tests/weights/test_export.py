@@ -20,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 import fastllama.weights.export as module
+from fastllama.atomic import locked
 from fastllama.cli import main
 from fastllama.config import ModelConfig
 from fastllama.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
@@ -210,6 +211,33 @@ def test_failed_write_leaves_nothing(
         module.export(trained, tmp_path / "models" / "export")
     assert error.value.filename.endswith("model.safetensors")
     assert not os.listdir(tmp_path)
+
+
+def test_killed_export_leaves_nothing_in_the_way(trained: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".export.partial" / "export"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    main(["export", str(trained), "--output", str(tmp_path / "export")])
+    assert os.listdir(tmp_path) == ["export"]
+    assert exported_tensors(tmp_path / "export")
+
+
+def test_export_at_the_same_time_as_another(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hidden = tmp_path / ".export.partial"
+    hidden.mkdir()
+    with locked(hidden):
+        line = refusal(capsys, "export", trained, "--output", tmp_path / "export")
+    assert f"another process is writing into {hidden}: wait until it exits, or stop it" in line
+    assert hidden.is_dir()
+    main(["export", str(trained), "--output", str(tmp_path / "export")])
+
+
+def test_name_that_is_not_utf8(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / os.fsdecode(b"caf\xe9")
+    main(["export", str(trained), "--output", str(output)])
+    assert "# caf\\xe9\n" in (output / "README.md").read_text()
 
 
 def test_unwritable_folder(
