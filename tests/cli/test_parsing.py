@@ -33,7 +33,7 @@ def test_debug_is_not_a_value(capsys: pytest.CaptureFixture[str]) -> None:
 def test_true_and_false_stay_strings_in_string_options(workspace: Workspace) -> None:
     args = "--run-dir true --logging.sample-prompt true --data.path=false --training.compile true"
     args += " --logging.tensorboard=true --parallel.reshard_after_forward false"
-    options, path = parse_train([str(workspace.recipe), *split_options(args.split())])
+    options, path, _ = parse_train([str(workspace.recipe), *split_options(args.split())])
     config = options.config
     assert path == Path("true")
     assert (config.logging.sample_prompt, config.data.path) == ("true", "false")
@@ -86,7 +86,7 @@ def test_whole_numbers(text: str, digits: str) -> None:
 
 def test_whole_numbers_of_any_command(workspace: Workspace) -> None:
     args = ["--training.training-tokens", "1.28e3", "--training.tokens-per-update=2**8"]
-    options, _ = parse_train([str(workspace.recipe), *split_options(args)])
+    options, *_ = parse_train([str(workspace.recipe), *split_options(args)])
     training = options.config.training
     assert (training.training_tokens, training.tokens_per_update) == (1280, 256)
 
@@ -98,7 +98,7 @@ def test_empty_path_is_an_error(workspace: Workspace) -> None:
 
 def test_home_folder(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
-    _, path = parse_train([str(workspace.recipe), *split_options(["--run-dir=~/runs/a"])])
+    _, path, _ = parse_train([str(workspace.recipe), *split_options(["--run-dir=~/runs/a"])])
     assert path == Path("/home/ada/runs/a")
     args = [str(workspace.recipe), "--logging.sample-prompt", "~/x"]
     assert parse_train(args)[0].config.logging.sample_prompt == "~/x"
