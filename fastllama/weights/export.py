@@ -146,6 +146,8 @@ def _tokenizer_config(source: Source) -> dict[str, Any]:
         "bos_token": text,
         "eos_token": text,
         "add_bos_token": False,
+        # transformers 4 would add token types, which a Llama does not take.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": source.config.model.max_seq_len,
         "clean_up_tokenization_spaces": False,
     }

@@ -153,6 +153,9 @@ def test_export_of_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert torch.equal(found[name], part.bfloat16()), name
     end_token = load_run(trained, CPU).end_token
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == end_token
+    config = json.loads((output / "tokenizer_config.json").read_text())
+    assert config["eos_token"] == config["bos_token"] == "<EOS>"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
     card = (output / "README.md").read_text()
     assert "| trained on | 2,560 tokens in 10 updates, of the data in " in card
     assert f"| training loss | {float(losses(trained)[10]):.4f}, after update 10 |" in card
