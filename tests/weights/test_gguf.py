@@ -5,6 +5,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,12 @@ from tests.weights.test_export import ALL_SHAPES, exported_tensors, tokens_of
 CPU = torch.device("cpu")
 
 
+def needs_gguf(test: Any) -> Any:
+    is_missing = find_spec("gguf") is None
+    skipped = pytest.mark.skipif(is_missing, reason="no gguf: make test-all installs it")
+    return pytest.mark.extra(skipped(test))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run of the small Llama, with more ids than its tokenizer has."""
@@ -44,7 +52,7 @@ def change_tokenizer(run: Path, change: Callable[[Tokenizer], Any]) -> None:
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata and tensors of a file; bfloat16 becomes float32."""
-    gguf = pytest.importorskip("gguf", reason="make test-all installs it")
+    gguf = import_module("gguf")
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     found = {
@@ -98,7 +106,7 @@ def logits_of_gguf(path: Path, tokens_BT: Tensor) -> Tensor:
     return norm(x, "output_norm.weight") @ output.T
 
 
-@pytest.mark.extra
+@needs_gguf
 @pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_logits_are_those_of_fastllama(shape: str, tmp_path: Path) -> None:
     write_llama(tmp_path / "llama", **ALL_SHAPES[shape])
@@ -116,7 +124,7 @@ def test_logits_are_those_of_fastllama(shape: str, tmp_path: Path) -> None:
     assert fields["llama.vocab_size"] == len(fields["tokenizer.ggml.tokens"]) == 280
 
 
-@pytest.mark.extra
+@needs_gguf
 def test_matrices_are_those_of_the_folder(run: Path, tmp_path: Path) -> None:
     main(["export", str(run), "--output", str(tmp_path / "folder")])
     main(["export", str(run), "--output", str(tmp_path / "model.gguf"), "--gguf"])
@@ -152,7 +160,7 @@ PRE_TOKENIZERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.extra
+@needs_gguf
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_tokenizer(name: str, run: Path, tmp_path: Path) -> None:
     def change(tokenizer: Tokenizer) -> None:
@@ -231,12 +239,11 @@ REFUSED: dict[str, tuple[Callable[[Tokenizer], Any], str]] = {
 }
 
 
-@pytest.mark.extra
+@needs_gguf
 @pytest.mark.parametrize("case", REFUSED)
 def test_tokenizers_that_llama_cpp_has_not(
     case: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("gguf", reason="make test-all installs it")
     change, reason = REFUSED[case]
     change_tokenizer(run, change)
     line = refusal(capsys, "export", run, "--output", tmp_path / "model.gguf", "--gguf")
@@ -245,11 +252,10 @@ def test_tokenizers_that_llama_cpp_has_not(
     assert set(os.listdir(tmp_path)) == {"llama", "run"}
 
 
-@pytest.mark.extra
+@needs_gguf
 def test_failed_write_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("gguf", reason="make test-all installs it")
     original = Source.read
 
     def fail_in_the_middle(self: Source, names: Iterable[str]) -> Iterator[Tensor]:
