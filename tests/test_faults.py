@@ -4,7 +4,10 @@ import re
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_killed_trainings_resume_bit_identically() -> None:
     command = [sys.executable, "-m", "tests.faults", "--kills", "3", "--layouts", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -95,6 +95,7 @@ def with_gigabytes(folder: Path, beside: Path) -> None:
     np.ones(2**27 + 2**25 if is_damaged(folder) else 1)
 
 
+@pytest.mark.slow
 def test_faults_of_processes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HANG_SECONDS", 20)
     uses = {"hang": forever, "crash": with_a_crash, "memory": with_gigabytes}

@@ -35,10 +35,18 @@ def report_first_failure(rank: int, error: BaseException) -> None:
     sys.stderr.flush()
 
 
-def report_failure(sentence: str) -> None:
+PEER_SECONDS_LATER = 10
+"""How much later torchrun takes the failure of a peer to be.
+
+torchrun calls the earliest failure the root cause. A killed process leaves no file, so its failure
+has the time at which torchrun notices it, and peers may have written theirs before.
+"""
+
+
+def report_failure(sentence: str, seconds_later: int = 0) -> None:
     """Print the sentence of a failure, and give it to torchrun."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
-    report_to_torchrun(sentence)
+    report_to_torchrun(sentence, seconds_later)
 
 
 def print_traceback(error: BaseException) -> None:
@@ -47,11 +55,12 @@ def print_traceback(error: BaseException) -> None:
     print(printable(lines, keep="\n"), end="", file=sys.stderr)
 
 
-def report_to_torchrun(sentence: str) -> None:
+def report_to_torchrun(sentence: str, seconds_later: int = 0) -> None:
     """Make `sentence` the last line of torchrun's report; without torchrun, do nothing."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun reads the error file with the earliest timestamp and prints its `py_callstack`.
-        extra = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+        timestamp = str(int(time.time()) + seconds_later)
+        extra = {"py_callstack": sentence, "timestamp": timestamp}
         message = {"message": sentence, "extraInfo": extra}
         # The exit code says the same, so a full disk loses only the sentence.
         with suppress(OSError):

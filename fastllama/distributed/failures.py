@@ -18,7 +18,12 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _abort_process_group, _get_default_store
 
-from fastllama.distributed.failure_reports import report_failure, report_first_failure, words_of
+from fastllama.distributed.failure_reports import (
+    PEER_SECONDS_LATER,
+    report_failure,
+    report_first_failure,
+    words_of,
+)
 from fastllama.errors import PeerFailedError, RankFailedError
 
 STORE_SECONDS = 2.0
@@ -81,10 +86,13 @@ def _is_first(rank: int, error: BaseException, pids: Mapping[int, int]) -> bool:
 
 def _report_after(culprit: int, why: str, rank: int, words: str) -> None:
     if why == GONE:
-        report_failure(f"rank {culprit} {GONE}, and rank {rank} failed without it: {words}")
+        report_failure(
+            f"rank {culprit} {GONE}, and rank {rank} failed without it: {words}",
+            PEER_SECONDS_LATER,
+        )
     # Every rank makes the same mistake, and one sentence says it.
     elif why != words:
-        report_failure(f"rank {rank} failed after rank {culprit}: {words}")
+        report_failure(f"rank {rank} failed after rank {culprit}: {words}", PEER_SECONDS_LATER)
 
 
 def _first_failure(rank: int, words: str) -> tuple[int, str]:

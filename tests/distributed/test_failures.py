@@ -1,5 +1,6 @@
 """A rank that fails among several: it speaks first, the others speak after it, and all end."""
 
+import json
 import os
 import subprocess
 import sys
@@ -131,6 +132,19 @@ def test_second_failure_is_told_after_the_first(capsys: pytest.CaptureFixture[st
     with pytest.raises(PeerFailedError):
         fail(OSError("no space left"), rank=4)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("store")
+def test_torchrun_takes_a_peer_for_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, now = tmp_path / "error.json", int(time.time())
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    times = []
+    for rank, error in ((3, OSError("no space left")), (0, LOST)):
+        with pytest.raises((RankFailedError, PeerFailedError)):
+            fail(error, rank)
+        times.append(int(json.loads(file.read_text())["message"]["extraInfo"]["timestamp"]))
+    # A killed process has no time of its own: torchrun takes that of noticing it.
+    assert times[0] <= now + 5 < now + 10 <= times[1]
 
 
 @pytest.mark.usefixtures("store")

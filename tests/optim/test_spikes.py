@@ -100,6 +100,7 @@ def test_update_with_a_spike_is_skipped(loss: float, scale: float, reason: int) 
     assert optimizer.state[parameter]["step"] == (0 if reason else 1)
 
 
+@pytest.mark.slow
 def test_statistics_survive_resuming(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
