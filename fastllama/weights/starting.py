@@ -3,8 +3,10 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -17,7 +19,8 @@ from fastllama.checkpoints.reading import (
 from fastllama.checkpoints.state import MODEL, OPTIMIZER, model_tensors, training_tensors
 from fastllama.config import Config, ModelConfig
 from fastllama.data.dataset import Dataset
-from fastllama.data.tokenizer import fingerprint, load_tokenizer
+from fastllama.data.tokenizer import load_tokenizer
+from fastllama.data.tokenizer_variants import description
 from fastllama.weights.importing import HuggingFaceModel, open_hugging_face
 
 
@@ -114,11 +117,16 @@ def _refuse_other_shape(path: Path, source: ModelConfig, model: ModelConfig) -> 
 
 
 def _refuse_other_tokenizer(path: Path, tokenizer: Path, dataset: Dataset) -> None:
-    if fingerprint(load_tokenizer(tokenizer)) != dataset.manifest.tokenizer_fingerprint:
+    if _without_template(load_tokenizer(tokenizer)) != _without_template(dataset.tokenizer):
         raise ValueError(
             f"The weights of {path} belong to another tokenizer than the data {dataset.folder}; "
             f"prepare the data with {tokenizer}."
         )
+
+
+def _without_template(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the ids of a text: a template of tokens around it, and its length, do not."""
+    return description(tokenizer) | dict.fromkeys(("post_processor", "truncation", "padding"))
 
 
 def _differences(source: ModelConfig, model: ModelConfig) -> list[str]:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers.processors import TemplateProcessing
 
 from fastllama.data.prepare import prepare
-from fastllama.data.tokenizer import save_tokenizer, train_tokenizer
+from fastllama.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from tests.runs import losses, rows, train
 from tests.workspace import Workspace
 
@@ -73,6 +74,21 @@ def test_resumed_run_needs_the_source_no_more(
     train("--resume", run / "checkpoints" / STEP_5)
     assert losses(run) == whole
     assert "weights " not in capsys.readouterr().out
+
+
+def test_template_of_the_tokenizer_may_differ(
+    source: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy, symlinks=True)
+    tokenizer = load_tokenizer(copy / "tokenizer.json")
+    end = tokenizer.id_to_token(1)
+    tokenizer.post_processor = TemplateProcessing(single=f"{end} $A", special_tokens=[(end, 1)])
+    before = (copy / "tokenizer.json").read_text()
+    tokenizer.save(str(copy / "tokenizer.json"))
+    assert (copy / "tokenizer.json").read_text() != before
+    train(workspace.recipe, "--run-dir", tmp_path / "run", "--training.init-from", copy)
+    assert len(losses(tmp_path / "run")) == 10
 
 
 def test_context_and_rotary_base_may_differ(
