@@ -95,19 +95,29 @@ def _remedy(run: RunFolder) -> str:
     return f"restore that value in {run.config}"
 
 
-def _load(
-    run: RunFolder, config: Config, checkpoint: Path, device: torch.device, weights: str
-) -> LoadedRun:
-    """Load an undamaged checkpoint with the options of `config`."""
-    refuse_missing_average(checkpoint, weights)
+def run_tokenizer(run: RunFolder, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a run, whose model has `vocab_size` token ids.
+
+    Raises:
+        ValueError: it cannot be read, or it has more ids than the model.
+    """
     tokenizer = load_tokenizer(run.tokenizer)
-    n_ids, vocab_size = vocabulary_size(tokenizer), config.model.vocab_size
+    n_ids = vocabulary_size(tokenizer)
     if n_ids > vocab_size:
         raise ValueError(
             f"{run.tokenizer} has {n_ids} token ids and the model {vocab_size}; restore the "
             "tokenizer of the run."
         )
-    end_token = read_end_token(checkpoint, vocab_size)
+    return tokenizer
+
+
+def _load(
+    run: RunFolder, config: Config, checkpoint: Path, device: torch.device, weights: str
+) -> LoadedRun:
+    """Load an undamaged checkpoint with the options of `config`."""
+    refuse_missing_average(checkpoint, weights)
+    tokenizer = run_tokenizer(run, config.model.vocab_size)
+    end_token = read_end_token(checkpoint, config.model.vocab_size)
     try:
         model = _build(config, device)
     except (RuntimeError, MemoryError) as error:

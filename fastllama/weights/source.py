@@ -11,7 +11,7 @@ from torch import Tensor
 from fastllama.checkpoints.reading import find_checkpoint, open_tensors, read_end_token
 from fastllama.checkpoints.state import checkpoint_name, model_tensors
 from fastllama.config import Config
-from fastllama.data.tokenizer import load_tokenizer, vocabulary_size
+from fastllama.inference.load import run_tokenizer
 from fastllama.model.llama import Llama
 from fastllama.run_folder import RunFolder
 from fastllama.weights.llama_layout import refuse_softcap, tensors
@@ -62,15 +62,10 @@ def find_source(path: Path, weights: str) -> Source:
         OSError: a file cannot be read.
     """
     run, checkpoint = find_checkpoint(path, weights)
-    config, tokenizer = run.load_config(), load_tokenizer(run.tokenizer)
+    config = run.load_config()
     refuse_softcap(config.model)
-    n_ids, vocab_size = vocabulary_size(tokenizer), config.model.vocab_size
-    if n_ids > vocab_size:
-        raise ValueError(
-            f"{run.tokenizer} has {n_ids} token ids and the model {vocab_size}; restore the "
-            "tokenizer of the run."
-        )
-    end_token = read_end_token(checkpoint, vocab_size)
+    tokenizer = run_tokenizer(run, config.model.vocab_size)
+    end_token = read_end_token(checkpoint, config.model.vocab_size)
     return Source(run, checkpoint, weights, config, tokenizer, end_token)
 
 
