@@ -232,13 +232,30 @@ def read_end_token(path: Path, vocab_size: int) -> int:
     Raises:
         ValueError: there is none, or it is not in the vocabulary.
     """
-    end_token = read_identity(path).get("data.end_token_id")
-    if type(end_token) is not int or not 0 <= end_token < vocab_size:
+    return _token(path, vocab_size, "data.end_token_id")
+
+
+def read_start_token(path: Path, vocab_size: int) -> int | None:
+    """Id of the token in front of every document, from an undamaged checkpoint.
+
+    Only imported models have one. The data that fastllama prepares has none.
+
+    Raises:
+        ValueError: it is not in the vocabulary.
+    """
+    if "data.start_token_id" not in read_identity(path):
+        return None
+    return _token(path, vocab_size, "data.start_token_id")
+
+
+def _token(path: Path, vocab_size: int, name: str) -> int:
+    token = read_identity(path).get(name)
+    if type(token) is not int or not 0 <= token < vocab_size:
         raise ValueError(
-            f"{path / 'progress.json'}: data.end_token_id = {end_token!r} is not one of the "
-            f"{vocab_size} token ids."
+            f"{path / 'progress.json'}: {name} = {token!r} is not one of the {vocab_size} token "
+            "ids."
         )
-    return end_token
+    return token
 
 
 def read_identity(path: Path) -> dict[str, Any]:

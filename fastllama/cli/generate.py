@@ -59,6 +59,7 @@ def run(args: list[str]) -> None:
         options.sampling,
         loaded.end_token,
         special_tokens=options.special_tokens,
+        start_token=loaded.start_token,
     )
     try:
         for piece in pieces:

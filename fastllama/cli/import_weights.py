@@ -35,10 +35,16 @@ def run(args: list[str]) -> None:
     imported = import_run(options.folder, options.output)
     model, end_token = imported.model, imported.end_token
     choice = f", the first of {end_token.n_choices}" if end_token.n_choices > 1 else ""
+    start = ""
+    if token := imported.start_token:
+        start = (
+            f"start  token {token.id}, {token.text!r}, in front of every prompt, as in "
+            f"{token.source}\n"
+        )
     path = shlex.quote(str(options.output))
     say(
         f"run    {options.output}: {n_parameters(model):,} parameters, context of "
-        f"{model.max_seq_len:,} tokens\n"
+        f"{model.max_seq_len:,} tokens\n{start}"
         f"end    token {end_token.id}, {end_token.text!r}, as in {end_token.source}{choice}\n"
         f"next   fastllama generate {path} --prompt TEXT\n"
         f"train  fastllama train {path}/config.toml --run-dir runs/NEW --training.init-from {path} "

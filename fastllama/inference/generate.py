@@ -85,10 +85,12 @@ def generate_text(
     end_token: int,
     agree: Callable[[Tensor], Tensor] = Tensor.clone,
     special_tokens: bool = False,
+    start_token: int | None = None,
 ) -> Iterator[str]:
     """Yield the text that follows `prompt`, in pieces of whole characters.
 
-    A document starts after an end token, so an empty prompt becomes one. With `special_tokens`, the
+    `start_token` goes in front of the prompt, unless the prompt begins with it. Without one, a
+    document starts after an end token, so an empty prompt becomes one. With `special_tokens`, the
     names of special tokens in the prompt mean these tokens; otherwise they are ordinary text.
 
     Raises:
@@ -97,6 +99,8 @@ def generate_text(
     """
     ids = encode_prompt(tokenizer, prompt, end_token, special_tokens)
     stream = TextStream(tokenizer, ids)
+    if start_token is not None and ids[:1] != [start_token]:
+        ids = [start_token, *ids]
     for token in generate_tokens(model, ids or [end_token], sampling, end_token, agree):
         yield stream.add(token)
     yield stream.finish()

@@ -15,6 +15,7 @@ from fastllama.checkpoints.reading import (
     newest_checkpoint,
     no_checkpoint,
     read_end_token,
+    read_start_token,
     refuse_missing_average,
 )
 from fastllama.checkpoints.state import MODEL, model_tensors
@@ -38,6 +39,8 @@ class LoadedRun:
     model: Llama
     tokenizer: Tokenizer
     end_token: int
+    start_token: int | None
+    """The token in front of every document, if the model was trained with one."""
 
 
 def load_run(path: Path, device: torch.device, weights: str = MODEL) -> LoadedRun:
@@ -118,6 +121,7 @@ def _load(
     refuse_missing_average(checkpoint, weights)
     tokenizer = run_tokenizer(run, config.model.vocab_size)
     end_token = read_end_token(checkpoint, config.model.vocab_size)
+    start_token = read_start_token(checkpoint, config.model.vocab_size)
     try:
         model = _build(config, device)
     except (RuntimeError, MemoryError) as error:
@@ -128,7 +132,7 @@ def _load(
             f"{n_parameters(config.model):,} parameters, too many for --device {device.type}."
         ) from None
     load_tensors(checkpoint, model_tensors(model, weights))
-    return LoadedRun(model.eval(), tokenizer, end_token)
+    return LoadedRun(model.eval(), tokenizer, end_token, start_token)
 
 
 def _build(config: Config, device: torch.device) -> Llama:

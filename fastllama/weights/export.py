@@ -50,13 +50,13 @@ def export(path: Path, output: Path, dtype: str = "bfloat16", weights: str = MOD
     """
     refuse_output(output)
     source = find_source(path, weights)
-    model, end_token = source.config.model, source.end_token
-    ends = {"bos_token_id": end_token, "eos_token_id": end_token}
+    bos, eos = source.bos_token, source.end_token
+    ends = {"bos_token_id": bos, "eos_token_id": eos}
     with new_path(output) as folder:
         folder.mkdir()
         _write_weights(folder, source, getattr(torch, dtype))
         for name, content in {
-            "config.json": config_json(model, dtype, end_token),
+            "config.json": config_json(source.config.model, dtype, bos, eos),
             "generation_config.json": {"_from_model_config": True, **ends},
             "tokenizer_config.json": _tokenizer_config(source),
         }.items():
@@ -129,9 +129,9 @@ def _write_file(path: Path, part: Mapping[str, Rows], source: Source, dtype: tor
 
 
 def _tokenizer_json(source: Source) -> bytes:
-    """The tokenizer as training used it: whole texts, and no tokens added around them."""
+    """The tokenizer as training used it: whole texts, and only the start token put before them."""
     content = description(source.tokenizer)
-    if source.tokenizer.num_special_tokens_to_add(False):
+    if source.start_token is None and source.tokenizer.num_special_tokens_to_add(False):
         content["post_processor"] = None
     saved = source.run.tokenizer.read_bytes()
     if json.loads(saved.decode("utf-8-sig")) == content:
@@ -140,12 +140,12 @@ def _tokenizer_json(source: Source) -> bytes:
 
 
 def _tokenizer_config(source: Source) -> dict[str, Any]:
-    text = source.tokenizer.id_to_token(source.end_token)
+    name = source.tokenizer.id_to_token
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": text,
-        "eos_token": text,
-        "add_bos_token": False,
+        "bos_token": name(source.bos_token),
+        "eos_token": name(source.end_token),
+        "add_bos_token": source.start_token is not None,
         # transformers 4 would add token types, which a Llama does not take.
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": source.config.model.max_seq_len,

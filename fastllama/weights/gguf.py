@@ -62,12 +62,18 @@ def export_gguf(path: Path, output: Path, dtype: str = "bfloat16", weights: str 
     source = find_source(path, weights)
     model = source.config.model
     try:
-        vocabulary = _vocabulary(source.tokenizer, model.vocab_size, source.end_token)
+        vocabulary = _vocabulary(source.tokenizer, model.vocab_size)
     except ValueError as error:
         raise ValueError(
             f"llama.cpp cannot encode text as {source.run.tokenizer} does: {error}; export without "
             "--gguf."
         ) from None
+    vocabulary |= {
+        "bos_token_id": source.bos_token,
+        "eos_token_id": source.end_token,
+        "add_bos_token": source.start_token is not None,
+        "add_eos_token": False,
+    }
     matrices: torch.dtype = getattr(torch, dtype)
     with new_path(output) as file:
         writer = GGUFWriter(file, "llama")
@@ -102,7 +108,7 @@ def _options(model: ModelConfig, matrices: torch.dtype, output: Path) -> dict[st
     }
 
 
-def _vocabulary(tokenizer: Tokenizer, vocab_size: int, end_token: int) -> dict[str, Any]:
+def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """What the file says about the tokenizer, by the names of the writer's methods.
 
     Raises:
@@ -126,10 +132,6 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int, end_token: int) -> dict[s
         "token_list": texts,
         "token_types": types,
         "token_merges": [" ".join(pair) for pair in content["model"]["merges"]],
-        "bos_token_id": end_token,
-        "eos_token_id": end_token,
-        "add_bos_token": False,
-        "add_eos_token": False,
     }
 
 

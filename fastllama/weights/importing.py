@@ -33,14 +33,14 @@ MAX_CONTEXT = 2**26
 
 
 @dataclass(frozen=True)
-class EndToken:
-    """The token that ends a document."""
+class DocumentToken:
+    """A token that begins or ends a document."""
 
     id: int
     text: str
     source: Path
     """The file that names it."""
-    n_choices: int
+    n_choices: int = 1
     """How many the file names; the first is taken."""
 
 
@@ -50,7 +50,9 @@ class HuggingFaceModel:
 
     model: ModelConfig
     tokenizer: Path
-    end_token: EndToken
+    end_token: DocumentToken
+    start_token: DocumentToken | None
+    """The token that the tokenizer puts before a text."""
     weights: LlamaTensors
 
     def read(self, name: str) -> Tensor:
@@ -91,6 +93,8 @@ def import_run(folder: Path, output: Path) -> HuggingFaceModel:
     with torch.device("meta"):
         shapes = model_tensors(Llama(source.model, REFERENCE))
     identity = {**model_identity(source.model), "data.end_token_id": source.end_token.id}
+    if source.start_token:
+        identity["data.start_token_id"] = source.start_token.id
     with new_run(output) as run:
         run.create(Config(model=source.model), source.tokenizer)
         write_weights(run.checkpoints, shapes, source.read, identity)
@@ -110,7 +114,11 @@ def open_hugging_face(folder: Path) -> HuggingFaceModel:
     tokenizer = _read_tokenizer(folder, model)
     end_token = _end_token(folder, found, tokenizer)
     return HuggingFaceModel(
-        model, folder / "tokenizer.json", end_token, LlamaTensors(folder, model)
+        model=model,
+        tokenizer=folder / "tokenizer.json",
+        end_token=end_token,
+        start_token=_start_token(folder, tokenizer),
+        weights=LlamaTensors(folder, model),
     )
 
 
@@ -176,7 +184,7 @@ def _read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def _end_token(folder: Path, found: LlamaJson, tokenizer: Tokenizer) -> EndToken:
+def _end_token(folder: Path, found: LlamaJson, tokenizer: Tokenizer) -> DocumentToken:
     """The end token that generation_config.json names, or else config.json."""
     path = folder / "generation_config.json"
     named = None
@@ -200,4 +208,21 @@ def _end_token(folder: Path, found: LlamaJson, tokenizer: Tokenizer) -> EndToken
             f"{path} has eos_token_id = {end_token}, which is no token of "
             f"{folder / 'tokenizer.json'}; set it to the id of the token that ends a document."
         )
-    return EndToken(end_token, text, path, len(ids))
+    return DocumentToken(end_token, text, path, len(ids))
+
+
+def _start_token(folder: Path, tokenizer: Tokenizer) -> DocumentToken | None:
+    """The token that the template of the tokenizer puts before a text, if it adds nothing else."""
+    if tokenizer.num_special_tokens_to_add(False) != 1:
+        return None
+    plain, framed = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    if framed[1:] != plain:
+        return None
+    path, token = folder / "tokenizer.json", framed[0]
+    text = tokenizer.id_to_token(token)
+    if text is None:
+        raise ValueError(
+            f"{path} puts token {token} before a text and has no such token; restore the "
+            "tokenizer.json of the model."
+        )
+    return DocumentToken(token, text, path)

@@ -65,7 +65,7 @@ def refuse_softcap(model: ModelConfig) -> None:
         )
 
 
-def config_json(model: ModelConfig, dtype: str, end_token: int) -> dict[str, Any]:
+def config_json(model: ModelConfig, dtype: str, bos: int, eos: int) -> dict[str, Any]:
     """The content of config.json for a model whose weights are saved in `dtype`."""
     content: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
@@ -86,8 +86,8 @@ def config_json(model: ModelConfig, dtype: str, end_token: int) -> dict[str, Any
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,
-        "bos_token_id": end_token,
-        "eos_token_id": end_token,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
         "pad_token_id": None,
         "pretraining_tp": 1,
         "use_cache": True,
@@ -143,7 +143,6 @@ class LlamaJson:
     rope_theta: float = 10000.0
     rope_scaling: RotaryJson | None = None
     rope_parameters: RotaryJson | None = None
-    bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     auto_map: Any = None
     hidden_act: Any = "silu"

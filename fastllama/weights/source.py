@@ -8,7 +8,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fastllama.checkpoints.reading import find_checkpoint, open_tensors, read_end_token
+from fastllama.checkpoints.reading import (
+    find_checkpoint,
+    open_tensors,
+    read_end_token,
+    read_start_token,
+)
 from fastllama.checkpoints.state import checkpoint_name, model_tensors
 from fastllama.config import Config
 from fastllama.inference.load import run_tokenizer
@@ -29,6 +34,13 @@ class Source:
     config: Config
     tokenizer: Tokenizer
     end_token: int
+    start_token: int | None
+    """The token in front of every document, if the model was trained with one."""
+
+    @property
+    def bos_token(self) -> int:
+        """What other programs call the token of a beginning."""
+        return self.end_token if self.start_token is None else self.start_token
 
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
         """The tensors of Hugging Face's model with these names, float32, on the CPU.
@@ -66,7 +78,8 @@ def find_source(path: Path, weights: str) -> Source:
     refuse_softcap(config.model)
     tokenizer = run_tokenizer(run, config.model.vocab_size)
     end_token = read_end_token(checkpoint, config.model.vocab_size)
-    return Source(run, checkpoint, weights, config, tokenizer, end_token)
+    start_token = read_start_token(checkpoint, config.model.vocab_size)
+    return Source(run, checkpoint, weights, config, tokenizer, end_token, start_token)
 
 
 def stored(tensor: Tensor, dtype: torch.dtype) -> memoryview:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from fastllama.data.tokenizer import save_tokenizer, train_tokenizer
+from fastllama.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 LLAMA_3_SCALING = {
     "rope_type": "llama3",
@@ -114,3 +115,12 @@ def write_llama(
     else:
         save_sharded(tensors, path, n_files)
     return tensors
+
+
+def put_before_texts(path: Path, token: int = 0) -> None:
+    """Make the tokenizer of a folder put `<SOS>` before every text, as those of Llama 2 and 3."""
+    tokenizer = load_tokenizer(path / "tokenizer.json")
+    tokenizer.post_processor = TemplateProcessing(  # type: ignore[assignment]
+        single="<SOS> $A", special_tokens=[("<SOS>", token)]
+    )
+    save_tokenizer(tokenizer, path / "tokenizer.json")

@@ -29,7 +29,14 @@ from fastllama.weights.llama_layout import tensors as layout
 from fastllama.weights.source import Source
 from tests.cli.refusal import refusal
 from tests.runs import losses, train
-from tests.weights.llama_folder import INDEX, LLAMA_3_SCALING, SHAPES, SINGLE, write_llama
+from tests.weights.llama_folder import (
+    INDEX,
+    LLAMA_3_SCALING,
+    SHAPES,
+    SINGLE,
+    put_before_texts,
+    write_llama,
+)
 from tests.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -42,11 +49,12 @@ LLAMA_3_2 = {
 }
 ALL_SHAPES: dict[str, dict[str, Any]] = {
     **SHAPES,
-    # 32 and 24 query heads over 8 for keys and values, as in Llama 3.2; a quarter of the widths.
+    # All heads of Llama 3.2, 32 and 24 over 8 for keys and values, of their real widths; the rest
+    # is a quarter as wide.
     "Llama 3.2 1B": LLAMA_3_2
-    | {"hidden_size": 512, "num_attention_heads": 32, "head_dim": 16, "intermediate_size": 2048},
+    | {"hidden_size": 512, "num_attention_heads": 32, "head_dim": 64, "intermediate_size": 2048},
     "Llama 3.2 3B": LLAMA_3_2
-    | {"hidden_size": 768, "num_attention_heads": 24, "head_dim": 32, "intermediate_size": 2048},
+    | {"hidden_size": 768, "num_attention_heads": 24, "head_dim": 128, "intermediate_size": 2048},
 }
 
 
@@ -374,3 +382,25 @@ def test_text_is_that_of_transformers(
     generated = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     assert tokenizer.decode(generated[0], skip_special_tokens=True) == ours
     assert len(generated[0]) == inputs["input_ids"].shape[1] + 64
+
+
+@pytest.mark.extra
+def test_text_after_a_start_token_is_that_of_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="make test-all installs it")
+    source, run, output = (tmp_path / name for name in ("source", "run", "export"))
+    write_llama(source, max_position_embeddings=128)
+    put_before_texts(source)
+    main(["import", str(source), "--output", str(run)])
+    main(["export", str(run), "--output", str(output), "--dtype", "float32"])
+    capsys.readouterr()
+    options = ["--temperature", "0", "--max-new-tokens", "64"]
+    main(["generate", str(run), "--prompt", "def self", *options])
+    ours = capsys.readouterr().out.removesuffix("\n")
+    model = of_transformers(output, torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    inputs = tokenizer("def self", return_tensors="pt")
+    assert inputs["input_ids"][0, 0] == tokenizer.bos_token_id == 0
+    generated = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    assert tokenizer.decode(generated[0, 1:]) == ours

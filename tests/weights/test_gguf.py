@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
@@ -23,7 +24,7 @@ from fastllama.inference.load import load_run
 from fastllama.weights.gguf import LLAMA_3_WORDS, export_gguf
 from fastllama.weights.source import Source
 from tests.cli.refusal import refusal
-from tests.weights.llama_folder import SINGLE, write_llama
+from tests.weights.llama_folder import SINGLE, put_before_texts, write_llama
 from tests.weights.test_export import ALL_SHAPES, exported_tensors, tokens_of
 
 CPU = torch.device("cpu")
@@ -192,6 +193,17 @@ def test_tokenizer(name: str, run: Path, tmp_path: Path) -> None:
     for text in ("def self  returned 1234\n\t x", "naïve 日本語 🙂\r\n"):
         assert rebuilt.encode(text).ids == tokenizer.encode(text).ids
         assert rebuilt.decode(rebuilt.encode(text).ids) == text
+
+
+@needs_gguf
+def test_start_token(run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run)
+    put_before_texts(tmp_path / "llama")
+    main(["import", str(tmp_path / "llama"), "--output", str(run)])
+    main(["export", str(run), "--output", str(tmp_path / "model.gguf"), "--gguf"])
+    fields, _ = read_gguf(tmp_path / "model.gguf")
+    assert fields["tokenizer.ggml.bos_token_id"] == 0
+    assert fields["tokenizer.ggml.add_bos_token"] is True
 
 
 def without_merges(tokenizer: Tokenizer) -> None:

@@ -32,6 +32,7 @@ from tests.weights.llama_folder import (
     LLAMA_3_SCALING,
     SHAPES,
     SINGLE,
+    put_before_texts,
     save_sharded,
     write_llama,
 )
@@ -464,7 +465,6 @@ FIELDS: dict[str, tuple[Any, str]] = {
         {"rope_type": "default", "partial_rotary_factor": 0.25},
         "partial_rotary_factor = 0.25, and fastllama's model rotates whole heads",
     ),
-    "bos_token_id": ([1], "bos_token_id: input should be a valid integer"),
     "eos_token_id": ("</s>", "eos_token_id.*: input should be a valid integer"),
 }
 
@@ -484,6 +484,14 @@ def test_field_that_is_refused(
     change_config(**{field.partition(".")[0]: value})(folder)
     line = refusal(capsys, "import", folder, "--output", tmp_path / "run")
     assert re.search(f"^error: {folder}/config.json.*({message})", line), line
+    assert os.listdir(tmp_path) == ["llama"]
+
+
+def test_start_token_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_llama(tmp_path / "llama")
+    put_before_texts(tmp_path / "llama", 999)
+    line = refusal(capsys, "import", tmp_path / "llama", "--output", tmp_path / "run")
+    assert "tokenizer.json puts token 999 before a text and has no such token" in line
     assert os.listdir(tmp_path) == ["llama"]
 
 

@@ -37,7 +37,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_config_there_and_back(name: str) -> None:
     model = MODELS[name]
-    content = json.dumps(config_json(model, "bfloat16", 3))
+    content = json.dumps(config_json(model, "bfloat16", bos=2, eos=3))
     found = model_config(parse_json(content, LlamaJson, "config.json"), "config.json")
     # Widths that followed from other options have their values now.
     expected = dataclasses.replace(model, ffn_hidden=model.ffn_width, n_kv_heads=model.kv_heads)
