@@ -4,13 +4,11 @@ import math
 import time
 import zlib
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from fastllama.checkpoints.state import TrainState
 from fastllama.config import Config
@@ -65,12 +63,13 @@ def train_step(
     loss = torch.zeros((), device=world.device)
     if sums_in_matmuls(config, world):
         sum_in_matmuls(state.model)
-    for micro_batch in range(n_micro_batches):
-        is_last = micro_batch == n_micro_batches - 1
-        set_last_micro_batch(cast(FSDPModule, state.model), is_last, config.parallel)
-        micro_loss = state.model(*loader.next()) / n_micro_batches
-        micro_loss.backward()
-        loss += micro_loss.detach()
+    with state.computing():
+        for micro_batch in range(n_micro_batches):
+            is_last = micro_batch == n_micro_batches - 1
+            set_last_micro_batch(state.model, is_last, config.parallel)
+            micro_loss = state.model(*loader.next()) / n_micro_batches
+            micro_loss.backward()
+            loss += micro_loss.detach()
     stopping = torch.full((), float(stop.requested), device=world.device)
     means = world.mean(torch.cat((torch.stack((loss, stopping)), seconds)))
     loss, stopping = means[:2]

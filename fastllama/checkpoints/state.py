@@ -1,5 +1,6 @@
 """The state that updates change and checkpoints hold, and its names on disk."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -7,6 +8,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from fastllama.distributed.compute_copies import ComputeCopies
 from fastllama.model.llama import Llama
 from fastllama.optim.ema import WeightAverage
 from fastllama.optim.spikes import SpikeDetector
@@ -52,6 +54,12 @@ class TrainState:
     """Statistics of past updates, where `training.spike_z_score` asks for them."""
     average: WeightAverage | None = None
     """Average of the weights, where `training.ema_decay` asks for it."""
+    copies: ComputeCopies | None = None
+    """What the model computes with, where one process trains without FSDP2."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Inside, the model can compute. Under FSDP2 it always can, and gathers what it needs."""
+        return nullcontext() if self.copies is None else self.copies.in_place()
 
     def tensors(self) -> dict[str, Any]:
         """Weights, moments and average by checkpoint name; the values are the live tensors."""

@@ -1,4 +1,4 @@
-"""FSDP2: shards the model over the processes. A single process runs the same code."""
+"""FSDP2: shards the model over the processes. A single one on a CPU needs no FSDP2."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -42,7 +42,14 @@ def shard_model(model: Llama, config: Config, world: World) -> None:
     Shards are float32. Parameters are gathered in `training.dtype`, gradients are reduced in
     `parallel.reduce_dtype`. `cast_forward_inputs` is off because the rotary tables are inputs of
     the blocks and must stay float32. Call `resolve_by_memory` first.
+
+    A single process on a CPU gets the whole model: FSDP2 would copy weights and gradients for
+    nothing.
     """
+    if world.size == 1 and world.device.type == "cpu":
+        model.to_empty(device=world.device)
+        model.tie_weights()
+        return
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.training.dtype),
         reduce_dtype=getattr(torch, config.parallel.reduce_dtype),
@@ -144,8 +151,10 @@ def sum_in_matmuls(model: nn.Module) -> None:
                 module.main_grad_of = partial(getattr, weight, "unsharded_accumulated_grad")
 
 
-def set_last_micro_batch(model: FSDPModule, is_last: bool, parallel: ParallelConfig) -> None:
+def set_last_micro_batch(model: Llama, is_last: bool, parallel: ParallelConfig) -> None:
     """Prepare forward and backward of a micro-batch, which may be the last of its update.
+
+    Without FSDP2 there is nothing to prepare.
 
     `accumulate = "unsharded"`: each device sums its whole gradients in `reduce_dtype`, and the last
     micro-batch reduces the sums. An update then communicates once, however many micro-batches it
@@ -157,6 +166,8 @@ def set_last_micro_batch(model: FSDPModule, is_last: bool, parallel: ParallelCon
 
     Gathered parameters stay between micro-batches unless `reshard_after_forward` frees them.
     """
+    if not isinstance(model, FSDPModule):
+        return
     reduces = is_last or parallel.accumulate == "sharded"
     model.set_requires_gradient_sync(reduces)
     model.set_requires_all_reduce(is_last)

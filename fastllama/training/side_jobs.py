@@ -74,7 +74,8 @@ class SideJobs:
         """
         session, model = self.session, self.state.model
         try:
-            yield
+            with self.state.computing():
+                yield
         except Exception as error:
             if session.world.size > 1 and not isinstance(error, SideJobFailedError):
                 raise

@@ -140,7 +140,7 @@ def test_collectives_of_an_update_with_three_micro_batches(
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     with RecordCollectives() as recorded:
         for is_last in (False, False, True):
-            set_last_micro_batch(cast(FSDPModule, model), is_last, parallel)
+            set_last_micro_batch(model, is_last, parallel)
             model(tokens, tokens).backward()
     called = Counter(name for name, *_ in recorded.calls)
     # Three blocks, the embedding, and final norm with output projection.
@@ -190,7 +190,7 @@ def test_matmuls_leave_no_sum_to_fsdp2() -> None:
             assert len(sums(model)) == n_weights
         with CountSums(linear_weights(model)) as counted:
             for is_last in (False, False, True):
-                set_last_micro_batch(cast(FSDPModule, model), is_last, parallel)
+                set_last_micro_batch(model, is_last, parallel)
                 model(tokens, tokens).backward()
         passes[in_matmuls] = counted.count
         # FSDP2 has reduced the sums and dropped them, so the next validation sees none.

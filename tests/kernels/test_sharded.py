@@ -14,7 +14,6 @@ from typing import Literal, cast
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig
@@ -117,7 +116,7 @@ def loss_and_gradients(case: Case, operators: Operators, world: World) -> dict[s
     total = torch.zeros(())
     for micro_batch, sequences in enumerate(sequences_of(case)):
         is_last = micro_batch == case.n_micro_batches - 1
-        set_last_micro_batch(cast(FSDPModule, model), is_last, parallel)
+        set_last_micro_batch(model, is_last, parallel)
         tokens, targets = sequences[:, world.rank]
         loss = model(tokens[None], targets[None]) / case.n_micro_batches
         loss.backward()

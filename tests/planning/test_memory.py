@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,7 +162,7 @@ def run_update(model: Llama, config: Config, world_size: int, meter: Meter) -> d
     n_micro_batches = config.accumulation_steps(world_size)
     for micro_batch in range(n_micro_batches):
         is_last = micro_batch == n_micro_batches - 1
-        set_last_micro_batch(cast(FSDPModule, model), is_last, config.parallel)
+        set_last_micro_batch(model, is_last, config.parallel)
         tokens = torch.zeros(shape, dtype=torch.int64)
         loss = model(tokens, tokens)
         if micro_batch == 0:
