@@ -1,8 +1,9 @@
-"""The quickstart model as a plain PyTorch script: the baseline of compare_plain_loop.py.
+"""The quickstart model as a plain PyTorch script: the baselines of cpu_throughput.py.
 
-    python benchmarks/plain_loop.py TOKENS.npy SEQUENCES_PER_UPDATE UPDATES
+    python benchmarks/plain_loop.py TOKENS.npy SEQUENCES_PER_UPDATE UPDATES MODEL DTYPE HOW
 
-Prints the median tokens/s after two warm-up updates.
+MODEL is plain or hugging-face, DTYPE float32 or bfloat16 (autocast), HOW eager or compiled. Prints
+the median tokens/s after two warm-up updates.
 """
 
 import sys
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 D, L, H, FF, V, T, BATCH, MICRO = 256, 6, 4, 768, 8192, 256, int(sys.argv[2]), 4
+MODEL, DTYPE, HOW = sys.argv[4:]
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -53,7 +55,32 @@ class Model(nn.Module):
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), y.flatten())
 
 
-tokens, model = np.load(sys.argv[1], mmap_mode="r"), Model()
+def hugging_face() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=FF,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        max_position_embeddings=T,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if MODEL == "plain":
+        return model(x, y)
+    return model(input_ids=x, labels=x).loss
+
+
+tokens = np.load(sys.argv[1], mmap_mode="r")
+model = Model() if MODEL == "plain" else hugging_face()
+if HOW == "compiled":
+    model.compile()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
 rng, times = np.random.default_rng(0), []
 for _ in range(int(sys.argv[3])):
@@ -61,7 +88,9 @@ for _ in range(int(sys.argv[3])):
     for _ in range(BATCH // MICRO):
         rows = np.stack([tokens[i : i + T + 1] for i in rng.integers(0, len(tokens) - T, MICRO)])
         batch = torch.from_numpy(rows.astype(np.int64))
-        (model(batch[:, :-1], batch[:, 1:]) / (BATCH // MICRO)).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=DTYPE == "bfloat16"):
+            loss = loss_of(batch[:, :-1], batch[:, 1:])
+        (loss / (BATCH // MICRO)).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

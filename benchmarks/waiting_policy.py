@@ -1,4 +1,4 @@
-"""Tokens/s of the quickstart by OpenMP waiting policy, on a quiet and on a busy machine.
+"""Tokens/s of the quickstart in float32, by OpenMP waiting policy, on a quiet and a busy machine.
 
     python benchmarks/waiting_policy.py [--rounds 5] [--updates 12] [--output FILE.json]
 
@@ -20,8 +20,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.compare_plain_loop import RECIPE, ROOT, trainer
 from benchmarks.conditions import current_conditions
+from benchmarks.cpu_throughput import RECIPE, ROOT, trainer
 from fastllama.cli import SPIN_COUNT
 from fastllama.config import load_recipe
 
@@ -31,6 +31,7 @@ POLICIES = {
     "passive": {"OMP_WAIT_POLICY": "passive"},
 }
 """Environment variables. The first is what GNU's OpenMP does without any."""
+FLOAT32 = ("--training.dtype", "float32", "--training.compile", "false")
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def main() -> None:
             for policy, variables in POLICIES.items():
                 os.environ.update(variables)
                 with busy_core() if load == "busy" else nullcontext():
-                    rate = trainer(data, options.updates, tokens)
+                    rate = trainer(data, options.updates, tokens, *FLOAT32)
                 for name in variables:
                     del os.environ[name]
                 rates.setdefault(f"{load}, {policy}", []).append(rate)
