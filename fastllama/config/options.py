@@ -148,12 +148,13 @@ class TrainingConfig:
     """Tokens of one validation, at most the whole held-out split."""
 
     # Computation.
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute type; parameters, moments and reductions are float32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "bfloat16"
+    """Compute type; parameters, moments and reductions are float32. auto takes bfloat16, except
+    on a CPU that is not faster in it."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA if there is a GPU."""
-    compile: bool = True
-    """torch.compile the model."""
+    compile: Literal["auto", True, False] = True
+    """torch.compile the model; auto does, except on a CPU without a C++ compiler."""
     compile_scope: Literal["block", "model"] = "block"
     """Compile the blocks, which share two graphs, or the whole model."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

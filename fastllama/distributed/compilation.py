@@ -25,10 +25,15 @@ might differ.
 """
 
 
+def missing_compiler() -> str | None:
+    """The name of the C++ compiler that torch.compile needs on a CPU, if it is missing."""
+    compiler = os.environ.get("CXX", "g++")
+    return compiler if shutil.which(compiler) is None else None
+
+
 def refuse_missing_compiler() -> None:
     """Raise ValueError if the C++ compiler that torch.compile needs on a CPU is missing."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    if compiler := missing_compiler():
         raise ValueError(
             f"torch.compile needs a C++ compiler, and {compiler} is missing; install it, name "
             "another in the environment variable CXX, or train with --training.compile false."

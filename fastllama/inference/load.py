@@ -140,10 +140,10 @@ def _build(config: Config, device: torch.device) -> Llama:
     with torch.device("meta"):
         # cuDNN would build a new plan for every token, because the number of keys changes.
         model = Llama(config.model, replace(REFERENCE, attention=attention_without_cudnn))
-    if device.type == "cuda":
+    if device.type == "cuda" and config.training.dtype != "float32":
         # Parameters only: the rotary tables stay float32.
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, config.training.dtype))
+            parameter.data = parameter.data.bfloat16()
     model.to_empty(device=device)
     model.tie_weights()
     model.init_rotary()

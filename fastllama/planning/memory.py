@@ -16,7 +16,8 @@ from fastllama.config import Config
 from fastllama.planning.flops import n_block_parameters, n_parameters
 from fastllama_kernels.linear_cross_entropy import chunk_length
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+# Memory is planned for GPUs, where auto is bfloat16.
+_BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}
 
 # The rest is for allocator fragmentation, NCCL and the CUDA context, which the plan leaves out.
 _USABLE = 0.9

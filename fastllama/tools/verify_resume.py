@@ -123,7 +123,7 @@ def tolerance(config: Config, plan: Plan) -> float:
     if plan.processes == plan.resume_processes:
         return 0.0
     types = {config.training.dtype, config.parallel.reduce_dtype}
-    return BFLOAT16_TOLERANCE if "bfloat16" in types else FLOAT32_TOLERANCE
+    return FLOAT32_TOLERANCE if types == {"float32"} else BFLOAT16_TOLERANCE
 
 
 def shortened(config: Config, plan: Plan) -> Config:

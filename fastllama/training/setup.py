@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch.distributed.fsdp import FSDPModule
 
 from fastllama.atomic import set_aside
 from fastllama.checkpoints.folder import complete_checkpoints, mend_latest
@@ -24,6 +25,7 @@ from fastllama.config import Config, validate
 from fastllama.data.dataset import Dataset, open_dataset
 from fastllama.data.loader import BatchLoader
 from fastllama.distributed.compilation import compile_model, refuse_missing_compiler
+from fastllama.distributed.compute_copies import ComputeCopies
 from fastllama.distributed.determinism import deterministic_algorithms, fix_cublas_workspace
 from fastllama.distributed.flight_recorder import record_collectives
 from fastllama.distributed.fsdp import resolve_by_memory, shard_model
@@ -45,6 +47,7 @@ from fastllama.optim.spikes import SpikeDetector
 from fastllama.planning.flops import n_parameters
 from fastllama.planning.out_of_memory import is_out_of_memory, out_of_memory
 from fastllama.run_folder import RunFolder, run_identity
+from fastllama.training.computation import resolve_computation
 from fastllama.training.session import Session
 from fastllama.weights.starting import InitialWeights, find_initial_weights
 from fastllama_kernels import Operators
@@ -73,7 +76,7 @@ def open_session(
     ):
         if not resume:
             world.from_main(lambda: run.refuse_other_options(config))
-        resolved, reason = resolve_by_memory(config, world)
+        resolved, reason = resolve_by_memory(resolve_computation(config, world), world)
         yield Session(
             config=resolved,
             memory=reason,
@@ -97,7 +100,7 @@ def prepare_environment(config: Config, run: RunFolder) -> str | None:
         ValueError: the device, or the compiler that it needs, is missing.
     """
     device = choose_device(config.training.device)
-    if config.training.compile and device.type == "cpu":
+    if config.training.compile is True and device.type == "cpu":
         refuse_missing_compiler()
     if config.training.deterministic:
         fix_cublas_workspace()
@@ -272,7 +275,11 @@ def build_state(session: Session, start: Start, operators: Operators) -> TrainSt
     average = None
     if decay := config.training.ema_decay:
         average = WeightAverage(model, decay)
-    state = TrainState(model, optimizer, start.progress, spikes, average)
+    copies = None
+    dtype = getattr(torch, config.training.dtype)
+    if not isinstance(model, FSDPModule) and dtype != torch.float32:
+        copies = ComputeCopies(model, dtype)
+    state = TrainState(model, optimizer, start.progress, spikes, average, copies)
     if start.checkpoint is not None:
         load_state(start.checkpoint, state)
     return state
@@ -331,7 +338,8 @@ def describe_run(session: Session, start: Start, kernels: str) -> list[str]:
         f"update  {training.tokens_per_update:,} tokens = {world.size} x "
         f"{config.accumulation_steps(world.size)} micro-batches of {training.batch_size} x "
         f"{model.max_seq_len}",
-        f"device  {world.size} x {device}, {training.dtype}{replicas}",
+        f"device  {world.size} x {device}, {training.dtype}, "
+        f"{'compiled' if training.compile else 'not compiled'}{replicas}",
         f"kernels {kernels}",
         f"memory  {session.memory}",
     ]

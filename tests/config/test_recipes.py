@@ -104,7 +104,7 @@ def test_missing_recipe_is_an_error(tmp_path: Path) -> None:
         ("model__theta", False, r"must be a number, not False"),
         ("model__tied_embeddings", 1, r"must be true or false, not 1"),
         ("data__path", 3, r"must be a string, not 3"),
-        ("training__dtype", "float16", r"must be one of bfloat16, float32, not 'float16'"),
+        ("training__dtype", "float16", r"must be one of auto, bfloat16, float32, not 'float16'"),
         ("parallel__reshard_after_forward", 1, r"must be one of auto, true, false, not 1"),
     ],
 )
