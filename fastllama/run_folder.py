@@ -41,6 +41,11 @@ class RunFolder:
         return self.path / "tokenizer.json"
 
     @property
+    def tokenizer_model(self) -> Path:
+        """The SentencePiece model of an imported tokenizer, if there was one."""
+        return self.path / "tokenizer.model"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -19,7 +19,7 @@ from fastllama.printable import printable
 from fastllama.run_folder import RunFolder
 from fastllama.typed_json import DamagedFileError, read_json
 from fastllama.weights.llama_layout import Rows, config_json, tensors
-from fastllama.weights.new_run import new_path, refuse_output
+from fastllama.weights.new_run import keep_tokenizer_model, new_path, refuse_output
 from fastllama.weights.source import Source, find_source, stored
 
 FILE_BYTES = 4 * 2**30
@@ -62,6 +62,7 @@ def export(path: Path, output: Path, dtype: str = "bfloat16", weights: str = MOD
         }.items():
             write_atomic(folder / name, json.dumps(content, indent=2) + "\n")
         write_atomic(folder / "tokenizer.json", _tokenizer_json(source))
+        keep_tokenizer_model(source.run.tokenizer_model, folder / "tokenizer.model")
         write_atomic(folder / "README.md", model_card(source, output.name))
         fsync_folder(folder)
     return source.checkpoint

@@ -25,7 +25,7 @@ from fastllama.weights.llama_layout import (
     refuse_other_architecture,
     tensors,
 )
-from fastllama.weights.new_run import new_run, refuse_output
+from fastllama.weights.new_run import keep_tokenizer_model, new_run, refuse_output
 from fastllama_kernels import REFERENCE
 
 MAX_CONTEXT = 2**26
@@ -97,6 +97,7 @@ def import_run(folder: Path, output: Path) -> HuggingFaceModel:
         identity["data.start_token_id"] = source.start_token.id
     with new_run(output) as run:
         run.create(Config(model=source.model), source.tokenizer)
+        keep_tokenizer_model(folder / "tokenizer.model", run.tokenizer_model)
         write_weights(run.checkpoints, shapes, source.read, identity)
     return source
 

@@ -19,7 +19,7 @@ from fastllama.checkpoints.weights_only import write_weights
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
 from fastllama.model.llama import Llama
 from fastllama.run_folder import RunFolder, model_identity
-from fastllama.weights.new_run import new_run, refuse_output
+from fastllama.weights.new_run import keep_tokenizer_model, new_run, refuse_output
 from fastllama_kernels import REFERENCE
 
 
@@ -60,6 +60,7 @@ def merge(paths: Sequence[Path], output: Path, shares: Sequence[float] = ()) -> 
             return total.float()
 
         merged.create(config, run.tokenizer)
+        keep_tokenizer_model(run.tokenizer_model, merged.tokenizer_model)
         write_weights(merged.checkpoints, shapes, average, read_identity(first))
     return shares
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastllama.atomic import LOCK_FILE, fsync_folder, locked, naming, replace
+from fastllama.atomic import LOCK_FILE, fsync_folder, locked, naming, replace, write_atomic
 from fastllama.run_folder import RunFolder
+from fastllama.typed_json import DamagedFileError, read_regular
 
 
 def refuse_output(output: Path) -> None:
@@ -67,6 +68,25 @@ def new_path(output: Path) -> Iterator[Path]:
                 folder.rmdir()
         raise
     fsync_folder(output.parent)
+
+
+def keep_tokenizer_model(source: Path, target: Path) -> None:
+    """Copy the SentencePiece model of a tokenizer unread, if there is one.
+
+    fastllama needs only the tokenizer.json. Without the model, llama.cpp's converter silently
+    writes a tokenizer without scores, which splits text differently.
+
+    Raises:
+        ValueError: `source` is not a regular file, or too large.
+        OSError: a file cannot be read or written.
+    """
+    if not os.path.lexists(source):
+        return
+    try:
+        content = read_regular(source)
+    except DamagedFileError as error:
+        raise ValueError(f"{error}; restore it, or remove it.") from None
+    write_atomic(target, content)
 
 
 def _empty(folder: Path) -> None:

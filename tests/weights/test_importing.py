@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastllama import typed_json
 from fastllama.checkpoints.reading import find_damage, load_tensors
 from fastllama.cli import main
 from fastllama.data.prepare import prepare
@@ -395,6 +396,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model") and None,
         r"has tokenizer.model and no tokenizer.json.*AutoTokenizer.from_pretrained\('.*llama'\)",
     ),
+    "sentencepiece model that is a pipe": (
+        lambda folder: os.mkfifo(folder / "tokenizer.model"),
+        "tokenizer.model is not a regular file; restore it, or remove it",
+    ),
     "damaged tokenizer": (write("tokenizer.json", "{}"), "tokenizer.json is not a tokenizer"),
     "large tokenizer": (
         change_config(vocab_size=200),
@@ -430,6 +435,17 @@ def test_damaged_folder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     line = refusal(capsys, "import", folder, "--output", tmp_path / "new" / "run")
     assert re.search(message, line), line
     assert str(folder) in line
+    assert os.listdir(tmp_path) == ["llama"]
+
+
+def test_large_sentencepiece_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(typed_json, "MAX_BYTES", 1000)
+    write_llama(tmp_path / "llama")
+    (tmp_path / "llama" / "tokenizer.model").write_bytes(bytes(1001))
+    line = refusal(capsys, "import", tmp_path / "llama", "--output", tmp_path / "run")
+    assert "tokenizer.model is larger than 1000 bytes; restore it, or remove it" in line
     assert os.listdir(tmp_path) == ["llama"]
 
 

@@ -75,6 +75,16 @@ def test_merged_run_generates_and_starts_others(
     assert f"--training.init-from {merged}" in capsys.readouterr().err
 
 
+def test_sentencepiece_model_of_the_first_run_is_kept(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other, symlinks=True)
+    (other / "tokenizer.model").write_bytes(b"\xff")
+    merge(other, run, "--output", tmp_path / "with")
+    assert (tmp_path / "with" / "tokenizer.model").read_bytes() == b"\xff"
+    merge(run, other, "--output", tmp_path / "without")
+    assert not (tmp_path / "without" / "tokenizer.model").exists()
+
+
 def test_refusals(
     run: Path, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,6 +75,18 @@ def test_start_token_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert content["add_bos_token"] is True
 
 
+def test_sentencepiece_model_is_kept(tmp_path: Path) -> None:
+    source, run, result = (tmp_path / name for name in ("source", "run", "result"))
+    write_llama(source)
+    # Nobody reads it.
+    model = bytes(range(256))
+    (source / "tokenizer.model").write_bytes(model)
+    main(["import", str(source), "--output", str(run)])
+    assert (run / "tokenizer.model").read_bytes() == model
+    main(["export", str(run), "--output", str(result)])
+    assert (result / "tokenizer.model").read_bytes() == model
+
+
 @pytest.mark.parametrize("prompt", ["def", "<SOS>def", ""])
 def test_start_token_is_before_a_prompt(
     prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
