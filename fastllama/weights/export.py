@@ -13,7 +13,7 @@ from fastllama.atomic import fsync_file, fsync_folder, naming, write_atomic
 from fastllama.checkpoints.folder import step_of
 from fastllama.checkpoints.reading import read_identity
 from fastllama.checkpoints.state import EMA, MODEL
-from fastllama.data.tokenizer_variants import description
+from fastllama.data.tokenizer_variants import description, unknown_id
 from fastllama.planning.flops import n_parameters
 from fastllama.printable import printable
 from fastllama.run_folder import RunFolder
@@ -142,10 +142,12 @@ def _tokenizer_json(source: Source) -> bytes:
 
 def _tokenizer_config(source: Source) -> dict[str, Any]:
     name = source.tokenizer.id_to_token
+    unknown = unknown_id(description(source.tokenizer))
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": name(source.bos_token),
         "eos_token": name(source.end_token),
+        **({} if unknown is None else {"unk_token": name(unknown)}),
         "add_bos_token": source.start_token is not None,
         # transformers 4 would add token types, which a Llama does not take.
         "model_input_names": ["input_ids", "attention_mask"],

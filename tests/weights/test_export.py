@@ -28,6 +28,7 @@ from fastllama.inference.load import load_run
 from fastllama.weights.llama_layout import tensors as layout
 from fastllama.weights.source import Source
 from tests.cli.refusal import refusal
+from tests.data import foreign
 from tests.runs import losses, train
 from tests.weights.llama_folder import (
     INDEX,
@@ -163,11 +164,22 @@ def test_export_of_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == end_token
     config = json.loads((output / "tokenizer_config.json").read_text())
     assert config["eos_token"] == config["bos_token"] == "<EOS>"
+    assert "unk_token" not in config
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
     card = (output / "README.md").read_text()
     assert "| trained on | 2,560 tokens in 10 updates, of the data in " in card
     assert f"| training loss | {float(losses(trained)[10]):.4f}, after update 10 |" in card
     assert (trained / "config.toml").read_text().rstrip() in card
+
+
+@pytest.mark.parametrize("kind", ["without pre-tokenizer", "unigram", "word piece"])
+def test_token_of_unknown_text(kind: str, tmp_path: Path) -> None:
+    source, run, output = (tmp_path / name for name in ("source", "run", "export"))
+    write_llama(source)
+    save_tokenizer(foreign.ALL[kind](), source / "tokenizer.json")
+    main(["import", str(source), "--output", str(run)])
+    main(["export", str(run), "--output", str(output)])
+    assert json.loads((output / "tokenizer_config.json").read_text())["unk_token"] == "<unk>"
 
 
 def test_older_checkpoint_and_average(trained: Path, tmp_path: Path) -> None:
