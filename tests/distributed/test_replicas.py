@@ -11,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pytest
 from torch.distributed.tensor import DTensor
@@ -89,7 +89,8 @@ def digest(state: TrainState) -> str:
     """SHA-256 of the full weights."""
     sha256 = hashlib.sha256()
     for weight in state.model.parameters():
-        sha256.update(cast(DTensor, weight).full_tensor().detach().numpy().tobytes())
+        full = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        sha256.update(full.detach().numpy().tobytes())
     return sha256.hexdigest()
 
 
@@ -98,12 +99,6 @@ def single(workspace: Workspace) -> dict[str, Any]:
     """The results of one process."""
     with distributed(config_of(workspace.recipe, Case())) as world:
         return train(workspace.recipe, world, Case())
-
-
-def test_one_process_computes_the_same_bits_with_either_sum(workspace: Workspace) -> None:
-    with distributed(config_of(workspace.recipe, Case())) as world:
-        unsharded, sharded = (train(workspace.recipe, world, case) for case in (UNSHARDED, SHARDED))
-    assert unsharded == sharded
 
 
 @pytest.mark.parametrize("n_processes", CASES)

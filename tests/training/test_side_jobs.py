@@ -171,7 +171,7 @@ def diverge(step: int, patch: pytest.MonkeyPatch) -> None:
         if call == step:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    parameter.data.to_local().fill_(math.nan)
+                    parameter.data.fill_(math.nan)
         return result
 
     patch.setattr(trainer, "update", update)
