@@ -44,7 +44,7 @@ def compile_model(model: Llama, config: Config) -> None:
     """Compile the blocks or the whole model, as `training.compile_scope` says, at the first call.
 
     FSDP2 gathers between graphs in either case. The blocks make two graphs: one of the first block
-    and one of all others. The scope "model" adds graphs of embedding, final norm and loss.
+    and one of all others. The scope "model" adds final norm and loss.
     """
     for module in [model] if config.training.compile_scope == "model" else model.blocks:
         module.compile(dynamic=False)

@@ -1,5 +1,6 @@
 """torch.compile: which modules it compiles, and reports of graphs compiled late."""
 
+import dataclasses
 import io
 import os
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -42,6 +44,31 @@ def test_compile_scope(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Llama(MODEL, REFERENCE)
     compile_model(model, Config(training=TrainingConfig(compile_scope=scope)))  # type: ignore[arg-type]
     assert compiled == ([model] if scope == "model" else list(model.blocks))
+
+
+# PyTorch warns about its own code.
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_of_equal_tokens_are_added_in_a_fixed_order() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch._dynamo.reset()
+        model = Llama(dataclasses.replace(MODEL, n_layers=1), REFERENCE)
+        model.init_weights(seed=0)
+        compile_model(model, Config(training=TrainingConfig(compile_scope="model")))
+        # 8,192 gradients of token 0, enough that threads share them.
+        tokens, targets = torch.zeros(2, 1024, 8, dtype=torch.int64)
+        targets += torch.arange(8192).view(1024, 8) % 32
+        found = set()
+        for _ in range(20):
+            model.zero_grad()
+            model(tokens, targets).backward()
+            assert model.embedding.weight.grad is not None
+            found.add(tuple(model.embedding.weight.grad[0].tolist()))
+        assert len(found) == 1
+    finally:
+        torch.set_num_threads(before)
+        torch._dynamo.reset()
 
 
 def test_long_first_timeout_and_report_of_late_graphs(
