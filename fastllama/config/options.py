@@ -159,12 +159,21 @@ class TrainingConfig:
     """Compile the blocks, which share two graphs, or the whole model."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What a block saves: all; attention and matmuls except gate_up; or its inputs only."""
-    kernels: Literal["auto", "triton", "reference"] = "auto"
-    """Operators of the model: Triton kernels or plain PyTorch; auto takes Triton on CUDA."""
+    kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
+    """Operators of the model: Triton kernels, or plain PyTorch as compiled CPUs like it, or plain
+    PyTorch; auto takes Triton on CUDA, and cpu on a CPU if compiled."""
     attention: Literal[
-        "auto", "flash-attn-3", "flash-attn-4", "flash-attn-2", "cudnn", "flash", "reference"
+        "auto",
+        "flash-attn-3",
+        "flash-attn-4",
+        "flash-attn-2",
+        "cudnn",
+        "flash",
+        "matmul",
+        "reference",
     ] = "auto"
-    """Attention backend; auto measures the installed ones once and takes the fastest."""
+    """Attention backend; auto measures the installed ones once and takes the fastest; on a CPU it
+    takes matmul if compiled and the context is at most 1,024."""
     deterministic: bool = False
     """Compute the same bits in every run of this configuration; slower on CUDA."""
 

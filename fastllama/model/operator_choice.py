@@ -5,14 +5,17 @@ import dataclasses
 import torch
 from triton import knobs
 
-from fastllama.config import Config
-from fastllama_kernels import REFERENCE, TRITON, Operators
+from fastllama.config import Config, TrainingConfig
+from fastllama_kernels import CPU, REFERENCE, TRITON, Operators
 from fastllama_kernels.attention_choice import (
     AttentionChoice,
     AttentionShape,
     attention_operator,
     choose_attention,
 )
+
+LONGEST_BY_MATMULS = 1024
+"""Context up to which attention by matmuls saves little memory beside the rest of a block."""
 
 
 def choose_attention_backend(config: Config, device: torch.device) -> AttentionChoice:
@@ -22,6 +25,11 @@ def choose_attention_backend(config: Config, device: torch.device) -> AttentionC
         ValueError: `training.attention` names a backend that cannot run here.
     """
     model, training = config.model, config.training
+    compiled_on_cpu = device.type == "cpu" and training.compile is True
+    short = model.max_seq_len <= LONGEST_BY_MATMULS
+    # By rule: `choose_attention` measures in eager mode.
+    if training.attention == "auto" and compiled_on_cpu and short:
+        return AttentionChoice("matmul", "compiled, faster than PyTorch's kernel for CPUs")
     shape = AttentionShape(
         batch_size=training.batch_size,
         seq_len=model.max_seq_len,
@@ -40,22 +48,20 @@ def build_operators(config: Config, device: torch.device, attention: str) -> Ope
     Raises:
         ValueError: `training.kernels` or the backend cannot run here.
     """
-    operators = TRITON if uses_triton(config.training.kernels, device) else REFERENCE
+    operators = _choose_operators(config.training, device)
     return dataclasses.replace(operators, attention=attention_operator(attention))
 
 
-def uses_triton(kernels: str, device: torch.device) -> bool:
-    """Whether `training.kernels` means the Triton kernels on `device`.
-
-    Raises:
-        ValueError: `kernels` is "triton" and they cannot run on `device`.
-    """
-    if kernels == "auto":
-        return device.type == "cuda"
+def _choose_operators(training: TrainingConfig, device: torch.device) -> Operators:
+    """The set that `training.kernels` means on `device`."""
+    if training.kernels == "auto":
+        if device.type == "cuda":
+            return TRITON
+        return CPU if training.compile is True else REFERENCE
     # The interpreter runs them anywhere, but far too slowly for more than a test.
-    if kernels == "triton" and device.type != "cuda" and not knobs.runtime.interpret:
+    if training.kernels == "triton" and device.type != "cuda" and not knobs.runtime.interpret:
         raise ValueError(
             f"training.kernels = triton needs a CUDA device, and training is on {device.type}; "
-            "use auto or reference."
+            "use auto, cpu or reference."
         )
-    return kernels == "triton"
+    return {"triton": TRITON, "cpu": CPU, "reference": REFERENCE}[training.kernels]

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastllama_kernels._dtype import accumulation_dtype
+
 _NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -86,6 +88,44 @@ def attention_without_cudnn(
     """`attention_reference` on the SDPA kernels that take any mask and any number of keys."""
     with sdpa_kernel(_NOT_CUDNN):
         return attention_reference(q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens=cu_seqlens)
+
+
+BLOCK = 128
+"""Queries of a block of `attention_by_matmuls`."""
+
+
+def attention_by_matmuls(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    *,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """`attention` as matmuls and a softmax, for training on a CPU under torch.compile.
+
+    PyTorch's flash kernel for CPUs multiplies small tiles. Whole matmuls over blocks of queries are
+    faster, and torch.compile fuses what is between them. A block reads no keys behind its last
+    query. The softmax is saved for the backward, 2 B H T^2 bytes at most in bfloat16. Other calls
+    than T == S > 1, causal, without `cu_seqlens`, run as `attention`.
+    """
+    B, T, H, K = q_BTHK.shape
+    if cu_seqlens is not None or not causal or not k_BSGK.shape[1] == T > 1:
+        return attention(q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens=cu_seqlens)
+    group = H // k_BSGK.shape[2]
+    if group > 1:
+        k_BSGK, v_BSGK = (x.repeat_interleave(group, dim=2) for x in (k_BSGK, v_BSGK))
+    q, k, v = (x.transpose(1, 2).reshape(B * H, T, K) for x in (q_BTHK, k_BSGK, v_BSGK))
+    wide = accumulation_dtype(q)
+    positions = torch.arange(T, device=q.device)
+    blocks = []
+    for start in range(0, T, BLOCK):
+        end = min(start + BLOCK, T)
+        scores = (q[:, start:end] @ k[:, :end].mT).to(wide) * K**-0.5
+        hidden = positions[start:end, None] < positions[:end]
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
+        blocks.append(weights @ v[:, :end])
+    return torch.cat(blocks, dim=1).view(B, H, T, K).transpose(1, 2)
 
 
 def flatten_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""CUDA attention backends; all have the signature of `attention_reference`.
+"""Attention backends; all have the signature of `attention_reference`.
 
 | name         | one document per sequence                | packed documents              |
 |--------------|------------------------------------------|-------------------------------|
@@ -7,6 +7,7 @@
 | flash-attn-2 | flash_attn_func                          | flash_attn_varlen_func        |
 | cudnn        | PyTorch SDPA, cuDNN                      | as flash                      |
 | flash        | PyTorch SDPA, its own FlashAttention 2   | varlen_attn over the same     |
+| matmul       | attention_by_matmuls, on a CPU           | as reference                  |
 | reference    | attention                                | attention, with a mask        |
 
 SDPA is pinned to one kernel: an unsupported shape raises an error and never runs on a slower
@@ -39,7 +40,12 @@ from torch.nn.attention import (
 )
 from torch.nn.attention.varlen import varlen_attn
 
-from fastllama_kernels.attention import attention, attention_without_cudnn, flatten_cu_seqlens
+from fastllama_kernels.attention import (
+    attention,
+    attention_by_matmuls,
+    attention_without_cudnn,
+    flatten_cu_seqlens,
+)
 
 Attention = Callable[..., Tensor]
 Dense = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
@@ -228,9 +234,15 @@ def _load_flash_attn_2() -> Attention:
     return fused_attention(dense, packed)
 
 
-def _load_reference() -> Attention:
+def _load_plain(operator: Attention) -> Attention:
     set_flash_implementation(None)
-    return attention
+    return operator
+
+
+def _matmul_unsupported_reason(shape: AttentionShape) -> str | None:
+    if shape.device.type != "cpu":
+        return f"it is for CPUs, not {shape.device.type}"
+    return None
 
 
 def _gpu_unsupported_reason(shape: AttentionShape, majors: range, max_head_dim: int) -> str | None:
@@ -358,14 +370,19 @@ BACKENDS = (
         partial(_sdpa_unsupported_reason, max_head_dim=256, can_use=can_use_flash_attention),
         partial(_load_sdpa, SDPBackend.FLASH_ATTENTION),
     ),
-    Backend("reference", lambda shape: None, _load_reference),
+    Backend("matmul", _matmul_unsupported_reason, partial(_load_plain, attention_by_matmuls)),
+    Backend("reference", lambda shape: None, partial(_load_plain, attention)),
 )
 """Every backend, ordered by expected speed on Hopper and newer, fastest first."""
 
 
 def backends_for(device: torch.device) -> tuple[Backend, ...]:
-    """`BACKENDS`, ordered by expected speed on `device`, fastest first."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0):
-        return BACKENDS
-    *packages, cudnn, flash, reference = BACKENDS
-    return *packages, flash, cudnn, reference
+    """The backends to choose from by speed on `device`, by expected speed, fastest first.
+
+    "matmul" is not among them: it is fast only inside a compiled graph.
+    """
+    *fused, _, reference = BACKENDS
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        *packages, cudnn, flash = fused
+        fused = [*packages, flash, cudnn]
+    return *fused, reference

@@ -5,7 +5,8 @@ kernel overwrites them with their gradient, and two matmuls compute the gradient
 weight from it. The forward therefore ends with both gradients. The backward multiplies them by the
 upstream gradient and 1 / (number of rows not ignored); both stay on the device. The weight
 gradient is summed over chunks in float32. A bfloat16 sum would stall at 256 times the
-contribution of a chunk.
+contribution of a chunk. `linear_cross_entropy_cpu` does the same in plain PyTorch: torch.compile
+fuses what the kernel does, and unrolls the loop.
 
 Shapes: hidden (..., D), weight (V, D), targets (...) integers; loss a float32 scalar (in the
 reference, float64 for float64). Options as in cross_entropy. Rows whose target is ignore_index
@@ -18,6 +19,7 @@ softmax; 2 N D b + V D (4 + b) in the backward. Peak memory: one chunk of logits
 Source: the chunks of Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -142,12 +144,84 @@ def linear_cross_entropy_fwd(
     return losses, dhidden, dweight
 
 
+CPU_CHUNK_LENGTH = 512
+"""Rows of a chunk of `linear_cross_entropy_cpu`. More leave the caches, fewer slow the matmuls."""
+
+
+def _cpu_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_cross_entropy_fwd` in plain PyTorch, in any float dtype."""
+    wide = accumulation_dtype(hidden)
+    losses, dhidden, dweight = [], [], torch.zeros((), dtype=wide, device=hidden.device)
+    for start in range(0, len(hidden), CPU_CHUNK_LENGTH):
+        chunk = slice(start, start + CPU_CHUNK_LENGTH)
+        loss, dlogits = _loss_and_gradient(
+            hidden[chunk] @ weight.T,
+            targets[chunk],
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            softcap,
+        )
+        losses.append(loss)
+        if need_dhidden:
+            dhidden.append(dlogits @ weight)
+        if need_dweight:
+            dweight = dweight + dlogits.T @ hidden[chunk]
+    return torch.cat(losses), torch.cat(dhidden) if need_dhidden else hidden[:0], dweight
+
+
+def _loss_and_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Losses (N,) in the accumulation dtype, and the gradient of their sum like `logits` (N, V)."""
+    x = logits.to(accumulation_dtype(logits))
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    maximum = x.amax(-1, keepdim=True)
+    exp = (x - maximum).exp()
+    total = exp.sum(-1, keepdim=True)
+    lse = maximum + total.log()
+    targets = targets.long()[:, None]
+    valid = targets != ignore_index
+    # Any token will do for the rows that are ignored.
+    target_logits = x.gather(-1, targets.where(valid, 0))
+    loss = lse - (1 - label_smoothing) * target_logits
+    # Not exp(x - lse): where the logits are large, lse is too coarse.
+    gradient = exp / total
+    if label_smoothing:
+        loss = loss - label_smoothing * x.mean(-1, keepdim=True)
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+        gradient = gradient * (1 + 2 * z_loss * lse)
+    is_target = (torch.arange(x.shape[-1], device=x.device) == targets).to(x.dtype)
+    gradient = gradient - (1 - label_smoothing) * is_target - label_smoothing / x.shape[-1]
+    if softcap:
+        gradient = gradient * (1 - (x / softcap).square())
+    return loss.where(valid, 0).squeeze(-1), gradient.where(valid, 0).to(logits.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the loss and its gradients in the forward; the backward scales the gradients."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        fwd: Callable[..., tuple[Tensor, Tensor, Tensor]],
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
@@ -157,7 +231,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_dweight: bool,
         *options: float,
     ) -> Tensor:
-        losses, dhidden, dweight = linear_cross_entropy_fwd(
+        losses, dhidden, dweight = fwd(
             hidden, weight, targets, *options, need_dhidden, need_dweight
         )
         ctx.save_for_backward(dhidden, dweight, n_valid, main_grad)
@@ -169,14 +243,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight, n_valid, main_grad = ctx.saved_tensors
         scale = dloss / n_valid
-        needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
+        _, needs_dhidden, needs_dweight = ctx.needs_input_grad[:3]
         if needs_dweight and main_grad is not None:
             main_grad.addcmul_(dweight, scale)
             needs_dweight = False
         return (
+            None,
             _scaled(dhidden, scale, dhidden.dtype) if needs_dhidden else None,
             _scaled(dweight, scale, ctx.weight_dtype) if needs_dweight else None,
-            *(None for _ in ctx.needs_input_grad[2:]),
+            *(None for _ in ctx.needs_input_grad[3:]),
         )
 
 
@@ -222,12 +297,70 @@ def linear_cross_entropy(
             CUDA.
     """
     hidden, weight_VD = autocast_like_linear(hidden), autocast_like_linear(weight_VD)
+    check_kernel_dtypes(hidden=hidden)
+    return _apply(
+        linear_cross_entropy_fwd,
+        hidden,
+        weight_VD,
+        targets,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        reduction,
+        main_grad,
+    )
+
+
+def linear_cross_entropy_cpu(
+    hidden: Tensor,
+    weight_VD: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    main_grad: Tensor | None = None,
+) -> Tensor:
+    """`linear_cross_entropy` in plain PyTorch, for a CPU under torch.compile.
+
+    Any device and float dtype; the loss of float64 is float64.
+    """
+    return _apply(
+        _cpu_fwd,
+        autocast_like_linear(hidden),
+        autocast_like_linear(weight_VD),
+        targets,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        reduction,
+        main_grad,
+    )
+
+
+def _apply(
+    fwd: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    hidden: Tensor,
+    weight_VD: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    reduction: str,
+    main_grad: Tensor | None,
+) -> Tensor:
     _check(hidden, weight_VD, targets, softcap, reduction)
     targets_N = targets.flatten()
     # In uint8, -100 would compare equal to 156.
     n_valid = (targets_N.long() != ignore_index).sum().clamp(min=1)
     grad = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
+        fwd,
         hidden.reshape(-1, hidden.shape[-1]),
         weight_VD,
         targets_N,
@@ -245,7 +378,6 @@ def linear_cross_entropy(
 def _check(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, reduction: str
 ) -> None:
-    check_kernel_dtypes(hidden=hidden)
     if weight.dtype != hidden.dtype:
         raise ValueError(
             f"hidden is {hidden.dtype} and weight {weight.dtype}; both need the same dtype."

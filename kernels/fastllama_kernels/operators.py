@@ -3,15 +3,17 @@
 For an ablation, replace one operator: `dataclasses.replace(TRITON, rope=REFERENCE.rope)`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastllama_kernels.attention import attention, attention_reference
+from fastllama_kernels.attention import attention, attention_by_matmuls, attention_reference
 from fastllama_kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from fastllama_kernels.linear_cross_entropy import (
     linear_cross_entropy,
+    linear_cross_entropy_cpu,
     linear_cross_entropy_reference,
 )
 from fastllama_kernels.rms_norm import (
@@ -63,6 +65,14 @@ REFERENCE = Operators(
     linear_cross_entropy=linear_cross_entropy_reference,
 )
 """Plain PyTorch on any device, in any float dtype: the definition of every operator."""
+
+CPU = dataclasses.replace(
+    REFERENCE,
+    name="cpu",
+    attention=attention_by_matmuls,
+    linear_cross_entropy=linear_cross_entropy_cpu,
+)
+"""Plain PyTorch on any device, arranged for torch.compile on a CPU, which fuses the rest."""
 
 TRITON = Operators(
     name="triton",

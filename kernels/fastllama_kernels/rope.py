@@ -54,9 +54,12 @@ def rope_reference(
         for table in (cos_PR, sin_PR)
     )
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    first, second = rotated.to(accumulation_dtype(qkv_BTE)).chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    q_BTHK, k_BTGK = rotated.to(qkv_BTE.dtype).split((n_heads, n_kv_heads), dim=2)
+    wide = accumulation_dtype(qkv_BTE)
+    # Converted by halves: compiled, the backward then writes no wide gradient of the whole.
+    first, second = (half.to(wide) for half in rotated.chunk(2, dim=-1))
+    halves = first * cos - second * sin, second * cos + first * sin
+    rotated = torch.cat([half.to(qkv_BTE.dtype) for half in halves], dim=-1)
+    q_BTHK, k_BTGK = rotated.split((n_heads, n_kv_heads), dim=2)
     return q_BTHK, k_BTGK, v_BTGK
 
 

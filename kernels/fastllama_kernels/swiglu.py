@@ -25,7 +25,8 @@ from fastllama_kernels._linear import linear, weight_gradient
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up (..., F) of the packed `gate_up` (..., 2F), gate first."""
-    gate, up = gate_up.to(accumulation_dtype(gate_up)).chunk(2, dim=-1)
+    # Converted by halves: compiled, the backward then writes no wide gradient of the whole.
+    gate, up = (half.to(accumulation_dtype(gate_up)) for half in gate_up.chunk(2, dim=-1))
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 

@@ -336,6 +336,7 @@ def set_chunk_length(n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # As an attribute of the package, the name is the function.
     module = sys.modules["fastllama_kernels.linear_cross_entropy"]
     monkeypatch.setattr(module, "chunk_length", lambda *_: n_tokens)
+    monkeypatch.setattr(module, "CPU_CHUNK_LENGTH", n_tokens)
 
 
 def linear_cross_entropy_case(name: str, **options: Any) -> Case:

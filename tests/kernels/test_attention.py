@@ -1,10 +1,17 @@
 import math
+import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastllama_kernels.attention import attention_reference, flatten_cu_seqlens
+from fastllama_kernels.attention import (
+    attention,
+    attention_by_matmuls,
+    attention_reference,
+    flatten_cu_seqlens,
+)
 from tests.compare import DEVICE, DTYPES, assert_operator_as_exact_as, randn
 
 B, K = 2, 8
@@ -71,6 +78,34 @@ def test_packed_documents(dtype: torch.dtype, n_queries: int, causal: bool) -> N
         slow,
         qkv(n_queries, 9, (4, 2), dtype),
     )
+
+
+@pytest.mark.parametrize("n_tokens", [2, 4, 11])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matmuls_match_reference(
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    n_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The module; the package has the function under this name.
+    monkeypatch.setattr(sys.modules["fastllama_kernels.attention"], "BLOCK", 4)
+    assert_operator_as_exact_as(
+        attention_by_matmuls,
+        attention_reference,
+        attention_reference,
+        qkv(n_tokens, n_tokens, heads, dtype),
+    )
+
+
+@pytest.mark.parametrize(
+    ("n_queries", "options"),
+    [(1, {}), (4, {}), (9, {"causal": False}), (9, {"cu_seqlens": CU_SEQLENS})],
+)
+def test_matmuls_leave_other_calls_to_attention(n_queries: int, options: dict[str, Any]) -> None:
+    inputs = qkv(n_queries, 9, (4, 2), torch.float32)
+    assert torch.equal(attention_by_matmuls(*inputs, **options), attention(*inputs, **options))
 
 
 def test_single_token_sees_itself() -> None:

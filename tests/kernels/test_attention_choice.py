@@ -522,7 +522,7 @@ def test_named_backend_without_its_package_raises(
 def test_unknown_name_raises(name: str, guess: str) -> None:
     message = (
         f"There is no attention {name!r}{guess}Choose auto, flash-attn-3, flash-attn-4, "
-        "flash-attn-2, cudnn, flash, reference."
+        "flash-attn-2, cudnn, flash, matmul, reference."
     )
     for choose in (lambda: choose_attention(SHAPE, name), lambda: attention_operator(name)):
         with pytest.raises(ValueError, match="There is no attention") as caught:

@@ -15,6 +15,7 @@ from fastllama_kernels.cross_entropy import cross_entropy_reference
 from fastllama_kernels.linear_cross_entropy import (
     chunk_length,
     linear_cross_entropy,
+    linear_cross_entropy_cpu,
     linear_cross_entropy_fwd,
     linear_cross_entropy_reference,
 )
@@ -98,6 +99,44 @@ def test_reference_options_match_cross_entropy(options: dict[str, Any]) -> None:
     )
 
 
+# For torch.compile on a CPU.
+
+
+@pytest.mark.parametrize("length", [3, 512])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_matches_reference(
+    dtype: torch.dtype, options: dict[str, Any], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_chunk_length(length, monkeypatch)
+    assert_matches_reference(hidden_and_weight(dtype), TARGETS, linear_cross_entropy_cpu, **options)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e2, 1e4])
+def test_cpu_gradient_does_not_lose_digits_to_large_logits(shift: float) -> None:
+    # Every logit of a row is shifted alike, which changes no gradient of the other inputs.
+    hidden, weight = hidden_and_weight()
+    hidden[..., 0], weight[:, 0] = shift, 1.0
+    inputs = [hidden, weight]
+    _, *found = outputs_and_gradients(lambda *x: linear_cross_entropy_cpu(*x, TARGETS), inputs)
+    exact = [x.double() for x in inputs]
+    _, *truth = outputs_and_gradients(lambda *x: linear_cross_entropy_reference(*x, TARGETS), exact)
+    for gradient, true in zip(found, truth, strict=True):
+        others, true_others = gradient[..., 1:].double(), true[..., 1:]
+        # A logit of 1e4 has steps of 1e-3 in float32, and so has its exponential.
+        tolerance = 4e-7 * max(1.0, shift)
+        assert (others - true_others).norm() <= tolerance * true_others.norm()
+
+
+def test_cpu_without_valid_targets() -> None:
+    nothing = torch.full((2, 4), -100, device=DEVICE)
+    results = outputs_and_gradients(
+        lambda hidden, weight: linear_cross_entropy_cpu(hidden, weight, nothing),
+        hidden_and_weight(),
+    )
+    assert not any(result.any() for result in results)
+
+
 # The kernels.
 
 
@@ -107,12 +146,17 @@ def hidden_and_weight(
     return [randn(*tokens, D, seed=0, dtype=dtype), randn(V, D, seed=1, dtype=dtype)]
 
 
-def assert_matches_reference(inputs: list[Tensor], targets: Tensor, **options: Any) -> None:
+def assert_matches_reference(
+    inputs: list[Tensor],
+    targets: Tensor,
+    operator: Callable[..., Tensor] = linear_cross_entropy,
+    **options: Any,
+) -> None:
     def plain(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy_reference(hidden, weight, targets, **options)
 
     assert_operator_as_exact_as(
-        lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, **options),
+        lambda hidden, weight: operator(hidden, weight, targets, **options),
         plain,
         plain,
         inputs,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import run_fw_bw_and_get_code
 
-from fastllama_kernels import REFERENCE, TRITON, Operators, linear
+from fastllama_kernels import CPU, REFERENCE, TRITON, Operators, linear
 from tests.compare import DEVICE, randn
 
 N, D, F, V = 24, 16, 10, 11
@@ -59,13 +59,14 @@ CASES = [
         (V, D),
     ),
 ]
-SETS = [REFERENCE, TRITON]
+SETS = [REFERENCE, CPU, TRITON]
 
 MATMUL = r"accumulate_matmul_\.default\((\w+),"
 WRITES = {(case.name, operators.name): MATMUL for case in CASES for operators in SETS}
 """How generated code writes to the sum, in its second group the name of the sum."""
-# The fused loss ends its forward with the gradient, and scales it into the sum.
-WRITES["linear_cross_entropy", "triton"] = r"cpp_fused_addcmul\w*\(.*\b(primals_\d+),"
+# The fused losses end their forward with the gradient, and scale it into the sum.
+for name in ("cpu", "triton"):
+    WRITES["linear_cross_entropy", name] = r"cpp_fused_addcmul\w*\(.*\b(primals_\d+),"
 
 table = pytest.mark.parametrize("case", CASES, ids=str)
 sets = pytest.mark.parametrize("operators", SETS, ids=lambda operators: operators.name)

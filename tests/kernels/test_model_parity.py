@@ -1,4 +1,4 @@
-"""The model on Triton operators, compared with plain PyTorch and a float64 reference LLaMA."""
+"""The model on each set of operators, compared with plain PyTorch and a float64 reference LLaMA."""
 
 from contextlib import AbstractContextManager
 from typing import Literal
@@ -11,7 +11,7 @@ from fastllama.config import ModelConfig
 from fastllama.model.kv_cache import KVCache
 from fastllama.model.llama import Llama
 from fastllama.model.reference import ReferenceLlama
-from fastllama_kernels import REFERENCE, TRITON
+from fastllama_kernels import CPU, REFERENCE, TRITON, Operators
 from tests.compare import DEVICE, assert_as_exact_as, randn
 from tests.kernels.operator_cases import set_chunk_length
 from tests.kernels.small_model import (
@@ -40,10 +40,12 @@ def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
     return dict(zip(trained, results, strict=True))
 
 
-def assert_model_as_exact_as_plain(config: ModelConfig, dtype: torch.dtype, kind: Kind) -> None:
+def assert_model_as_exact_as_plain(
+    config: ModelConfig, dtype: torch.dtype, kind: Kind, operators: Operators = TRITON
+) -> None:
     """Hold output and gradients to the comparator; the truth is `ReferenceLlama`."""
     tokens, targets = random_tokens(config, 2, *BATCH)
-    models = [small_model(config, operators, dtype) for operators in (TRITON, REFERENCE)]
+    models = [small_model(config, each, dtype) for each in (operators, REFERENCE)]
     truth = ReferenceLlama(config).to(DEVICE).double()
     truth.load_packed(dict(models[0].named_parameters()))
     if kind == "loss":
@@ -71,8 +73,11 @@ def assert_model_as_exact_as_plain(config: ModelConfig, dtype: torch.dtype, kind
     [MULTI_HEAD, GROUPED, TIED, WIDE_HEADS],
     ids=["multi-head", "grouped", "tied", "wide heads"],
 )
-def test_output_and_gradients(config: ModelConfig, dtype: torch.dtype, kind: Kind) -> None:
-    assert_model_as_exact_as_plain(config, dtype, kind)
+@pytest.mark.parametrize("operators", [TRITON, CPU], ids=lambda operators: operators.name)
+def test_output_and_gradients(
+    operators: Operators, config: ModelConfig, dtype: torch.dtype, kind: Kind
+) -> None:
+    assert_model_as_exact_as_plain(config, dtype, kind, operators)
 
 
 def test_loss_chunks_that_do_not_divide_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,14 @@
 """Which operators a run trains with, and that Triton kernels train the same model."""
 
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from triton import knobs
 
-from fastllama.config import TrainingConfig
-from fastllama.model.operator_choice import uses_triton
+from fastllama.config import Config, ModelConfig, TrainingConfig
+from fastllama.model.operator_choice import build_operators, choose_attention_backend
 from fastllama_kernels.attention_backends import BACKENDS
 from tests.runs import losses, train
 from tests.workspace import Workspace
@@ -20,13 +20,36 @@ FOUR_UPDATES = (
     *("--optimizer.warmup-iterations", "2"),
 )
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+ON_CPU, ON_CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_auto_uses_triton_on_cuda_only() -> None:
-    assert uses_triton("auto", CUDA)
-    assert not uses_triton("auto", CPU)
-    assert not uses_triton("reference", CUDA)
+@pytest.mark.parametrize(
+    ("kernels", "device", "compiles", "expected"),
+    [
+        ("auto", ON_CUDA, True, "triton"),
+        ("auto", ON_CPU, True, "cpu"),
+        ("auto", ON_CPU, False, "reference"),
+        ("reference", ON_CUDA, True, "reference"),
+        ("reference", ON_CPU, True, "reference"),
+        ("cpu", ON_CPU, False, "cpu"),
+    ],
+)
+def test_operators_by_device(
+    kernels: Any, device: torch.device, compiles: bool, expected: str
+) -> None:
+    config = Config(training=TrainingConfig(kernels=kernels, compile=compiles))
+    assert build_operators(config, device, "reference").name == expected
+
+
+@pytest.mark.parametrize(
+    ("compiles", "max_seq_len", "expected"),
+    [(True, 1024, "matmul"), (True, 1025, "reference"), (False, 1024, "reference")],
+)
+def test_attention_on_a_cpu(compiles: bool, max_seq_len: int, expected: str) -> None:
+    config = Config(
+        model=ModelConfig(max_seq_len=max_seq_len), training=TrainingConfig(compile=compiles)
+    )
+    assert choose_attention_backend(config, ON_CPU).name == expected
 
 
 def test_attention_option_lists_every_backend() -> None:
