@@ -203,9 +203,15 @@ def _validate_batches(config: Config, world_size: int) -> None:
     training, sequence = config.training, config.model.max_seq_len
     micro_batch = training.batch_size * sequence * world_size
     if training.tokens_per_update % micro_batch:
+        nearest = max(1, round(training.tokens_per_update / micro_batch)) * micro_batch
+        sequences, rest = divmod(training.tokens_per_update, sequence * world_size)
+        smaller = ""
+        if not rest:
+            # Same updates, in smaller micro-batches.
+            fitting = [n for n in range(1, training.batch_size) if sequences % n == 0]
+            smaller = f", or set training.batch_size = {fitting[-1]}"
         raise ValueError(
             f"training.tokens_per_update = {training.tokens_per_update} is not a multiple of "
             f"batch_size x max_seq_len x devices = {training.batch_size} x {sequence} x "
-            f"{world_size} = {micro_batch}; the nearest that is: "
-            f"{max(1, round(training.tokens_per_update / micro_batch)) * micro_batch}."
+            f"{world_size} = {micro_batch}; the nearest that is: {nearest}{smaller}."
         )

@@ -10,8 +10,8 @@ from fastllama.config import Config, config_from_dict, load_recipe, validate
 from tests.config.with_options import with_options
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
-# An update of the quickstart is two micro-batches, so at most two processes can share it.
-WORLD_SIZES = {f"quickstart{suffix}": (1, 2) for suffix in ("", "-wsd", "-continued")}
+# An update of the quickstart is one micro-batch.
+WORLD_SIZES = {f"quickstart{suffix}": (1,) for suffix in ("", "-wsd", "-continued")}
 
 
 def test_defaults_are_valid() -> None:
@@ -23,6 +23,15 @@ def test_defaults_are_valid() -> None:
 def test_recipes_are_valid(recipe: Path) -> None:
     for world_size in WORLD_SIZES.get(recipe.stem, (1, 8)):
         validate(load_recipe(recipe), world_size)
+
+
+def test_processes_without_a_micro_batch_each_are_told_the_size_that_fits() -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "configs" / "quickstart.toml")
+    with pytest.raises(ValueError, match=r"the nearest that is: 4096, or set .*batch_size = 4\.$"):
+        validate(recipe, world_size=2)
+    # 2,048 tokens are not a number of sequences for 3.
+    with pytest.raises(ValueError, match=r"the nearest that is: 6144\.$"):
+        validate(recipe, world_size=3)
 
 
 RANGES = {
@@ -131,7 +140,7 @@ def test_unrepresentable_value_is_an_error(option: str, value: Any, message: str
         ({"training__training_tokens": 2**19}, r"warmup_iterations = 100 leaves nothing of the 1 "),
         (
             {"training__batch_size": 3},
-            r"= 524288 is not a multiple of .* = 3 x 1024 x 1 = 3072; .*: 525312\.",
+            r"= 524288 is not a multiple of .* = 3 x 1024 x 1 = 3072; .*: 525312, or set training.batch_size = 2\.",
         ),
     ],
 )
@@ -143,7 +152,7 @@ def test_contradicting_values_are_an_error(options: dict[str, Any], message: str
 def test_tokens_per_update_must_be_a_multiple_of_all_micro_batches() -> None:
     config = with_options(training__tokens_per_update=2**14)
     validate(config, world_size=4)
-    with pytest.raises(ValueError, match=r"4 x 1024 x 8 = 32768; .*: 32768\."):
+    with pytest.raises(ValueError, match=r"4 x 1024 x 8 = 32768; .*: 32768, or set training.batch_size = 2\."):
         validate(config, world_size=8)
 
 
