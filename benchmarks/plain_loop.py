@@ -1,11 +1,13 @@
-"""The quickstart model as a plain PyTorch script: the baselines of cpu_throughput.py.
+"""LLaMA as a plain PyTorch script: the baselines of cpu_throughput.py.
 
-    python benchmarks/plain_loop.py TOKENS.npy SEQUENCES_PER_UPDATE UPDATES MODEL DTYPE HOW
+    python benchmarks/plain_loop.py TOKENS.npy SHAPE UPDATES MODEL DTYPE HOW
 
-MODEL is plain or hugging-face, DTYPE float32 or bfloat16 (autocast), HOW eager or compiled. Prints
-the median tokens/s after two warm-up updates.
+SHAPE is a JSON object: width, layers, heads, ffn, vocabulary, sequence, batch. An update is one
+batch. MODEL is plain or hugging-face, DTYPE float32 or bfloat16 (autocast), HOW eager or compiled.
+Prints the median tokens/s after two warm-up updates.
 """
 
+import json
 import sys
 import time
 
@@ -14,7 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-D, L, H, FF, V, T, BATCH, MICRO = 256, 6, 4, 768, 8192, 256, int(sys.argv[2]), 4
+SHAPE = json.loads(sys.argv[2])
+D, L, H, FF = (SHAPE[name] for name in ("width", "layers", "heads", "ffn"))
+V, T, BATCH = (SHAPE[name] for name in ("vocabulary", "sequence", "batch"))
 MODEL, DTYPE, HOW = sys.argv[4:]
 
 
@@ -85,12 +89,11 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fu
 rng, times = np.random.default_rng(0), []
 for _ in range(int(sys.argv[3])):
     start = time.perf_counter()
-    for _ in range(BATCH // MICRO):
-        rows = np.stack([tokens[i : i + T + 1] for i in rng.integers(0, len(tokens) - T, MICRO)])
-        batch = torch.from_numpy(rows.astype(np.int64))
-        with torch.autocast("cpu", torch.bfloat16, enabled=DTYPE == "bfloat16"):
-            loss = loss_of(batch[:, :-1], batch[:, 1:])
-        (loss / (BATCH // MICRO)).backward()
+    rows = np.stack([tokens[i : i + T + 1] for i in rng.integers(0, len(tokens) - T, BATCH)])
+    batch = torch.from_numpy(rows.astype(np.int64))
+    with torch.autocast("cpu", torch.bfloat16, enabled=DTYPE == "bfloat16"):
+        loss = loss_of(batch[:, :-1], batch[:, 1:])
+    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

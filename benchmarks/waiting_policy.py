@@ -52,14 +52,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     config = load_recipe(RECIPE)
-    data, tokens = ROOT / config.data.path, config.training.tokens_per_update
+    data = ROOT / config.data.path
     rates: dict[str, list[float]] = {}
     for _ in range(options.rounds):
         for load in ("quiet", "busy"):
             for policy, variables in POLICIES.items():
                 os.environ.update(variables)
                 with busy_core() if load == "busy" else nullcontext():
-                    rate = trainer(data, options.updates, tokens, *FLOAT32)
+                    rate = trainer(config, data, options.updates, *FLOAT32)
                 for name in variables:
                     del os.environ[name]
                 rates.setdefault(f"{load}, {policy}", []).append(rate)
