@@ -37,6 +37,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 
 bench: $(CORPUS)/manifest.json
+	$(BIN)/python benchmarks/cpu_profile.py
 	$(BIN)/python benchmarks/cpu_throughput.py
 
 # What these rules made. Never runs, or data of the user's own: both may have taken weeks.

@@ -152,7 +152,9 @@ def test_contradicting_values_are_an_error(options: dict[str, Any], message: str
 def test_tokens_per_update_must_be_a_multiple_of_all_micro_batches() -> None:
     config = with_options(training__tokens_per_update=2**14)
     validate(config, world_size=4)
-    with pytest.raises(ValueError, match=r"4 x 1024 x 8 = 32768; .*: 32768, or set training.batch_size = 2\."):
+    with pytest.raises(
+        ValueError, match=r"4 x 1024 x 8 = 32768; .*: 32768, or set training.batch_size = 2\."
+    ):
         validate(config, world_size=8)
 
 
