@@ -140,7 +140,8 @@ def test_unrepresentable_value_is_an_error(option: str, value: Any, message: str
         ({"training__training_tokens": 2**19}, r"warmup_iterations = 100 leaves nothing of the 1 "),
         (
             {"training__batch_size": 3},
-            r"= 524288 is not a multiple of .* = 3 x 1024 x 1 = 3072; .*: 525312, or set training.batch_size = 2\.",
+            r"= 524288 is not a multiple of .* = 3 x 1024 x 1 = 3072; .*: 525312, "
+            r"or set training.batch_size = 2\.",
         ),
     ],
 )
