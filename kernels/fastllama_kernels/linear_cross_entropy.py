@@ -176,7 +176,8 @@ def _cpu_fwd(
         if need_dhidden:
             dhidden.append(dlogits @ weight)
         if need_dweight:
-            dweight = dweight + dlogits.T @ hidden[chunk]
+            # A 0-dim tensor alone would not widen the sum.
+            dweight = dweight + (dlogits.T @ hidden[chunk]).to(wide)
     return torch.cat(losses), torch.cat(dhidden) if need_dhidden else hidden[:0], dweight
 
 

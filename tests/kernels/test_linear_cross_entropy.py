@@ -128,6 +128,22 @@ def test_cpu_gradient_does_not_lose_digits_to_large_logits(shift: float) -> None
         assert (others - true_others).norm() <= tolerance * true_others.norm()
 
 
+def test_cpu_sums_chunks_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A bfloat16 sum stalls at 256 times the gradient of a row.
+    set_chunk_length(1, monkeypatch)
+    hidden, weight = hidden_and_weight(torch.bfloat16, tokens=(1,))
+    targets = torch.zeros(600, dtype=torch.int64, device=DEVICE)
+
+    def weight_gradient(n: int) -> Tensor:
+        leaf = weight.detach().requires_grad_()
+        linear_cross_entropy_cpu(hidden.expand(n, D), leaf, targets[:n], reduction="sum").backward()
+        assert leaf.grad is not None
+        return leaf.grad.float()
+
+    # Only the last rounding to bfloat16 is left.
+    torch.testing.assert_close(weight_gradient(600), 600 * weight_gradient(1), rtol=2**-8, atol=0)
+
+
 def test_cpu_without_valid_targets() -> None:
     nothing = torch.full((2, 4), -100, device=DEVICE)
     results = outputs_and_gradients(

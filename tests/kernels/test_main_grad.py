@@ -66,7 +66,7 @@ WRITES = {(case.name, operators.name): MATMUL for case in CASES for operators in
 """How generated code writes to the sum, in its second group the name of the sum."""
 # The fused losses end their forward with the gradient, and scale it into the sum.
 for name in ("cpu", "triton"):
-    WRITES["linear_cross_entropy", name] = r"cpp_fused_addcmul\w*\(.*\b(primals_\d+),"
+    WRITES["linear_cross_entropy", name] = r"cpp_fused_\w*addcmul\w*\(.*\b(primals_\d+),"
 
 table = pytest.mark.parametrize("case", CASES, ids=str)
 sets = pytest.mark.parametrize("operators", SETS, ids=lambda operators: operators.name)
