@@ -160,8 +160,8 @@ class TrainingConfig:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What a block saves: all; attention and matmuls except gate_up; or its inputs only."""
     kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
-    """Operators of the model: Triton kernels, or plain PyTorch as compiled CPUs like it, or plain
-    PyTorch; auto takes Triton on CUDA, and cpu on a CPU if compiled."""
+    """Operators of the model: Triton kernels, PyTorch for compiled training on a CPU, or plain
+    PyTorch. auto takes triton on CUDA, cpu on a CPU if compiled, and reference if not."""
     attention: Literal[
         "auto",
         "flash-attn-3",
@@ -172,8 +172,8 @@ class TrainingConfig:
         "matmul",
         "reference",
     ] = "auto"
-    """Attention backend; auto measures the installed ones once and takes the fastest; on a CPU it
-    takes matmul if compiled and the context is at most 1,024."""
+    """Attention backend. auto measures those of the GPU once and takes the fastest. On a CPU it
+    takes matmul if compiled and the context is at most 1,024, and reference if not."""
     deterministic: bool = False
     """Compute the same bits in every run of this configuration; slower on CUDA."""
 
