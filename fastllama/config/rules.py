@@ -208,8 +208,7 @@ def _validate_batches(config: Config, world_size: int) -> None:
         smaller = ""
         if not rest:
             # Same updates, in smaller micro-batches.
-            fitting = [n for n in range(1, training.batch_size) if sequences % n == 0]
-            smaller = f", or set training.batch_size = {fitting[-1]}"
+            smaller = f", or set training.batch_size = {math.gcd(training.batch_size, sequences)}"
         raise ValueError(
             f"training.tokens_per_update = {training.tokens_per_update} is not a multiple of "
             f"batch_size x max_seq_len x devices = {training.batch_size} x {sequence} x "

@@ -34,6 +34,16 @@ def test_processes_without_a_micro_batch_each_are_told_the_size_that_fits() -> N
         validate(recipe, world_size=3)
 
 
+def test_a_huge_micro_batch_is_told_the_size_that_fits_at_once() -> None:
+    config = with_options(
+        training__batch_size=2**31,
+        training__tokens_per_update=2**40,
+        training__training_tokens=2**50,
+    )
+    with pytest.raises(ValueError, match=r"set training\.batch_size = 1073741824\.$"):
+        validate(config)
+
+
 RANGES = {
     "at least 1": """
         model__vocab_size model__n_embd model__n_layers model__n_heads model__n_kv_heads
@@ -139,8 +149,8 @@ def test_unrepresentable_value_is_an_error(option: str, value: Any, message: str
         ({"optimizer__min_lr": 1.0}, r"min_lr = 1\.0 is greater than optimizer\.max_lr = 0\.0003"),
         ({"training__training_tokens": 2**19}, r"warmup_iterations = 100 leaves nothing of the 1 "),
         (
-            {"training__batch_size": 3},
-            r"= 524288 is not a multiple of .* = 3 x 1024 x 1 = 3072; .*: 525312, "
+            {"training__batch_size": 6},
+            r"= 524288 is not a multiple of .* = 6 x 1024 x 1 = 6144; .*: 522240, "
             r"or set training.batch_size = 2\.",
         ),
     ],
