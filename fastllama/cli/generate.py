@@ -33,21 +33,28 @@ class GenerateOptions:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA when there is a GPU."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """What the model computes in. auto takes bfloat16 where the device is faster in it, unless the
+    run trained in float32."""
 
 
 def run(args: list[str]) -> None:
     """Print the prompt and its continuation as it is generated."""
     options = parse(GenerateOptions, args, "fastllama generate")
+    import torch
+
     from fastllama.checkpoints.state import EMA, MODEL
     from fastllama.data.encoding import prompt_loss
     from fastllama.distributed.world import choose_device
     from fastllama.inference.generate import generate_text
     from fastllama.inference.load import load_run
+    from fastllama.inference.packing import pack_weights
 
     options.sampling.validate()
     prompt = prompt_of(options)
     weights = EMA if options.ema else MODEL
-    loaded = load_run(options.run, choose_device(options.device), weights)
+    loaded = load_run(options.run, choose_device(options.device), weights, options.dtype)
+    pack_weights(loaded.model)
     loss = prompt_loss(loaded.tokenizer, prompt, loaded.end_token)
     if loss.lost:
         print(f"note: of the prompt, the tokenizer cannot represent {loss}", file=sys.stderr)
@@ -62,10 +69,12 @@ def run(args: list[str]) -> None:
         start_token=loaded.start_token,
     )
     try:
-        for piece in pieces:
-            print_result(piece, end="")
-            if stdout_fails():
-                break
+        # Each operator call is cheaper in it, and decoding on a CPU is many small calls.
+        with torch.inference_mode():
+            for piece in pieces:
+                print_result(piece, end="")
+                if stdout_fails():
+                    break
     finally:
         print()
     require_stdout()

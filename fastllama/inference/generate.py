@@ -64,8 +64,9 @@ def generate_tokens(
     cache = KVCache(len(prompt) + n_new)
     tokens = prompt
     for _ in range(n_new):
-        logits_BTV = model(torch.tensor([tokens], device=device), cache=cache)
-        token = int(agree(sample_token(logits_BTV[0, -1], sampling, generator)))
+        tokens_BT = torch.tensor([tokens], device=device)
+        logits_V = model(tokens_BT, cache=cache, last_only=True)[0, -1]
+        token = int(agree(sample_token(logits_V, sampling, generator)))
         if token < 0:
             raise SideJobFailedError(
                 "the logits are not finite: the model has diverged (use an earlier checkpoint, or "

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -21,6 +22,7 @@ from fastllama.checkpoints.reading import (
 from fastllama.checkpoints.state import MODEL, model_tensors
 from fastllama.config import Config
 from fastllama.data.tokenizer import load_tokenizer, vocabulary_size
+from fastllama.model.dtype_choice import faster_dtype
 from fastllama.model.llama import Llama
 from fastllama.planning.flops import n_parameters
 from fastllama.planning.out_of_memory import is_out_of_memory
@@ -43,10 +45,16 @@ class LoadedRun:
     """The token in front of every document, if the model was trained with one."""
 
 
-def load_run(path: Path, device: torch.device, weights: str = MODEL) -> LoadedRun:
+def load_run(
+    path: Path,
+    device: torch.device,
+    weights: str = MODEL,
+    dtype: Literal["auto", "bfloat16", "float32"] = "float32",
+) -> LoadedRun:
     """Load the newest whole checkpoint of a run folder, or one checkpoint inside it.
 
-    `weights` is `MODEL`, or `EMA` for the averaged weights. Other tensors, two thirds of a
+    `weights` is `MODEL`, or `EMA` for the averaged weights. "auto" of `dtype` is bfloat16 where the
+    device is faster in it, unless the run trained in float32. Other tensors, two thirds of a
     checkpoint or more, are neither read nor checked. A newer checkpoint that is not used is
     reported on stderr. A training may write into the folder meanwhile.
 
@@ -58,17 +66,19 @@ def load_run(path: Path, device: torch.device, weights: str = MODEL) -> LoadedRu
     run, checkpoint = locate(path)
     config = run.load_config()
     if checkpoint is None:
-        return _load_newest(run, config, device, weights)
+        return _load_newest(run, config, device, weights, dtype)
     if damage := find_damage(checkpoint, weights):
         raise ValueError(
             f"The checkpoint is damaged: {damage}; use another one of {checkpoint.parent}."
         )
     if difference := find_difference(checkpoint, model_identity(config.model)):
         raise ValueError(f"{difference}; {_remedy(run)}.")
-    return _load(run, config, checkpoint, device, weights)
+    return _load(run, config, checkpoint, device, weights, dtype)
 
 
-def _load_newest(run: RunFolder, config: Config, device: torch.device, weights: str) -> LoadedRun:
+def _load_newest(
+    run: RunFolder, config: Config, device: torch.device, weights: str, dtype: str
+) -> LoadedRun:
     for _ in range(ATTEMPTS):
         listed = complete_checkpoints(run.checkpoints)
         unusable: dict[Path, str] = {}
@@ -79,7 +89,7 @@ def _load_newest(run: RunFolder, config: Config, device: torch.device, weights: 
             )
             if checkpoint is None:
                 raise ValueError(no_checkpoint(run, unusable))
-            loaded = _load(run, config, checkpoint, device, weights)
+            loaded = _load(run, config, checkpoint, device, weights, dtype)
         except (ValueError, OSError) as error:
             failure = error
         # A training may have removed a checkpoint after it was listed.
@@ -115,7 +125,12 @@ def run_tokenizer(run: RunFolder, vocab_size: int) -> Tokenizer:
 
 
 def _load(
-    run: RunFolder, config: Config, checkpoint: Path, device: torch.device, weights: str
+    run: RunFolder,
+    config: Config,
+    checkpoint: Path,
+    device: torch.device,
+    weights: str,
+    dtype: str,
 ) -> LoadedRun:
     """Load an undamaged checkpoint with the options of `config`."""
     refuse_missing_average(checkpoint, weights)
@@ -123,7 +138,7 @@ def _load(
     end_token = read_end_token(checkpoint, config.model.vocab_size)
     start_token = read_start_token(checkpoint, config.model.vocab_size)
     try:
-        model = _build(config, device)
+        model = _build(config, device, _resolve_dtype(dtype, config, device))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -135,15 +150,24 @@ def _load(
     return LoadedRun(model.eval(), tokenizer, end_token, start_token)
 
 
-def _build(config: Config, device: torch.device) -> Llama:
+def _resolve_dtype(dtype: str, config: Config, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        dtype = "float32" if config.training.dtype == "float32" else faster_dtype(device)
+    resolved: torch.dtype = getattr(torch, dtype)
+    return resolved
+
+
+def _build(config: Config, device: torch.device, dtype: torch.dtype) -> Llama:
     """The model with uninitialized weights."""
-    with torch.device("meta"):
+    operators = REFERENCE
+    if device.type == "cuda":
         # cuDNN would build a new plan for every token, because the number of keys changes.
-        model = Llama(config.model, replace(REFERENCE, attention=attention_without_cudnn))
-    if device.type == "cuda" and config.training.dtype != "float32":
-        # Parameters only: the rotary tables stay float32.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.bfloat16()
+        operators = replace(REFERENCE, attention=attention_without_cudnn)
+    with torch.device("meta"):
+        model = Llama(config.model, operators)
+    # Parameters only: the rotary tables stay float32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
     model.tie_weights()
     model.init_rotary()

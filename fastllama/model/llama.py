@@ -20,7 +20,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn import functional as F
 
 from fastllama.config import ModelConfig
 from fastllama.model.kv_cache import KVCache
@@ -185,7 +184,7 @@ class Output(Linear):
                 main_grad=self.main_grad,
                 **(self.loss_options if self.training else {}),
             )
-        logits_BTV = F.linear(x_BTD, self.weight)
+        logits_BTV = linear(x_BTD, self.weight)
         if self.softcap is None:
             return logits_BTV
         wide_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
@@ -225,7 +224,11 @@ class Llama(nn.Module):
         self.init_rotary()
 
     def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Return the mean loss, a float32 scalar, or the logits (B, T, V) without `targets`.
 
@@ -233,6 +236,7 @@ class Llama(nn.Module):
             tokens_BT: token ids (B, T), T at most max_seq_len.
             targets_BT: the next token of each position, (B, T).
             cache: earlier positions to attend to as well; it grows by T.
+            last_only: compute only the logits of the last position, (B, 1, V).
         """
         # First, since torch.compile begins its graph behind it.
         x_BTD, stream_BTD = self.embedding(tokens_BT), None
@@ -243,7 +247,8 @@ class Llama(nn.Module):
             x_BTD, stream_BTD = block(x_BTD, stream_BTD, rotary, cache)
         if cache is not None:
             cache.length = positions.stop
-        loss_or_logits: Tensor = self.output(self.norm(x_BTD, stream_BTD), targets_BT)
+        x_BTD = self.norm(x_BTD, stream_BTD)
+        loss_or_logits: Tensor = self.output(x_BTD[:, -1:] if last_only else x_BTD, targets_BT)
         return loss_or_logits
 
     def tie_weights(self) -> None:

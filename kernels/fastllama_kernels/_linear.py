@@ -79,18 +79,43 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, None
 
 
+def can_pack(weight: Tensor) -> bool:
+    """Whether `pack_weight` takes this weight here."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    is_bfloat16 = weight.dtype == torch.bfloat16
+    return weight.dtype == torch.float32 or (
+        is_bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """A copy of `weight` (out_features, in_features) as oneDNN's matmul reads it, for `linear`.
+
+    On a CPU, `F.linear` brings the weight into this order in each call. With few rows of x, as in
+    decoding, this takes longer than the matmul. No other operator takes the copy.
+    """
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return packed
+
+
 def linear(x: Tensor, weight: Tensor, main_grad: Tensor | None = None) -> Tensor:
     """Return x @ weight^T; the backward adds the gradient of `weight` to `main_grad` if given.
 
     Args:
         x: (..., in_features), any float dtype, any device.
-        weight: (out_features, in_features), same dtype; autocast applies to both.
+        weight: (out_features, in_features), same dtype; autocast applies to both. Or the result of
+            `pack_weight`, outside of autocast and without a backward.
         main_grad: float32 sum of gradients, shaped like `weight`.
 
     Returns:
         (..., out_features).
     """
+    out: Tensor
+    if weight.is_mkldnn:
+        out = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+        return out
     if main_grad is None:
         return F.linear(x, weight)
-    out: Tensor = _Linear.apply(autocast_like_linear(x), autocast_like_linear(weight), main_grad)
+    out = _Linear.apply(autocast_like_linear(x), autocast_like_linear(weight), main_grad)
     return out

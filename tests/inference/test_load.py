@@ -15,8 +15,11 @@ from fastllama import atomic
 from fastllama.checkpoints import reading
 from fastllama.checkpoints.state import model_tensors
 from fastllama.cli import main
+from fastllama.config import Config
 from fastllama.data.tokenizer import save_tokenizer, train_tokenizer
 from fastllama.inference.load import LoadedRun, load_run
+from fastllama.model.llama import Llama
+from fastllama_kernels.attention import attention_without_cudnn
 from tests.runs import train
 from tests.workspace import Workspace
 
@@ -118,6 +121,46 @@ def test_softcap_that_the_checkpoint_lacks(run: Path) -> None:
     config.write_text(config.read_text().replace("[model]\n", "[model]\nlogit_softcap = 20.0\n"))
     with pytest.raises(ValueError, match=r"was trained with model.logit_softcap = None, not 20"):
         load_run(run, CPU)
+
+
+def test_generation_on_cuda_never_uses_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The weights stay on the meta device, since there may be no GPU.
+    monkeypatch.setattr(Llama, "to_empty", lambda model, device: model)
+    model = module._build(Config(), torch.device("cuda"), torch.bfloat16)
+    attention = {block.attention.operators.attention for block in model.blocks}
+    assert attention == {attention_without_cudnn}
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained_in", "faster", "expected"),
+    [
+        ("auto", "bfloat16", "bfloat16", torch.bfloat16),
+        ("auto", "auto", "bfloat16", torch.bfloat16),
+        ("auto", "bfloat16", "float32", torch.float32),
+        ("auto", "float32", "bfloat16", torch.float32),
+        ("float32", "bfloat16", "bfloat16", torch.float32),
+        ("bfloat16", "float32", "float32", torch.bfloat16),
+    ],
+)
+def test_dtype(
+    asked: str,
+    trained_in: str,
+    faster: str,
+    expected: torch.dtype,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = run / "config.toml"
+    text, n = re.subn(r'\ndtype = ".*"\n', f'\ndtype = "{trained_in}"\n', config.read_text())
+    assert n == 1
+    config.write_text(text)
+    monkeypatch.setattr(module, "faster_dtype", lambda device: faster)
+    loaded = load_run(run, CPU, dtype=asked)  # type: ignore[arg-type]
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {expected}
+    assert loaded.model.cos_PR.dtype == torch.float32
+    exact = load_run(run, CPU).model.state_dict()
+    for name, weight in loaded.model.state_dict().items():
+        assert torch.equal(weight, exact[name].to(expected))
 
 
 def test_dropout_may_differ(run: Path) -> None:

@@ -160,6 +160,13 @@ def test_cache_gives_the_same_logits(lengths: list[int]) -> None:
     torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens), rtol=0, atol=1e-12)
 
 
+def test_logits_of_the_last_position_only() -> None:
+    model, tokens = build(GROUPED), random_tokens(GROUPED, 2, 24)
+    last = model(tokens, cache=KVCache(24), last_only=True)
+    assert last.shape == (2, 1, GROUPED.vocab_size)
+    torch.testing.assert_close(last, model(tokens)[:, -1:], rtol=0, atol=1e-12)
+
+
 def test_model_is_causal() -> None:
     model, tokens = build(GROUPED), random_tokens(GROUPED, 1, 24)
     before = model(tokens)

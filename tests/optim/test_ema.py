@@ -83,15 +83,20 @@ def test_generation_with_either(
     train(workspace.recipe, "--run-dir", run, *EMA)
 
     def load_run(*arguments: Any) -> Any:
-        loaded.append(original(*arguments))
-        return loaded[-1]
+        found = original(*arguments)
+        # `generate` packs them.
+        loaded.append({name: w.clone() for name, w in model_tensors(found.model, "").items()})
+        return found
 
     monkeypatch.setattr(load, "load_run", load_run)
-    for flags, prefix in (([], "model."), (["--ema"], "ema.")):
+    for flags, prefix, dtype in (
+        (["--dtype", "float32"], "model.", torch.float32),
+        (["--ema", "--dtype", "bfloat16"], "ema.", torch.bfloat16),
+    ):
         main(["generate", str(run), "--prompt", "a", *flags])
         saved = tensors(run, STEP_10, prefix)
-        for name, weight in model_tensors(loaded[-1].model, "").items():
-            assert torch.equal(weight, saved[name])
+        for name, weight in loaded[-1].items():
+            assert torch.equal(weight, saved[name].to(dtype))
     train("--resume", run, "--training.ema-decay", 0, "--training.training-tokens", 11 * 256)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:

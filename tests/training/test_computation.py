@@ -9,7 +9,7 @@ import torch
 from fastllama.config import Config, TrainingConfig
 from fastllama.distributed.world import World
 from fastllama.training import computation
-from fastllama.training.computation import faster_dtype, resolve_computation
+from fastllama.training.computation import resolve_computation
 
 
 class Alone(World):
@@ -22,7 +22,7 @@ class Alone(World):
 @pytest.mark.parametrize(
     ("device", "faster", "compiler", "expected"),
     [
-        ("cuda", "float32", "", ("bfloat16", True)),
+        ("cuda", "bfloat16", "", ("bfloat16", True)),
         ("cpu", "bfloat16", "true", ("bfloat16", True)),
         ("cpu", "float32", "true", ("float32", True)),
         ("cpu", "bfloat16", "no-such-compiler", ("bfloat16", False)),
@@ -31,7 +31,7 @@ class Alone(World):
 def test_auto(
     device: str, faster: str, compiler: str, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(computation, "faster_dtype", lambda: faster)
+    monkeypatch.setattr(computation, "faster_dtype", lambda device: faster)
     monkeypatch.setenv("CXX", compiler)
     world = Alone(0, 1, torch.device(device), None)  # type: ignore[arg-type]
     config = Config(training=TrainingConfig(dtype="auto", compile="auto"))
@@ -42,15 +42,3 @@ def test_auto(
         asked = dataclasses.replace(config.training, dtype=dtype, compile=compiles)  # type: ignore[arg-type]
         asked_config = dataclasses.replace(config, training=asked)
         assert resolve_computation(asked_config, world) == asked_config
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [((2.0, 1.0), "bfloat16"), ((1.0, 0.9), "float32"), ((1, 2), "float32")],
-)
-def test_bfloat16_must_be_clearly_faster(
-    seconds: tuple[float, float], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    times = dict(zip((torch.float32, torch.bfloat16), seconds, strict=True))
-    monkeypatch.setattr(computation, "_matmul_seconds", times.__getitem__)
-    assert faster_dtype() == expected

@@ -384,7 +384,7 @@ def test_text_is_that_of_transformers(
     train(workspace.recipe, "--run-dir", run, "--model.max-seq-len", 128)
     main(["export", str(run), "--output", str(output), "--dtype", "float32"])
     capsys.readouterr()
-    options = ["--temperature", "0", "--max-new-tokens", "64"]
+    options = ["--dtype", "float32", "--temperature", "0", "--max-new-tokens", "64"]
     main(["generate", str(run), "--prompt", prompt, *options])
     ours = capsys.readouterr().out.removesuffix("\n")
     model = of_transformers(output, torch.float32)
@@ -407,7 +407,7 @@ def test_text_after_a_start_token_is_that_of_transformers(
     main(["import", str(source), "--output", str(run)])
     main(["export", str(run), "--output", str(output), "--dtype", "float32"])
     capsys.readouterr()
-    options = ["--temperature", "0", "--max-new-tokens", "64"]
+    options = ["--dtype", "float32", "--temperature", "0", "--max-new-tokens", "64"]
     main(["generate", str(run), "--prompt", "def self", *options])
     ours = capsys.readouterr().out.removesuffix("\n")
     model = of_transformers(output, torch.float32)
