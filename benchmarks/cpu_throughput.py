@@ -61,10 +61,10 @@ def matmul_rate(dtype: str) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def plain_loop(config: Config, data: Path, updates: int, *options: str) -> float:
-    """Median tokens/s of the plain loop with these options."""
+def plain_shape(config: Config) -> dict[str, int]:
+    """The shape of a recipe as plain_loop.py takes it."""
     model = config.model
-    shape = {
+    return {
         "width": model.n_embd,
         "layers": model.n_layers,
         "heads": model.n_heads,
@@ -73,8 +73,17 @@ def plain_loop(config: Config, data: Path, updates: int, *options: str) -> float
         "sequence": model.max_seq_len,
         "batch": config.sequences_per_update,
     }
+
+
+def plain_loop(config: Config, data: Path, updates: int, *options: str) -> float:
+    """Median tokens/s of the plain loop with these options."""
     script = str(ROOT / "benchmarks" / "plain_loop.py")
-    command = [sys.executable, script, str(data / "train-00000.npy"), json.dumps(shape)]
+    command = [
+        sys.executable,
+        script,
+        str(data / "train-00000.npy"),
+        json.dumps(plain_shape(config)),
+    ]
     command.append(str(updates))
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     return float(done.stdout)

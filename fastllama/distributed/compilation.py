@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from rich.console import Console
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
 
 from fastllama.config import Config
 from fastllama.distributed.world import World
@@ -45,7 +46,12 @@ def compile_model(model: Llama, config: Config) -> None:
 
     FSDP2 gathers between graphs in either case. The blocks make two graphs: one of the first block
     and one of all others. The scope "model" adds final norm and loss.
+
+    A second start takes its graphs from torch.compile's cache on disk.
     """
+    # Off by itself: PyTorch does not cache a graph with a torch.autograd.Function, which may do
+    # anything. The operators' functions are traced into the graph, and so into its key.
+    functorch.autograd_cache_allow_custom_autograd_functions = True
     for module in [model] if config.training.compile_scope == "model" else model.blocks:
         module.compile(dynamic=False)
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from fastllama.distributed import compilation
@@ -20,7 +22,7 @@ from fastllama.distributed.compilation import FIRST_UPDATE_MINUTES, CompileWatch
 from fastllama.distributed.world import World, distributed
 from fastllama.errors import SideJobFailedError
 from fastllama.model.llama import Llama
-from fastllama_kernels import REFERENCE
+from fastllama_kernels import CPU, REFERENCE
 from tests.distributed.test_world import timeouts
 from tests.runs import losses, train
 from tests.workspace import Workspace
@@ -69,6 +71,24 @@ def test_gradients_of_equal_tokens_are_added_in_a_fixed_order() -> None:
     finally:
         torch.set_num_threads(before)
         torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_second_start_takes_its_graphs_from_the_cache() -> None:
+    tokens = torch.arange(16).view(2, 8)
+    with fresh_cache():
+        for expected in ("miss", "hit"):
+            # As in a new process.
+            torch._dynamo.reset()
+            counters.clear()
+            # Its loss is a torch.autograd.Function.
+            model = Llama(dataclasses.replace(MODEL, n_layers=1), CPU)
+            model.init_weights(seed=0)
+            compile_model(model, Config(training=TrainingConfig(compile_scope="model")))
+            model(tokens, tokens).backward()
+            assert counters["aot_autograd"][f"autograd_cache_{expected}"] == 1
+            assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
+    torch._dynamo.reset()
 
 
 def test_long_first_timeout_and_report_of_late_graphs(
