@@ -49,6 +49,10 @@ def compile_model(model: Llama, config: Config) -> None:
 
     A second start takes its graphs from torch.compile's cache on disk.
     """
+    # Inductor adds the gradients of equal tokens with atomics, in the order that threads come.
+    model.embedding.forward = torch.compiler.disable(  # type: ignore[method-assign]
+        model.embedding.forward
+    )
     # Off by itself: PyTorch does not cache a graph with a torch.autograd.Function, which may do
     # anything. The operators' functions are traced into the graph, and so into its key.
     functorch.autograd_cache_allow_custom_autograd_functions = True

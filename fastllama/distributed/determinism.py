@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch._inductor import config as inductor
@@ -48,8 +49,13 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic
+    memory: Any = torch.utils.deterministic  # Its attribute is unknown to type checkers.
+    fill = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
+    # PyTorch would fill every new tensor, for code that reads memory before it writes it. No
+    # operator of ours does.
+    memory.fill_uninitialized_memory = False
     try:
         # Otherwise Inductor times kernels that sum in different orders and takes the fastest.
         with inductor.patch(deterministic=True), explained_nondeterminism():
@@ -57,6 +63,7 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.backends.cudnn.deterministic = cudnn
+        memory.fill_uninitialized_memory = fill
 
 
 @contextmanager

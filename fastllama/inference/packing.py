@@ -9,7 +9,7 @@ from fastllama_kernels import can_pack, pack_weight
 def pack_weights(model: Llama) -> None:
     """Replace the weights of projections by packed copies, where the device has them.
 
-    The model then decodes two to three times as fast on a CPU. It can neither train nor be saved.
+    The model then decodes faster on a CPU. It can neither train nor be saved.
     """
     for module in model.modules():
         if isinstance(module, Linear) and can_pack(module.weight):

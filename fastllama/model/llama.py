@@ -46,18 +46,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.main_grad)
 
 
-class Embedding(nn.Embedding):
-    """A table of vectors by token. The gradients of equal tokens are added in a fixed order.
-
-    torch.compile must not see it: Inductor adds them with atomics, in the order that threads come.
-    """
-
-    @torch.compiler.disable
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Return the vectors (B, T, D) of tokens (B, T)."""
-        return super().forward(tokens_BT)
-
-
 class Attention(nn.Module):
     """Norm, packed q, k and v, rotary positions, causal grouped-query attention, projection."""
 
@@ -211,7 +199,7 @@ class Llama(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.n_embd)
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(
             Block(config, operators, layer) for layer in range(config.n_layers)
         )
@@ -238,7 +226,7 @@ class Llama(nn.Module):
             cache: earlier positions to attend to as well; it grows by T.
             last_only: compute only the logits of the last position, (B, 1, V).
         """
-        # First, since torch.compile begins its graph behind it.
+        # First, since torch.compile leaves it out and begins its graph behind it.
         x_BTD, stream_BTD = self.embedding(tokens_BT), None
         start = 0 if cache is None else cache.length
         positions = slice(start, start + tokens_BT.shape[1])

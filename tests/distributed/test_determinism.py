@@ -25,12 +25,13 @@ def train_deterministic(workspace: Workspace, run: Path, *options: str) -> None:
     train(workspace.recipe, "--run-dir", run, *options)
 
 
-def modes() -> tuple[bool, bool, bool]:
-    """The deterministic modes of PyTorch, cuDNN and Inductor."""
+def modes() -> tuple[bool, bool, bool, bool]:
+    """The deterministic modes of PyTorch, cuDNN and Inductor; whether new tensors are filled."""
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.deterministic,
         inductor.deterministic,
+        torch.utils.deterministic.fill_uninitialized_memory,
     )
 
 
@@ -50,8 +51,8 @@ def test_runs_are_bit_identical(
     before = modes()
     for name in ("one", "two"):
         train_deterministic(workspace, tmp_path / name)
-    assert during == {(True, True, True)}
-    assert modes() == before == (False, False, False)
+    assert during == {(True, True, True, False)}
+    assert modes() == before == (False, False, False, True)
     assert os.environ[WORKSPACE] == ":4096:8"
     one, two = (
         load_file(path)
@@ -89,7 +90,7 @@ def test_error_names_nondeterministic_operator(
     message = capsys.readouterr().err
     assert "The operator put_ has no deterministic implementation on this device" in message
     assert "--training.deterministic false" in message
-    assert modes() == (False, False, False)
+    assert modes() == (False, False, False, True)
 
 
 def test_nondeterministic_cublas_workspace_is_an_error(

@@ -4,6 +4,8 @@ import itertools
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,12 @@ def test_softcap_that_the_checkpoint_lacks(run: Path) -> None:
     config.write_text(config.read_text().replace("[model]\n", "[model]\nlogit_softcap = 20.0\n"))
     with pytest.raises(ValueError, match=r"was trained with model.logit_softcap = None, not 20"):
         load_run(run, CPU)
+
+
+def test_generation_starts_without_the_compiler() -> None:
+    # Importing PyTorch's compiler takes longer than loading a small model.
+    code = "import sys, fastllama.inference.load; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_generation_on_cuda_never_uses_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
