@@ -41,9 +41,19 @@ class Linear(nn.Linear):
         """Float32 sum of the weight's gradients over micro-batches, while there is one."""
         return None if self.main_grad_of is None else self.main_grad_of()
 
+    def reset_parameters(self) -> None:
+        """Leave the weight empty, as `Llama` does. PyTorch's own would import its compiler."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight^T."""
         return linear(x, self.weight, self.main_grad)
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors by token."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weight empty, as `Llama` does. PyTorch's own would import its compiler."""
 
 
 class Attention(nn.Module):
@@ -199,7 +209,7 @@ class Llama(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(
             Block(config, operators, layer) for layer in range(config.n_layers)
         )
