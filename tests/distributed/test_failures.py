@@ -65,7 +65,14 @@ DEATHS = {
 """How rank 2 dies, the beginning of the first error, and the exit code that torchrun shows."""
 
 
-@pytest.mark.parametrize(("how", "first_error", "code"), DEATHS.values(), ids=list(DEATHS))
+# The first two stand for the others in `make test`: a rank that can speak, and one that cannot.
+@pytest.mark.parametrize(
+    ("how", "first_error", "code"),
+    [
+        pytest.param(*death, id=name, marks=[pytest.mark.slow] if number > 1 else [])
+        for number, (name, death) in enumerate(DEATHS.items())
+    ],
+)
 def test_culprit_speaks_first_and_all_end(
     how: str, first_error: str, code: str, workspace: Workspace, tmp_path: Path
 ) -> None:

@@ -101,7 +101,11 @@ def single(workspace: Workspace) -> dict[str, Any]:
         return train(workspace.recipe, world, Case())
 
 
-@pytest.mark.parametrize("n_processes", CASES)
+# Two processes show in `make test` what four show on other meshes.
+@pytest.mark.parametrize(
+    "n_processes",
+    [pytest.param(n, marks=[pytest.mark.slow] if n > 2 else []) for n in CASES],
+)
 def test_meshes_agree_with_one_process(
     n_processes: int, workspace: Workspace, single: dict[str, Any]
 ) -> None:
