@@ -88,20 +88,20 @@ print(tokenizer.decode(tokens[0]))
 def seconds(command: list[str], until: str = "", **environment: str) -> float:
     """How long a process runs, or how soon it prints a line with `until`. Then it may end."""
     began = time.perf_counter()
-    process = subprocess.Popen(
+    printed, found = [], None
+    with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | environment,
-    )
-    assert process.stdout is not None
-    printed, found = [], None
-    for line in process.stdout:
-        printed.append(line)
-        if until and until in line and found is None:
-            found = time.perf_counter() - began
-    if process.wait() or (until and found is None):
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            printed.append(line)
+            if until and until in line and found is None:
+                found = time.perf_counter() - began
+    if process.returncode or (until and found is None):
         raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(printed)}")
     return found or time.perf_counter() - began
 
