@@ -127,7 +127,13 @@ def test_softcap_that_the_checkpoint_lacks(run: Path) -> None:
 
 def test_generation_starts_without_the_compiler() -> None:
     # Importing PyTorch's compiler takes longer than loading a small model.
-    code = "import sys, fastllama.inference.load; sys.exit('torch._dynamo' in sys.modules)"
+    code = """
+import sys, torch
+from fastllama.config import Config
+from fastllama.inference.load import _build
+_build(Config(), torch.device("meta"), torch.float32)
+sys.exit("torch._dynamo" in sys.modules)
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
