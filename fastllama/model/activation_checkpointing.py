@@ -57,10 +57,11 @@ class CheckpointedBlock(Block):
         stream_BTD: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Run both branches, as `Block.forward` does."""
         outputs: tuple[Tensor, Tensor] = checkpoint(
-            super().forward, x_BTD, stream_BTD, rotary, cache, **self.checkpoint_options
+            super().forward, x_BTD, stream_BTD, rotary, cache, last_only, **self.checkpoint_options
         )
         return outputs
 

@@ -76,6 +76,7 @@ class Attention(nn.Module):
         stream_BTD: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Add `x` to the residual stream and attend; return (this branch's output, the stream)."""
         qkv_BTE, stream_BTD = self.operators.add_rms_norm_linear(
@@ -91,6 +92,8 @@ class Attention(nn.Module):
         )
         if cache is not None:
             k_BSGK, v_BSGK = cache.extend(self.layer, k_BSGK, v_BSGK)
+        if last_only:
+            q_BTHK, stream_BTD = q_BTHK[:, -1:], stream_BTD[:, -1:]
         out_BTHK = self.operators.attention(q_BTHK, k_BSGK, v_BSGK)
         return self.dropout(self.output(out_BTHK.flatten(2))), stream_BTD
 
@@ -138,12 +141,14 @@ class Block(nn.Module):
         stream_BTD: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Run both branches; return (output to add, stream), (B, T, D) each.
 
-        `rotary` is (cos, sin), (T, R) each. The first block gets no stream: `x` becomes it.
+        `rotary` is (cos, sin), (T, R) each. The first block gets no stream: `x` becomes it. With
+        `last_only` the results are those of the last position, (B, 1, D).
         """
-        x_BTD, stream_BTD = self.attention(x_BTD, stream_BTD, rotary, cache)
+        x_BTD, stream_BTD = self.attention(x_BTD, stream_BTD, rotary, cache, last_only)
         x_BTD, stream_BTD = self.mlp(x_BTD, stream_BTD)
         return x_BTD, stream_BTD
 
@@ -241,12 +246,14 @@ class Llama(nn.Module):
         start = 0 if cache is None else cache.length
         positions = slice(start, start + tokens_BT.shape[1])
         rotary = self.cos_PR[positions], self.sin_PR[positions]
-        for block in self.blocks:
-            x_BTD, stream_BTD = block(x_BTD, stream_BTD, rotary, cache)
+        for layer, block in enumerate(self.blocks, start=1):
+            # Of the last block, no other position is read again.
+            last = last_only and layer == len(self.blocks)
+            x_BTD, stream_BTD = block(x_BTD, stream_BTD, rotary, cache, last)
         if cache is not None:
             cache.length = positions.stop
         x_BTD = self.norm(x_BTD, stream_BTD)
-        loss_or_logits: Tensor = self.output(x_BTD[:, -1:] if last_only else x_BTD, targets_BT)
+        loss_or_logits: Tensor = self.output(x_BTD, targets_BT)
         return loss_or_logits
 
     def tie_weights(self) -> None:

@@ -100,8 +100,9 @@ def test_prompt_at_once_and_then_one_query_at_a_time(
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recording_sdpa)
     list(generate_tokens(model, [5, 6, 7], Sampling(3, temperature=0), end_token=-1))
-    # Both layers attend to the prompt, then one query at a time to all keys so far.
-    assert lengths[::2] == lengths[1::2] == [(3, 3), (1, 4), (1, 5)]
+    # The prompt at once, of which the last layer needs one query; then one at a time to all keys.
+    assert lengths[::2] == [(3, 3), (1, 4), (1, 5)]
+    assert lengths[1::2] == [(1, 3), (1, 4), (1, 5)]
 
 
 def test_generation_applies_the_softcap_of_the_run(
