@@ -2,12 +2,13 @@
 
 PYTHON ?= python3
 VENV := .venv
+CUDA_VENV := .venv-cuda
 BIN := $(VENV)/bin
 CORPUS := data/python-stdlib
 # A larger model where there is a GPU.
 RECIPE ?= configs/quickstart$(if $(shell nvidia-smi -L 2>/dev/null),-gpu).toml
 
-.PHONY: train test test-all faults fuzz lint bench clean
+.PHONY: train test test-all faults fuzz lint bench cuda-rehearsal clean
 .DELETE_ON_ERROR:
 
 train: $(CORPUS)/manifest.json
@@ -40,9 +41,21 @@ bench: $(CORPUS)/manifest.json
 	$(BIN)/python benchmarks/cpu_profile.py
 	$(BIN)/python benchmarks/cpu_throughput.py
 
+# The CUDA step on a machine without a GPU: docs/rehearsal.md. Needs gcc and binutils.
+cuda-rehearsal: $(CUDA_VENV)/installed
+	$(CUDA_VENV)/bin/python -m benchmarks.rehearsal $(if $(UPDATE),--update)
+
+# The wheel of PyPI is the CUDA build. Its version is this one because budgets count its kernels.
+$(CUDA_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	grep -Ev '^(torch|triton)==' constraints.txt > $(CUDA_VENV)/constraints.txt
+	$(CUDA_VENV)/bin/python -m pip install --quiet --constraint $(CUDA_VENV)/constraints.txt \
+		torch==2.14.1 --editable .
+	touch $@
+
 # What these rules made. Never runs, or data of the user's own: both may have taken weeks.
 clean:
-	rm -rf $(VENV) $(CORPUS) $(CORPUS).jsonl $(CORPUS)-tokenizer.json
+	rm -rf $(VENV) $(CUDA_VENV) $(CORPUS) $(CORPUS).jsonl $(CORPUS)-tokenizer.json
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

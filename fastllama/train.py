@@ -58,7 +58,8 @@ def train_step(
         torch.manual_seed(zlib.crc32(f"{config.training.seed} {step} {world.rank}".encode()))
     # Each rank fills a place of its own, so that the mean of all is what each has filled.
     seconds = torch.zeros(world.size, device=world.device)
-    seconds[world.rank] = world.size * world.collectives.lap()
+    # Assigned by index, the number would be copied to the device, and the host would wait.
+    seconds[world.rank].fill_(world.size * world.collectives.lap())
     n_micro_batches = config.accumulation_steps(world.size)
     loss = torch.zeros((), device=world.device)
     if sums_in_matmuls(config, world):

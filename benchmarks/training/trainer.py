@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.training.job import Budget, Job, Trained
 from fastllama.checkpoints.state import TrainState
 from fastllama.config import Config
+from fastllama.data.loader import BatchLoader
 from fastllama.distributed.compilation import CompileWatch
 from fastllama.distributed.world import World
 from fastllama.logs.rows import read_rows
@@ -83,13 +84,19 @@ def train_fastllama(job: Job) -> Trained:
 
 
 @contextmanager
-def trainer_step(config: Config) -> Iterator[tuple[Callable[[], Tensor], World]]:
-    """Yield a function that runs the next update of a fresh run of `config`, and its world."""
+def open_training(config: Config) -> Iterator[tuple[Session, TrainState, BatchLoader]]:
+    """Set up a fresh run of `config`: what `train_step` takes."""
     with ExitStack() as stack:
         run = RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         console = Console(quiet=True)
         session = stack.enter_context(open_session(config, run, console, resume=False))
         operators, _ = choose_operators(session)
         state = build_state(session, find_start(session), operators)
-        loader = stack.enter_context(open_loader(session, state))
+        yield session, state, stack.enter_context(open_loader(session, state))
+
+
+@contextmanager
+def trainer_step(config: Config) -> Iterator[tuple[Callable[[], Tensor], World]]:
+    """Yield a function that runs the next update of a fresh run of `config`, and its world."""
+    with open_training(config) as (session, state, loader):
         yield lambda: train_step(session, state, loader, StopSignal()), session.world

@@ -13,8 +13,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fastllama.config import Config
 from fastllama.distributed.collective_clock import CollectiveClock
@@ -23,6 +23,11 @@ from fastllama.errors import TrainingFailedError
 from fastllama.printable import one_line
 
 Result = TypeVar("Result")
+
+# Public since PyTorch 2.14, where the older name prints a warning.
+_set_timeout: Callable[[timedelta, dist.ProcessGroup | None], None] = (
+    getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class World:
         # Otherwise one process could wait under the new timeout and another under the old one.
         dist.barrier()
         for group in (dist.group.WORLD, *self.mesh.get_all_groups()):
-            _set_pg_timeout(timedelta(minutes=minutes), group)
+            _set_timeout(timedelta(minutes=minutes), group)
 
 
 def world_size() -> int:

@@ -28,7 +28,7 @@ def validation_loss(model: nn.Module, stream: TokenStream, config: Config, world
     wanted = max(1, config.training.eval_tokens // seq_len)
     n_sequences = min(wanted, stream.n_sequences(seq_len))
     failure = ""
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     batch = torch.empty(2, batch_size, seq_len, dtype=torch.int64)
     model.eval()
     for first in range(0, n_sequences, batch_size * world.size):
@@ -41,18 +41,15 @@ def validation_loss(model: nn.Module, stream: TokenStream, config: Config, world
             batch.zero_()
         inputs, targets = batch.to(world.device)
         loss = model(inputs, targets)
-        n_tokens = len(rows) * seq_len
-        sums[0] += loss.double() * n_tokens
-        sums[1] += n_tokens
+        sums[0] += loss.double() * (len(rows) * seq_len)
     model.train()
-    sums[2] = bool(failure)
-    loss_sum, token_sum, failed = world.mean(sums).tolist()
+    sums[1] = bool(failure)
+    loss_sum, failed = (world.size * mean for mean in world.mean(sums).tolist())
     if failed:
         raise SideJobFailedError(
-            f"{round(failed * world.size)} of {world.size} ranks cannot read the held-out "
-            f"text{failure}"
+            f"{round(failed)} of {world.size} ranks cannot read the held-out text{failure}"
         )
-    return loss_sum / token_sum
+    return loss_sum / (n_sequences * seq_len)
 
 
 def bits_per_byte(loss: float, dataset: Dataset) -> float:

@@ -33,7 +33,9 @@ def checkpoint_activations(model: Llama, config: Config) -> None:
     }
     policy: Callable[..., CheckpointPolicy] | None = None
     if mode == "selective":
-        policy = partial(save_expensive_ops, 2 * config.model.ffn_width)
+        policy = partial(
+            save_expensive_ops, recomputed_widths(config), config.training.compile is True
+        )
     elif config.training.compile:
         policy = save_nothing
     if policy is not None:
@@ -75,13 +77,33 @@ def save_nothing(*operation: Any, **options: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_RECOMPUTE
 
 
+def recomputed_widths(config: Config) -> frozenset[int]:
+    """Widths of the projections that "selective" recomputes: gate_up, and compiled also qkv.
+
+    Compiled, the rotated qkv is saved and not the projection before it: the compiler removes
+    mutations before it decides what to save, and would copy a projection that is saved and then
+    rotated in place. In eager mode the block runs again without the saved operators, so it would
+    multiply for a projection whose rotation is saved.
+    """
+    model = config.model
+    widths = {2 * model.ffn_width}
+    if config.training.compile:
+        widths.add((model.n_heads + 2 * model.kv_heads) * model.head_width)
+    return frozenset(widths)
+
+
 MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
 def save_expensive_ops(
-    gate_up_width: int, context: Any, operator: Any, *arguments: Any, **options: Any
+    recomputed: frozenset[int],
+    saves_rope: bool,
+    context: Any,
+    operator: Any,
+    *arguments: Any,
+    **options: Any,
 ) -> CheckpointPolicy:
-    """Save attention and every matmul except gate_up; recompute the rest.
+    """Save attention, matmuls unless their width is in `recomputed`, and perhaps rope.
 
     The cost of recomputing a result, in FLOPs for each byte of bfloat16 that saving it takes:
 
@@ -101,7 +123,7 @@ def save_expensive_ops(
     """
     name = operator.name()
     if operator in MATMULS:
-        is_gate_up = arguments[-1].shape[-1] == gate_up_width
-        return CheckpointPolicy.PREFER_RECOMPUTE if is_gate_up else CheckpointPolicy.MUST_SAVE
-    is_attention = "attention" in name or "attn" in name
-    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+        keep = arguments[-1].shape[-1] not in recomputed
+    else:
+        keep = "attention" in name or "attn" in name or (saves_rope and "rope" in name)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -126,6 +126,7 @@ def activation_bytes(config: Config, checkpointing: str) -> int:
     | attention.output |             | D b         |       |
     | gate_up          | I b         |             |       |
     | rstd             | 8           |             |       |
+    | dropout masks    | 2 D         |             |       |
     """
     model, compute = config.model, _BYTES[config.training.dtype]
     saved = 2 * model.n_embd * compute
@@ -135,7 +136,8 @@ def activation_bytes(config: Config, checkpointing: str) -> int:
     saved += (qkv_width + model.attention_width) * compute + 4 * model.n_heads
     if checkpointing == "selective":
         return saved + model.n_embd * compute
-    return saved + 2 * model.ffn_width * compute + 8
+    masks = 2 * model.n_embd if model.dropout else 0
+    return saved + 2 * model.ffn_width * compute + 8 + masks
 
 
 def _loss_bytes(config: Config) -> int:
@@ -166,6 +168,9 @@ def _block_bytes(config: Config) -> int:
     recomputed = activation_bytes(config, "none") - activation_bytes(
         config, training.activation_checkpointing
     )
+    if training.activation_checkpointing == "full" and training.compile is False:
+        # In eager mode the block that is run again has its output as well.
+        recomputed += model.n_embd * compute
     # Gradients of gate_up (2F) and of silu(gate) * up (F), and silu(gate) * up recomputed (F).
     in_flight = 4 * model.ffn_width * compute
     n_output, n_block = model.vocab_size * model.n_embd, n_block_parameters(model)

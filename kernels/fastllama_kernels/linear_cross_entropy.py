@@ -20,9 +20,11 @@ Source: the chunks of Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -74,6 +76,47 @@ def chunk_length(n_tokens: int, vocab_size: int, bytes_per_logit: int) -> int:
     while length > 2_048 and length * vocab_size * bytes_per_logit > 2**30:
         length //= 2
     return max(1, min(n_tokens, length))
+
+
+@triton.jit
+def _scaled_kernel(x_ptr, scale_ptr, out_ptr, n, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    value = tl.load(x_ptr + offsets, mask).to(tl.float32) * tl.load(scale_ptr)
+    if ADDS:
+        value += tl.load(out_ptr + offsets, mask)
+    tl.store(out_ptr + offsets, value.to(out_ptr.dtype.element_ty), mask)
+
+
+def _launch_scaled(x: Tensor, scale: Tensor, out: Tensor, *, adds: bool) -> None:
+    block = 4_096
+    if x.numel():
+        _scaled_kernel[(triton.cdiv(x.numel(), block),)](
+            x.contiguous(), scale, out, x.numel(), ADDS=adds, BLOCK=block, num_warps=8
+        )
+
+
+def _scaled_fake(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@register("scaled(Tensor x, Tensor scale, ScalarType dtype) -> Tensor", _scaled_fake)
+def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return contiguous x * scale in `dtype`: computed in float32, rounded once; `scale` is ()."""
+    # PyTorch would compute the offset of each element, and look up its dtype, in a slower kernel.
+    out = _scaled_fake(x, scale, dtype)
+    _launch_scaled(x, scale, out, adds=False)
+    return out
+
+
+def _add_scaled_fake(total: Tensor, x: Tensor, scale: Tensor) -> None:
+    pass
+
+
+@register("add_scaled_(Tensor(a!) total, Tensor x, Tensor scale) -> ()", _add_scaled_fake)
+def add_scaled_(total: Tensor, x: Tensor, scale: Tensor) -> None:
+    """Add x * scale to contiguous float32 `total`; `scale` is ()."""
+    _launch_scaled(x, scale, total, adds=True)
 
 
 def _fwd_fake(
@@ -216,13 +259,36 @@ def _loss_and_gradient(
     return loss.where(valid, 0).squeeze(-1), gradient.where(valid, 0).to(logits.dtype)
 
 
+def _plain_scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scaled` in plain PyTorch, in any float dtype."""
+    # PyTorch would round a 0-dim scale to the dtype of x before multiplying.
+    return torch.mul(x, scale.reshape(1), out=torch.empty_like(x, dtype=dtype))
+
+
+def _plain_add_scaled(total: Tensor, x: Tensor, scale: Tensor) -> None:
+    """`add_scaled_` in plain PyTorch, in any float dtype."""
+    total.addcmul_(x, scale)
+
+
+class _Steps(NamedTuple):
+    """What `_LinearCrossEntropy` runs: kernels, or plain PyTorch."""
+
+    fwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    add_scaled: Callable[[Tensor, Tensor, Tensor], None]
+
+
+_KERNELS = _Steps(linear_cross_entropy_fwd, scaled, add_scaled_)
+_PLAIN = _Steps(_cpu_fwd, _plain_scaled, _plain_add_scaled)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the loss and its gradients in the forward; the backward scales the gradients."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        fwd: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        steps: _Steps,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
@@ -232,9 +298,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_dweight: bool,
         *options: float,
     ) -> Tensor:
-        losses, dhidden, dweight = fwd(
+        losses, dhidden, dweight = steps.fwd(
             hidden, weight, targets, *options, need_dhidden, need_dweight
         )
+        ctx.steps = steps
         ctx.save_for_backward(dhidden, dweight, n_valid, main_grad)
         ctx.weight_dtype = weight.dtype
         return losses.sum() / n_valid
@@ -246,20 +313,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = dloss / n_valid
         _, needs_dhidden, needs_dweight = ctx.needs_input_grad[:3]
         if needs_dweight and main_grad is not None:
-            main_grad.addcmul_(dweight, scale)
+            ctx.steps.add_scaled(main_grad, dweight, scale)
             needs_dweight = False
         return (
             None,
-            _scaled(dhidden, scale, dhidden.dtype) if needs_dhidden else None,
-            _scaled(dweight, scale, ctx.weight_dtype) if needs_dweight else None,
+            ctx.steps.scaled(dhidden, scale, dhidden.dtype) if needs_dhidden else None,
+            ctx.steps.scaled(dweight, scale, ctx.weight_dtype) if needs_dweight else None,
             *(None for _ in ctx.needs_input_grad[3:]),
         )
-
-
-def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x * scale in `dtype`, computed in float32, rounded once, in one pass."""
-    # PyTorch would round a 0-dim scale to the dtype of x before multiplying.
-    return torch.mul(x, scale.reshape(1), out=torch.empty_like(x, dtype=dtype))
 
 
 def linear_cross_entropy(
@@ -287,8 +348,8 @@ def linear_cross_entropy(
         z_loss: factor of lse squared.
         softcap: bound on the magnitude of the logits; None means no bound.
         reduction: "mean", over rows not ignored, or "sum".
-        main_grad: float32 (V, D); the backward adds the gradient of `weight_VD` to it and returns
-            none to autograd.
+        main_grad: contiguous float32 (V, D); the backward adds the gradient of `weight_VD` to it
+            and returns none to autograd.
 
     Returns:
         The loss, a float32 scalar.
@@ -300,7 +361,7 @@ def linear_cross_entropy(
     hidden, weight_VD = autocast_like_linear(hidden), autocast_like_linear(weight_VD)
     check_kernel_dtypes(hidden=hidden)
     return _apply(
-        linear_cross_entropy_fwd,
+        _KERNELS,
         hidden,
         weight_VD,
         targets,
@@ -330,7 +391,7 @@ def linear_cross_entropy_cpu(
     Any device and float dtype; the loss of float64 is float64.
     """
     return _apply(
-        _cpu_fwd,
+        _PLAIN,
         autocast_like_linear(hidden),
         autocast_like_linear(weight_VD),
         targets,
@@ -344,7 +405,7 @@ def linear_cross_entropy_cpu(
 
 
 def _apply(
-    fwd: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    steps: _Steps,
     hidden: Tensor,
     weight_VD: Tensor,
     targets: Tensor,
@@ -361,7 +422,7 @@ def _apply(
     n_valid = (targets_N.long() != ignore_index).sum().clamp(min=1)
     grad = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
-        fwd,
+        steps,
         hidden.reshape(-1, hidden.shape[-1]),
         weight_VD,
         targets_N,

@@ -454,6 +454,7 @@ def test_mutations_are_declared() -> None:
         "fastllama::accumulate_matmul_": ["total"],
         "fastllama::cross_entropy_gradient_fwd_": ["logits"],
         "fastllama::scale_": ["x"],
+        "fastllama::add_scaled_": ["total"],
     }
 
 

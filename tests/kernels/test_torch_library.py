@@ -77,6 +77,10 @@ def cross_entropy(n_rows: int, dtype: torch.dtype) -> Calls:
         ],
         "cross_entropy_bwd": [(per_row, per_row, logits, targets, per_row, *LOSS_OPTIONS)],
         "scale_": [(logits, per_row), (logits, torch.tensor(0.5, device=DEVICE))],
+        "scaled": [
+            (hidden, torch.tensor(0.5, device=DEVICE), wanted) for wanted in (dtype, torch.float32)
+        ],
+        "add_scaled_": [(numbers(V, D), weight, torch.tensor(0.5, device=DEVICE))],
         "linear_cross_entropy_fwd": [
             (hidden, weight, targets, *LOSS_OPTIONS, need_dhidden, need_dweight)
             for need_dhidden in (True, False)

@@ -255,7 +255,7 @@ CASES = {
             64,
             model={"n_layers": 8},
             parallel={"reshard_after_forward": True},
-            training={"activation_checkpointing": "full", "batch_size": 4},
+            training={"activation_checkpointing": "full", "batch_size": 4, "compile": False},
         ),
     ),
 }
@@ -291,6 +291,14 @@ def test_activation_bytes_of_1b_block() -> None:
     # As measured by tests/kernels/test_activation_memory.py.
     config = load_recipe(RECIPE.with_name("llama-1b.toml"))
     assert activation_bytes(config, "none") == 47_240
+
+
+def test_dropout_saves_its_masks() -> None:
+    # One byte an element on a GPU, for both branches. On a CPU a mask has the dtype of its input.
+    config = recipe(64, model={"dropout": 0.1})
+    without = recipe(64)
+    for mode, masks in (("none", 2 * config.model.n_embd), ("selective", 0), ("full", 0)):
+        assert activation_bytes(config, mode) - activation_bytes(without, mode) == masks
 
 
 def test_one_device_sends_nothing() -> None:

@@ -1,0 +1,76 @@
+"""What is rehearsed: a recipe, a number of ranks, and options; and what a process measures."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training.workload import workload
+from fastllama.config import Config, load_recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = ("quickstart-gpu", "llama-100m", "llama-1b", "llama-3.2-1b", "llama-3.1-8b")
+MICRO_BATCHES = 2
+"""Of an update: the first and the last differ, and any between them are like the first."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One update that is rehearsed."""
+
+    recipe: str
+    ranks: int
+    compiled: bool
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options that differ from the recipe, as `training.dtype`."""
+    mistake: str = ""
+    """A mistake of `mistakes.py` to make on purpose."""
+    whole_update: bool = False
+    """Whether an update has as many tokens as in the recipe, not two micro-batches."""
+
+    @property
+    def name(self) -> str:
+        """The case in a few words; the key of its budget."""
+        words = [f"{self.ranks} rank{'s' if self.ranks > 1 else ''}"]
+        words.append("compiled" if self.compiled else "eager")
+        words += [
+            f"{key.partition('.')[2]} {str(value).lower()}" for key, value in self.options.items()
+        ]
+        return ", ".join(words)
+
+    def config(self) -> Config:
+        """The recipe with the case's options, and two micro-batches an update."""
+        config = load_recipe(CONFIGS / f"{self.recipe}.toml")
+        options = {"training.attention": "flash", "training.compile": self.compiled} | self.options
+        for key, value in options.items():
+            section, _, name = key.partition(".")
+            changed = replace(getattr(config, section), **{name: value})
+            config = replace(config, **{section: changed})
+        tokens = config.training.tokens_per_update
+        if not self.whole_update:
+            tokens = (
+                MICRO_BATCHES * config.training.batch_size * self.ranks * config.model.max_seq_len
+            )
+        dropout = config.model.dropout
+        config = workload(config, tokens)
+        model = replace(config.model, dropout=dropout)
+        training = replace(config.training, device="cuda")
+        return replace(config, model=model, training=training)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What PyTorch says of an update, beside the log of the device."""
+
+    host_s: float
+    """Seconds in which the host launched it."""
+    peak_bytes: int
+    """Most bytes of tensors at once."""
+    reserved_bytes: int
+    """Most bytes that the allocator took from the device."""
+    allocator_retries: int
+    planned_bytes: int
+    """The sum of `plan_memory`."""
+    config: dict[str, Any]
+    """The options of the run, with every "auto" resolved: `Config.to_dict`."""
+    streams: dict[str, str]
+    """Names of streams, by address."""
