@@ -15,16 +15,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Operator = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
-def assert_as_exact_as(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
+def assert_as_exact_as(
+    actual: Tensor, plain: Tensor, truth: Tensor, computed_in: torch.dtype | None = None
+) -> None:
     """Require max|actual - truth| <= 2 max|plain - truth| + 4 eps max|truth|, truth in float64.
 
-    The factor 2 allows for another order of roundings. The 4 eps, of the dtype of `actual`,
-    cover the cases where plain PyTorch happens to make no error.
+    The factor 2 allows for another order of roundings. The 4 eps cover the cases where plain
+    PyTorch happens to make no error. They are of `computed_in`, the dtype of autocast, or of
+    `actual`.
     """
     assert truth.dtype == torch.float64
     assert (actual.dtype, actual.shape) == (plain.dtype, truth.shape)
     error, allowed = ((x.double() - truth).abs().max() for x in (actual, plain))
-    bound = 2 * allowed + 4 * torch.finfo(actual.dtype).eps * truth.abs().max()
+    bound = 2 * allowed + 4 * torch.finfo(computed_in or actual.dtype).eps * truth.abs().max()
     # Written so that NaN fails.
     assert error <= bound, f"error {error:.3e}, at most {bound:.3e} allowed"
 
@@ -44,7 +47,11 @@ def assert_rounded_once(actual: Tensor, truth: Tensor, magnitude: float = 1.0) -
 
 
 def assert_operator_as_exact_as(
-    operator: Operator, plain: Operator, truth: Operator, inputs: Sequence[Tensor]
+    operator: Operator,
+    plain: Operator,
+    truth: Operator,
+    inputs: Sequence[Tensor],
+    computed_in: torch.dtype | None = None,
 ) -> None:
     """Apply `assert_as_exact_as` to every output of `operator` and to the gradients of `inputs`.
 
@@ -57,7 +64,7 @@ def assert_operator_as_exact_as(
         outputs_and_gradients(truth, wide),
     )
     for results in zip(*runs, strict=True):
-        assert_as_exact_as(*results)
+        assert_as_exact_as(*results, computed_in)
 
 
 def outputs_and_gradients(operator: Operator, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -36,6 +36,8 @@ class Call:
     """Which thread of the host asked for it."""
     stream: str
     values: dict[str, str]
+    declaration: str = ""
+    """The whole declaration of a C++ kernel, with its template."""
 
     def number(self, key: str) -> int:
         """A value as an integer."""
@@ -76,7 +78,8 @@ def read_log(path: Path) -> list[Call]:
     """
     lines = [line.split("\t") for line in path.read_text().splitlines()]
     mangled = sorted({name for kind, name, *_ in lines if kind == "kernel"})
-    names = dict(zip(mangled, map(short_name, demangle(mangled)), strict=True))
+    declarations = dict(zip(mangled, demangle(mangled), strict=True))
+    names = {name: short_name(text) for name, text in declarations.items()}
     return [
         Call(
             kind,
@@ -84,6 +87,7 @@ def read_log(path: Path) -> list[Call]:
             thread,
             stream,
             dict(value.split("=", 1) for value in values.split()),
+            declarations.get(name, "") if kind == "kernel" else "",
         )
         for kind, name, thread, stream, values in lines
     ]

@@ -1,11 +1,15 @@
-"""Fixtures of the kernel tests: one thread, and memory that holds NaN until it is written."""
+"""Fixtures of the kernel tests: one thread, rounding, memory that holds NaN until it is written."""
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 # More elements than a block, so that a write out of bounds lands in the fence.
 FENCE = 40_000
@@ -18,6 +22,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rounded_bfloat16() -> None:
+    """Round to bfloat16 as a GPU does, where Triton's interpreter would truncate."""
+    cast = InterpreterBuilder.cast_impl
+
+    def rounding_cast(builder: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(builder, source, target)
+        rounded = torch.from_numpy(np.asarray(source.data)).bfloat16()
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
+    InterpreterBuilder.cast_impl = rounding_cast
 
 
 @pytest.fixture

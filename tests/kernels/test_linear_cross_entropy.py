@@ -358,7 +358,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return results
 
     module = sys.modules["fastllama_kernels.linear_cross_entropy"]
-    monkeypatch.setattr(module, "linear_cross_entropy_fwd", launch)
+    monkeypatch.setattr(module, "_KERNELS", module._KERNELS._replace(fwd=launch))
     return sizes
 
 
@@ -423,6 +423,7 @@ def test_autocast_of_mixed_dtypes(
         under_autocast(linear_cross_entropy_reference),
         lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, TARGETS),
         inputs,
+        computed_in=torch.bfloat16,
     )
 
 
