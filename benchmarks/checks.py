@@ -4,10 +4,13 @@
   the same rule as in the tests.
 - An update of the trainer never waits for the device, compiles without graph breaks, and is not
   recompiled.
+- It launches the kernels that were counted on the null device, without a GPU.
 """
 
 import dataclasses
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,12 @@ from torch._dynamo.utils import counters
 from benchmarks.conditions import default_device, has_gpu
 from benchmarks.operators.case import Operator
 from benchmarks.operators.measure import BENCHMARKS, CONFIGS, ERROR_TOKENS
+from benchmarks.rehearsal.budgets import read_budget
+from benchmarks.rehearsal.case import Case
+from benchmarks.rehearsal.checks import launches as differing_launches
+from benchmarks.rehearsal.log import short_name
 from benchmarks.results import Check
+from benchmarks.step_profile import Launch, operator_class, profile_updates
 from benchmarks.training.trainer import trainer_step
 from benchmarks.training.workload import with_synthetic_data, workload
 from fastllama.config import Config, ModelConfig, load_recipe
@@ -122,6 +130,34 @@ def step_checks(config: Config) -> Iterator[Check]:
     whole = breaks == 0 and (compiled > 0 or not config.training.compile)
     yield Check("no graph is broken", whole, f"{breaks} breaks in {compiled} graphs")
     yield Check("nothing is compiled again", again == 0, f"{again} graphs after the second update")
+
+
+def launch_check(recipe: str) -> Check:
+    """Compare the kernels of a compiled update with the budget of `recipe`; needs a GPU."""
+    case = Case(recipe, 1, compiled=True)
+    with tempfile.TemporaryDirectory() as folder:
+        config = with_synthetic_data(case.config(), Path(folder) / "data")
+        with trainer_step(config) as (step, world):
+            step()
+            found, _ = profile_updates(step, 1, world.device)
+    differences = launch_differences(found, read_budget(recipe)[case.name])
+    return Check(f"launches of {recipe}", not differences, "; ".join(differences))
+
+
+def launch_differences(found: Sequence[Launch], budget: dict[str, int]) -> list[str]:
+    """Where the kernels of a profile differ from a budget.
+
+    Copies and matmuls are left out: the device has other names for copies, and cuBLAS chooses the
+    kernels of a matmul.
+    """
+    other = r"matmul |D2D |H2D |memset |Memcpy|Memset"
+    counted = Counter(
+        short_name(launch.name)
+        for launch in found
+        if not re.match(other, launch.name) and operator_class(launch.name) != "matmul"
+    )
+    expected = {name: count for name, count in budget.items() if not re.match(other, name)}
+    return list(differing_launches(counted, expected))
 
 
 def _run_check(name: str, check: Callable[[], object]) -> Check:

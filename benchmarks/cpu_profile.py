@@ -30,7 +30,7 @@ import fastllama.train as trainer
 from benchmarks.conditions import current_conditions
 from benchmarks.cpu_throughput import RECIPE, ROOT, matmul_rate
 from fastllama.cli import main as fastllama
-from fastllama.config import load_recipe
+from fastllama.config import Config, load_recipe
 from fastllama.planning.flops import flops_per_token
 
 CLASSES = {
@@ -56,12 +56,15 @@ class Profile:
         )
     )
     step: int = 0
+    config: Config | None = None
+    """The options of the run."""
     wall_s: list[float] = field(default_factory=list)
     waiting_s: float = 0.0
 
     def train_step(self, session: Any, state: Any, loader: Any, stop: Any) -> Tensor:
         """Do one update, in place of `fastllama.train.train_step`."""
         self.step += 1
+        self.config = session.config
         inside = WARM_UP < self.step <= WARM_UP + self.n_updates
         if self.step == WARM_UP + 1:
             self.profiler.start()
@@ -125,9 +128,9 @@ def main() -> None:
     wall = statistics.mean(found.wall_s)
     seconds["waiting"] = found.waiting_s / options.updates
     seconds["framework"] = wall - sum(seconds.values())
-    recipe = load_recipe(RECIPE)
-    tokens = recipe.training.tokens_per_update
-    flops = tokens * flops_per_token(recipe.model, causal=True)
+    assert found.config is not None
+    tokens = found.config.training.tokens_per_update
+    flops = tokens * flops_per_token(found.config.model, causal=True)
     rates = {dtype: matmul_rate(dtype) for dtype in ("float32", "bfloat16")}
     print(f"{1000 * wall:.1f} ms an update, with the profiler on, {tokens / wall:,.0f} tok/s")
     for label, value in sorted(seconds.items(), key=lambda item: -item[1]):

@@ -5,7 +5,8 @@
 The parts run in the order of importance, each in its own process. A part saves every result as soon
 as it is measured, so results survive a crash or a timeout:
 
-    checks      operators and model against float64; no host sync, graph break or recompilation
+    checks      operators and model against float64; no host sync, graph break or recompilation;
+                the kernels of an update are those counted without a GPU
     ceilings    copy, matmul and attention rates, for the floors and the bound of this device
     train-1b    tokens/s of llama-1b, next to compiled plain PyTorch
     profile     device time per class of kernels in an update of llama-1b
@@ -37,7 +38,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.ceilings import measure_ceilings, measured_rates
-from benchmarks.checks import model_check, operator_checks, step_checks
+from benchmarks.checks import launch_check, model_check, operator_checks, step_checks
 from benchmarks.conditions import current_conditions, default_device, has_gpu, results_name
 from benchmarks.operators.measure import CONFIGS, Floors, cells, measure
 from benchmarks.results import (
@@ -106,6 +107,8 @@ def checks(part: Part) -> None:
             part.add(check)
     except Exception as error:  # Check the operators even if the trainer fails.
         part.add(Check("an update of the trainer", False, f"{type(error).__name__}: {error}"))
+    if has_gpu():
+        part.add(launch_check("llama-1b"))
     dtypes = (torch.bfloat16, torch.float32)
     for dtype in dtypes:
         part.add(model_check(dtype))

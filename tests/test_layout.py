@@ -54,5 +54,5 @@ def test_clean_removes_only_what_make_can_rebuild() -> None:
     command = ["make", "--dry-run", "--no-print-directory", "clean"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     corpus = "data/python-stdlib"
-    rebuilt = [".venv", corpus, f"{corpus}.jsonl", f"{corpus}-tokenizer.json"]
+    rebuilt = [".venv", ".venv-cuda", corpus, f"{corpus}.jsonl", f"{corpus}-tokenizer.json"]
     assert done.stdout.split() == ["rm", "-rf", *rebuilt]

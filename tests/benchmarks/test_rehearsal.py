@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.checks import launch_differences
 from benchmarks.rehearsal import budgets, build, checks
 from benchmarks.rehearsal.__main__ import cases
 from benchmarks.rehearsal.budgets import read_budget, write_budget
@@ -15,6 +16,7 @@ from benchmarks.rehearsal.case import RECIPES, Case, Measured
 from benchmarks.rehearsal.kernels import KERNELS, Shape, kernel_of, moved_bytes
 from benchmarks.rehearsal.log import Call, launch_list, read_log, short_name
 from benchmarks.rehearsal.peers import elementwise_bytes
+from benchmarks.step_profile import Launch
 from fastllama.planning.flops import matmul_parameters
 from fastllama.planning.memory import plan_traffic
 
@@ -159,6 +161,18 @@ def test_launches_are_those_of_the_budget() -> None:
     assert differences == (
         "3 launches instead of 2: a; 0 launches instead of 1: b; 1 launches instead of 0: c"
     )
+
+
+def test_profile_of_a_gpu_is_compared_with_the_budget() -> None:
+    name = next(iter(NAMES))
+    profile = [
+        Launch(name, 0, 1),
+        Launch("_rope_kernel", 1, 2),
+        Launch("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_NNT", 2, 3),
+        Launch("Memcpy DtoD (Device -> Device)", 3, 4),
+    ]
+    budget = {NAMES[name]: 1, "_rope_kernel": 2, "matmul 2x3x4 bf16 -> bf16": 1, "D2D 8 bytes": 3}
+    assert launch_differences(profile, budget) == ["1 launches instead of 2: _rope_kernel"]
 
 
 def test_budget_is_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
