@@ -49,6 +49,8 @@ OPTIONS = (
 """Each option that changes what a step launches."""
 OPTIONS_OF = "llama-1b"
 """The recipe that is rehearsed with every option."""
+GROUPED = "llama-3.2-1b"
+"""A recipe with grouped heads, of which the attention backends differ."""
 PROCESSES = 2
 
 
@@ -64,6 +66,8 @@ def cases() -> Iterator[Case]:
         for compiled in (False, True):
             if compiled or "training.compile_scope" not in options:
                 yield Case(OPTIONS_OF, 8, compiled, dict(options))
+    for recipe in (OPTIONS_OF, GROUPED):
+        yield Case(recipe, 8, True, {"training.attention": "cudnn"})
 
 
 class Rehearsed(NamedTuple):

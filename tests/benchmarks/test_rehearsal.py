@@ -179,8 +179,17 @@ def test_budget_is_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(budgets, "FOLDER", tmp_path / "budgets")
     assert read_budget("r") == {}
     write_budget("r", {"1 rank, eager": Counter({"a<b, c>": 2, "d": 3})})
-    write_budget("r", {"8 ranks, eager": Counter({"d": 1})})
-    assert read_budget("r") == {"1 rank, eager": {"d": 3, "a<b, c>": 2}, "8 ranks, eager": {"d": 1}}
+    write_budget("r", {"1 rank, eager, option": Counter({"d": 3, "e": 1})})
+    assert read_budget("r") == {
+        "1 rank, eager": {"d": 3, "a<b, c>": 2},
+        "1 rank, eager, option": {"d": 3, "e": 1},
+    }
+    # An option's list has only what it changes.
+    assert (
+        (tmp_path / "budgets" / "r.toml")
+        .read_text()
+        .endswith('["1 rank, eager, option"]\n"e" = 1\n"a<b, c>" = 0\n')
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
