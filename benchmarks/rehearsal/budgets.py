@@ -1,7 +1,7 @@
 """Stored launch lists: what an update launches, by recipe and case, in TOML.
 
-A case with options stores where it differs from the case without them; 0 is a launch that it does not
-have.
+A case with options stores where it differs from the case without them; 0 is a launch that it does
+not have.
 """
 
 import tomllib
