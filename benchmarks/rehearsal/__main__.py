@@ -8,105 +8,29 @@ PyTorch, gcc and binutils: `make cuda-rehearsal` installs and runs it.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.rehearsal.budgets import read_budget, write_budget
-from benchmarks.rehearsal.build import build, environment
-from benchmarks.rehearsal.case import RECIPES, Case, Measured
+from benchmarks.rehearsal.build import build
+from benchmarks.rehearsal.case import OPTIONS_OF, RECIPES, Case, Measured, cases
 from benchmarks.rehearsal.checks import failures, gib
 from benchmarks.rehearsal.end_to_end import run_end_to_end
 from benchmarks.rehearsal.kernels import moved_bytes
-from benchmarks.rehearsal.log import LAUNCHES, Call, launch_list, read_log
+from benchmarks.rehearsal.log import LAUNCHES, Call, launch_list
 from benchmarks.rehearsal.mistakes import MISTAKES
+from benchmarks.rehearsal.processes import Rehearsed, rehearse
 from fastllama.config import Config, config_from_dict
 
-OPTIONS = (
-    {"training.activation_checkpointing": "selective"},
-    {"training.activation_checkpointing": "full"},
-    {"training.deterministic": True},
-    {"training.spike_z_score": 6.0},
-    {"training.ema_decay": 0.999},
-    {"training.compile_scope": "model"},
-    {"model.dropout": 0.1},
-    {"parallel.reduce_dtype": "bfloat16"},
-    {"parallel.reshard_after_forward": True},
-    {"parallel.accumulate": "sharded"},
-    {"parallel.replicate": 2},
-)
-"""Each option that changes what a step launches."""
-OPTIONS_OF = "llama-1b"
-"""The recipe that is rehearsed with every option."""
-GROUPED = "llama-3.2-1b"
-"""A recipe with grouped heads, of which the attention backends differ."""
 PROCESSES = 2
-
-
-def cases() -> Iterator[Case]:
-    """Every recipe at 1 and 8 ranks, eager and compiled; one of them with every option."""
-    for recipe in RECIPES:
-        for ranks in (1, 8):
-            for compiled in (False, True):
-                # Eight billion parameters need more than one device.
-                if not (recipe == "llama-3.1-8b" and ranks == 1):
-                    yield Case(recipe, ranks, compiled)
-    for options in OPTIONS:
-        for compiled in (False, True):
-            if compiled or "training.compile_scope" not in options:
-                yield Case(OPTIONS_OF, 8, compiled, dict(options))
-    for recipe in (OPTIONS_OF, GROUPED):
-        yield Case(recipe, 8, True, {"training.attention": "cudnn"})
-
-
-class Rehearsed(NamedTuple):
-    """A case and what its process left."""
-
-    case: Case
-    measured: Measured | None
-    calls: list[Call]
-    failure: str
-    """The last line of a process that failed."""
-
-
-def rehearse(case: Case, *, libraries: Path, folder: Path) -> Rehearsed:
-    """Run one case in a process on the null device."""
-    files = folder / f"{case.recipe}, {case.name} {case.mistake}".strip()
-    files.mkdir()
-    variables = {
-        "TORCHINDUCTOR_CACHE_DIR": str(libraries / "inductor"),
-        "TRITON_CACHE_DIR": str(libraries / "triton"),
-        "XDG_CACHE_HOME": str(files),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    if case.ranks > 1:
-        variables |= {"RANK": "0", "WORLD_SIZE": str(case.ranks), "LOCAL_RANK": "0"}
-    command = [sys.executable, "-m", "benchmarks.rehearsal.step", json.dumps(asdict(case))]
-    done = subprocess.run(
-        [*command, str(files)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(libraries, **variables),
-    )
-    if done.returncode:
-        (files / "error.log").write_text(done.stdout + done.stderr)
-        lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-        return Rehearsed(case, None, [], lines[-1])
-    measured = Measured(**json.loads((files / "measured.json").read_text()))
-    return Rehearsed(case, measured, read_log(files / "update.log"), "")
 
 
 def main() -> None:

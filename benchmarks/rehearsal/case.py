@@ -1,5 +1,6 @@
 """What is rehearsed: a recipe, a number of ranks, and options; and what a process measures."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,24 @@ from fastllama.config import Config, load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = ("quickstart-gpu", "llama-100m", "llama-1b", "llama-3.2-1b", "llama-3.1-8b")
+OPTIONS = (
+    {"training.activation_checkpointing": "selective"},
+    {"training.activation_checkpointing": "full"},
+    {"training.deterministic": True},
+    {"training.spike_z_score": 6.0},
+    {"training.ema_decay": 0.999},
+    {"training.compile_scope": "model"},
+    {"model.dropout": 0.1},
+    {"parallel.reduce_dtype": "bfloat16"},
+    {"parallel.reshard_after_forward": True},
+    {"parallel.accumulate": "sharded"},
+    {"parallel.replicate": 2},
+)
+"""Each option that changes what a step launches."""
+OPTIONS_OF = "llama-1b"
+"""The recipe that is rehearsed with every option."""
+GROUPED = "llama-3.2-1b"
+"""A recipe with grouped heads, of which the attention backends differ."""
 MICRO_BATCHES = 2
 """Of an update: the first and the last differ, and any between them are like the first."""
 
@@ -55,6 +74,22 @@ class Case:
         model = replace(config.model, dropout=dropout)
         training = replace(config.training, device="cuda")
         return replace(config, model=model, training=training)
+
+
+def cases() -> Iterator[Case]:
+    """Every recipe at 1 and 8 ranks, eager and compiled; one of them with every option."""
+    for recipe in RECIPES:
+        for ranks in (1, 8):
+            for compiled in (False, True):
+                # Eight billion parameters need more than one device.
+                if not (recipe == "llama-3.1-8b" and ranks == 1):
+                    yield Case(recipe, ranks, compiled)
+    for options in OPTIONS:
+        for compiled in (False, True):
+            if compiled or "training.compile_scope" not in options:
+                yield Case(OPTIONS_OF, 8, compiled, dict(options))
+    for recipe in (OPTIONS_OF, GROUPED):
+        yield Case(recipe, 8, True, {"training.attention": "cudnn"})
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.rehearsal.__main__ import rehearse
 from benchmarks.rehearsal.build import build
 from benchmarks.rehearsal.case import RECIPES, Case
 from benchmarks.rehearsal.checks import flops
 from benchmarks.rehearsal.kernels import moved_bytes
+from benchmarks.rehearsal.processes import rehearse
 from fastllama.config import config_from_dict
 from fastllama.planning.bound import ADAMW_BYTES, ASSUMED_RATES, bound, min_bytes
 from fastllama.planning.flops import n_parameters

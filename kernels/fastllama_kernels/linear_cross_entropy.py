@@ -360,6 +360,11 @@ def linear_cross_entropy(
     """
     hidden, weight_VD = autocast_like_linear(hidden), autocast_like_linear(weight_VD)
     check_kernel_dtypes(hidden=hidden)
+    if main_grad is not None and not main_grad.is_contiguous():
+        raise ValueError(
+            f"main_grad has strides {main_grad.stride()}, and has to be contiguous; pass a "
+            "contiguous sum."
+        )
     return _apply(
         _KERNELS,
         hidden,

@@ -10,9 +10,8 @@ import pytest
 
 from benchmarks.checks import launch_differences
 from benchmarks.rehearsal import budgets, build, checks
-from benchmarks.rehearsal.__main__ import cases
 from benchmarks.rehearsal.budgets import read_budget, write_budget
-from benchmarks.rehearsal.case import RECIPES, Case, Measured
+from benchmarks.rehearsal.case import RECIPES, Case, Measured, cases
 from benchmarks.rehearsal.kernels import KERNELS, Shape, kernel_of, moved_bytes
 from benchmarks.rehearsal.log import Call, launch_list, read_log, short_name
 from benchmarks.rehearsal.peers import elementwise_bytes

@@ -443,6 +443,7 @@ LABELS = torch.zeros(2, 4, dtype=torch.int64)
         (HIDDEN, WEIGHT, LABELS.to("meta"), {}, "targets are on meta and hidden on cpu"),
         (HIDDEN, WEIGHT, LABELS, {"softcap": 0.0}, "softcap is 0.0; it has to be above 0"),
         (HIDDEN, WEIGHT, LABELS, {"reduction": "none"}, "reduction is none"),
+        (HIDDEN, WEIGHT, LABELS, {"main_grad": torch.zeros(D, V).T}, r"strides \(1, 11\)"),
     ],
 )
 def test_wrong_arguments(

@@ -1,6 +1,8 @@
 """Activation checkpointing: the same gradients, with fewer bytes saved for backward."""
 
 import dataclasses
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +62,22 @@ def test_recomputation_repeats_dropout(mode: str) -> None:
 @OPERATORS
 def test_compiled_gradients_are_bit_equal(operators: Operators, mode: str) -> None:
     assert_equal(compiled_gradients(operators, mode), compiled_gradients(operators, "none"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_selective_rotates_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, launches = sys.modules["fastllama_kernels.rope"], []
+    kernel = module._rope_kernel
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(module, "_rope_kernel", Counted())
+    compiled_gradients(TRITON, "selective")
+    # The backward has the rotated qkv, and neither copies nor rotates it again.
+    assert len(launches) == GROUPED.n_layers
 
 
 @pytest.mark.filterwarnings("ignore")
