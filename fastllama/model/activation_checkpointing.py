@@ -34,7 +34,7 @@ def checkpoint_activations(model: Llama, config: Config) -> None:
     policy: Callable[..., CheckpointPolicy] | None = None
     if mode == "selective":
         policy = partial(
-            save_expensive_ops, recomputed_widths(config), config.training.compile is True
+            save_expensive_ops, recomputed_widths(config), bool(config.training.compile)
         )
     elif config.training.compile:
         policy = save_nothing
