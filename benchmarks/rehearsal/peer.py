@@ -2,8 +2,9 @@
 
     python -m benchmarks.rehearsal.peer CONTENDER RECIPE MICRO_BATCHES FOLDER
 
-CONTENDER is one of benchmarks/training/contenders.py. Writes FOLDER/update.log, the calls of the
-last of four updates on one device, and FOLDER/peak, the bytes that it had allocated at most.
+CONTENDER is one of benchmarks/training/contenders.py. Writes into FOLDER, for the last of four
+updates on one device: update.log, its calls; peak, the bytes that it had allocated at most; and
+inductor, the bytes of Inductor's kernels.
 """
 
 import ctypes
@@ -11,8 +12,11 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch._inductor import config as inductor
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 from benchmarks.rehearsal.case import Case
 from benchmarks.rehearsal.cudnn import replace_operators
@@ -25,6 +29,23 @@ BATCH_SIZE = 4
 """Sequences of a micro-batch. The recipe's 16 do not fit the device with every peer."""
 
 
+class InductorBytes:
+    """Sums the bytes of Inductor's kernels, as Inductor estimates them."""
+
+    def __init__(self) -> None:
+        """Begin to count, in this process."""
+        self.total = 0.0
+        # Otherwise a kernel does not have its estimate.
+        inductor.benchmark_kernel = True
+        run = CachingAutotuner.run
+
+        def counted(kernel: Any, *arguments: Any, **options: Any) -> Any:
+            self.total += kernel.inductor_meta["kernel_num_gb"] * 1e9
+            return run(kernel, *arguments, **options)
+
+        CachingAutotuner.run = counted  # type: ignore[method-assign, assignment]
+
+
 class LoggingBudget(Budget):
     """Logs the last update, and then ends the process.
 
@@ -34,6 +55,7 @@ class LoggingBudget(Budget):
     def __init__(self, folder: Path) -> None:
         """Write into `folder`."""
         self._folder, self._done = folder, 0
+        self._inductor = InductorBytes()
         self._runtime = ctypes.CDLL(None)
 
     def is_spent(self) -> bool:
@@ -41,10 +63,12 @@ class LoggingBudget(Budget):
         self._done += 1
         if self._done == N_UPDATES - 1:
             torch.cuda.reset_peak_memory_stats()
+            self._inductor.total = 0.0
             self._runtime.null_log_to(str(self._folder / "update.log").encode())
         if self._done == N_UPDATES:
             self._runtime.null_log_to(None)
             (self._folder / "peak").write_text(str(torch.cuda.max_memory_allocated()))
+            (self._folder / "inductor").write_text(str(self._inductor.total))
             os._exit(0)
         return False
 
