@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import Library
 
 OPERATORS = (
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_cudnn_attention_backward",
 )
-_LIBRARY = torch.library.Library("aten", "IMPL")
+_ATEN = Library("aten", "IMPL")
 
 
 def replace_operators() -> None:
     """Replace both operators for CUDA tensors, in this process."""
     for name in OPERATORS:
-        _LIBRARY.impl(name, _allocating(getattr(torch.ops.aten, name).default), "CUDA")
+        _ATEN.impl(name, _allocating(getattr(torch.ops.aten, name).default), "CUDA")
 
 
 def _allocating(operator: Any) -> Callable[..., tuple[Any, ...]]:
