@@ -43,7 +43,7 @@ bench: $(CORPUS)/manifest.json
 
 # The CUDA step on a machine without a GPU: docs/rehearsal.md. Needs gcc and binutils.
 cuda-rehearsal: $(CUDA_VENV)/installed
-	$(CUDA_VENV)/bin/python -m benchmarks.rehearsal $(if $(UPDATE),--update)
+	$(CUDA_VENV)/bin/python -m benchmarks.rehearsal $(if $(EVERY),--every) $(if $(UPDATE),--update)
 
 # The wheel of PyPI is the CUDA build. Its version is this one because budgets count its kernels.
 $(CUDA_VENV)/installed: pyproject.toml constraints.txt

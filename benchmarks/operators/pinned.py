@@ -119,14 +119,15 @@ def _targets(model: ModelConfig, n: int, generator: torch.Generator) -> Tensor:
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> list[Tensor]:
-    losses, lse = cross_entropy.cross_entropy_gradient_fwd_(logits, targets, None, *LOSS_OPTIONS)
-    return [losses, lse, logits]
+    results = cross_entropy.cross_entropy_gradient_fwd_(logits, targets, None, *LOSS_OPTIONS)
+    return [*results, logits]
 
 
 def _logits_and_upstream(model: ModelConfig, n: int, generator: torch.Generator) -> tuple[Any, ...]:
     logits, targets = _logits(model, n, generator)
     dlosses, dlse = torch.randn(2, n, generator=generator, device=generator.device)
-    return dlosses, dlse, logits, targets, logits.float().logsumexp(-1)
+    maximum, log_sum = cross_entropy.maximum_and_log_sum(logits.float())
+    return dlosses, dlse, logits, targets, maximum, log_sum
 
 
 def _hidden(model: ModelConfig, n: int, generator: torch.Generator) -> tuple[Any, ...]:
@@ -176,7 +177,7 @@ PINNED = (
         name="rope",
         module=rope,
         functions=("launch_config",),
-        sizes=lambda model, _: (model.head_width // 2,),
+        sizes=lambda model, _: (model.head_width // 2, model.n_heads, model.kv_heads),
         inputs=_rope_inputs,
         launch=_rotate_fwd_bwd,
         work=_rope_work,
@@ -205,7 +206,7 @@ PINNED = (
         name="cross_entropy forward",
         module=cross_entropy,
         functions=("forward_config",),
-        sizes=lambda model, _: (model.vocab_size,),
+        sizes=lambda model, _: (model.vocab_size, True, False),
         inputs=_logits,
         launch=_loss_and_gradient,
         work=_logits_work,

@@ -1,10 +1,11 @@
 """Rehearses CUDA updates on a machine without a GPU, and checks them against their budgets.
 
-    python -m benchmarks.rehearsal [RECIPE ...] [--update]
+    python -m benchmarks.rehearsal [RECIPE ...] [--every] [--update]
 
 Prints one line for each case, and a sentence for everything that is not as designed. Exits with 1
-if there is any. `--update` stores the launch lists as they are found. Needs the CUDA build of
-PyTorch, gcc and binutils: `make cuda-rehearsal` installs and runs it.
+if there is any. `--every` rehearses every recipe with every option. `--update` stores the launch
+lists as they are found. Needs the CUDA build of PyTorch, gcc and binutils: `make cuda-rehearsal`
+installs and runs it.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="*", default=RECIPES, help="recipes to rehearse")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--every", action="store_true", help="every recipe with every option")
     parser.add_argument("--update", action="store_true", help="store the launch lists as found")
     parser.add_argument("--logs", type=Path, help="keep the logs in this new folder")
     parser.add_argument(
@@ -46,7 +48,9 @@ def main() -> None:
     libraries = options.libraries.resolve()
     build(libraries)
     wanted = [
-        case for case in cases() if case.recipe in options.recipes and options.case in case.name
+        case
+        for case in cases(every=options.every)
+        if case.recipe in options.recipes and options.case in case.name
     ]
     console = Console(width=150, highlight=False)
     table = Table(

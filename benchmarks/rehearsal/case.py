@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ OPTIONS = (
 )
 """Each option that changes what a step launches."""
 OPTIONS_OF = "llama-1b"
-"""The recipe that is rehearsed with every option."""
+"""The recipe that is always rehearsed with every option."""
 GROUPED = "llama-3.2-1b"
 """A recipe with grouped heads, of which the attention backends differ."""
 MICRO_BATCHES = 2
@@ -76,19 +77,23 @@ class Case:
         return replace(config, model=model, training=training)
 
 
-def cases() -> Iterator[Case]:
-    """Every recipe at 1 and 8 ranks, eager and compiled; one of them with every option."""
-    for recipe in RECIPES:
-        for ranks in (1, 8):
-            for compiled in (False, True):
-                # Eight billion parameters need more than one device.
-                if not (recipe == "llama-3.1-8b" and ranks == 1):
-                    yield Case(recipe, ranks, compiled)
-    for options in OPTIONS:
-        for compiled in (False, True):
-            if compiled or "training.compile_scope" not in options:
-                yield Case(OPTIONS_OF, 8, compiled, dict(options))
-    for recipe in (OPTIONS_OF, GROUPED):
+def cases(*, every: bool = False) -> Iterator[Case]:
+    """Every recipe at 1 and 8 ranks, eager and compiled; one of them with every option.
+
+    With `every`, each recipe has every option, at 1 rank as well.
+    """
+    for recipe, ranks, compiled in product(RECIPES, (1, 8), (False, True)):
+        # Eight billion parameters need more than one device.
+        if recipe == "llama-3.1-8b" and ranks == 1:
+            continue
+        yield Case(recipe, ranks, compiled)
+        if every or (recipe == OPTIONS_OF and ranks == 8):
+            for options in OPTIONS:
+                alone = ranks == 1 and any(name.startswith("parallel.") for name in options)
+                eager_scope = not compiled and "training.compile_scope" in options
+                if not alone and not eager_scope:
+                    yield Case(recipe, ranks, compiled, dict(options))
+    for recipe in RECIPES if every else (OPTIONS_OF, GROUPED):
         yield Case(recipe, 8, True, {"training.attention": "cudnn"})
 
 

@@ -86,3 +86,12 @@ def n_multiprocessors(device: torch.device) -> int:
         return 1
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
+
+
+@cache
+def l2_bytes(device: torch.device) -> int:
+    """Size of a GPU's L2 cache in bytes; 0 in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    size: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return size

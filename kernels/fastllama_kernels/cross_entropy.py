@@ -10,10 +10,14 @@ loss 0 and gradient 0 and does not count in the mean. The mean over no rows is 0
 NaN. A target outside the vocabulary gives loss and gradient NaN and reads no memory out of bounds,
 so a training that skips non-finite updates notices it. Arithmetic is in float32 (in the reference,
 float64 for float64). Not included: class weights, and vocabularies split over devices.
-Saved for backward: logits, targets, lse; with `inplace` the gradient, in the memory of the logits.
-Bytes, for b bytes per logit: forward N V b. Rows of up to 16,384 logits stay in registers. Wider
-rows are read a second time for the gradient of `inplace`, mostly from the L2 cache. Backward
-2 N V b. With `inplace`: forward 2 N V b, backward none if the upstream gradient is 1.
+The maximum of a row and log(sum(exp(logits - maximum))) stay apart: float32 rounds their sum, lse,
+to 5e-4 where logits are near 10,000, and exp(logits - lse) would have this relative error.
+Saved for backward: logits, targets, and the two numbers of a row; with `inplace` the gradient, in
+the memory of the logits.
+Bytes, for b bytes per logit: forward N V b. Backward 2 N V b. With `inplace`: forward 2 N V b,
+backward none if the upstream gradient is 1. Rows of up to 16,384 logits stay in registers. Wider
+rows are read a second time for the gradient of `inplace`, from the L2 cache as long as half of it
+holds a row for every second multiprocessor: no more programs run than it has rows.
 """
 
 from typing import Any, Literal
@@ -25,7 +29,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastllama_kernels._dtype import accumulation_dtype, check_kernel_dtypes
-from fastllama_kernels._library import may_write_to_inputs, register
+from fastllama_kernels._library import (
+    l2_bytes,
+    may_write_to_inputs,
+    n_multiprocessors,
+    register,
+)
+from fastllama_kernels._tile import row_and_columns
 
 
 def cross_entropy_reference(
@@ -48,13 +58,25 @@ def cross_entropy_reference(
         logits = softcap * torch.tanh(logits / softcap)
     targets_N = targets_N.long()
     valid = targets_N != ignore_index
-    lse = torch.logsumexp(logits, dim=-1)
+    maximum, log_sum = maximum_and_log_sum(logits)
     target_logit = logits.gather(-1, targets_N.where(valid, 0).unsqueeze(-1)).squeeze(-1)
-    losses = (1 - label_smoothing) * (lse - target_logit)
+    losses = (1 - label_smoothing) * (log_sum - (target_logit - maximum))
     if label_smoothing:
-        losses = losses + label_smoothing * (lse - logits.mean(dim=-1))
+        mean = (logits - maximum.unsqueeze(-1)).mean(dim=-1)
+        losses = losses + label_smoothing * (log_sum - mean)
+    lse = maximum + log_sum
     losses = (losses + z_loss * lse.square()).where(valid, 0.0)
     return _reduce(losses, _n_valid(targets_N, ignore_index), reduction), lse
+
+
+def maximum_and_log_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return m = max(logits) and log(sum(exp(logits - m))) over the last dimension.
+
+    lse is their sum. The gradient flows through the second. m is a constant; 0 if it is infinite.
+    """
+    maximum = logits.detach().amax(dim=-1)
+    maximum = maximum.where(maximum.isfinite(), 0.0)
+    return maximum, (logits - maximum.unsqueeze(-1)).exp().sum(dim=-1).log()
 
 
 def _n_valid(targets: Tensor, ignore_index: int) -> Tensor:
@@ -95,9 +117,19 @@ def _finite(highest):
     return tl.where(highest == float("-inf"), 0.0, highest)
 
 
+# exp(x) = exp2(x / ln 2). Triton's exp has three more instructions, for results below 2^-126.
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * _LOG2_E)
+
+
 @triton.jit
 def _store_gradient(
     gradient_ptr,
+    p,
     x,
     lse,
     dloss,
@@ -109,8 +141,11 @@ def _store_gradient(
     Z_LOSS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Store the gradient of dloss * loss + dlse * lse, rounded after subtracting the onehot."""
-    g = tl.exp(x - lse) * (dloss * (1 + 2 * Z_LOSS * lse) + dlse)
+    """Store the gradient of dloss * loss + dlse * lse, rounded after subtracting the onehot.
+
+    p is the softmax of the logits x.
+    """
+    g = p * (dloss * (1 + 2 * Z_LOSS * lse) + dlse)
     g -= tl.where(columns == target, dloss * (1 - LABEL_SMOOTHING), 0.0)
     if LABEL_SMOOTHING > 0:
         g -= dloss * (LABEL_SMOOTHING / V)
@@ -121,12 +156,14 @@ def _store_gradient(
 
 
 @triton.jit
-def _cross_entropy_fwd_kernel(
+def _cross_entropy_row(
+    row,
     logits_ptr,
     targets_ptr,
     n_valid_ptr,
     loss_ptr,
-    lse_ptr,
+    maximum_ptr,
+    log_sum_ptr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
     IGNORE_INDEX: tl.constexpr,
@@ -135,54 +172,89 @@ def _cross_entropy_fwd_kernel(
     SOFTCAP: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * V
+    """Store the loss of a row, its maximum and log-sum, and with WRITE_GRADIENT its gradient."""
+    row_ptr = logits_ptr + row * V
     target = tl.load(targets_ptr + row).to(tl.int64)
     valid = target != IGNORE_INDEX
-    columns = tl.arange(0, BLOCK)
-    x = _load_logits(logits_ptr, columns, V, SOFTCAP)
-    highest = tl.max(x)
-    total = tl.sum(tl.exp(x - _finite(highest)))
-    # From registers: a load could return the gradient, which overwrites the logits below.
-    target_logit = tl.sum(tl.where(columns == target, x, 0.0))
-    sum_logits = tl.sum(tl.where(columns < V, x, 0.0)) if LABEL_SMOOTHING > 0 else 0.0
-    for start in range(BLOCK, V, BLOCK):
-        later = start + columns
-        x = _load_logits(logits_ptr, later, V, SOFTCAP)
-        new_highest = tl.maximum(highest, tl.max(x))
-        shift = _finite(new_highest)
-        total = total * tl.exp(highest - shift) + tl.sum(tl.exp(x - shift))
-        highest = new_highest
-        target_logit += tl.sum(tl.where(later == target, x, 0.0))
-        if LABEL_SMOOTHING > 0:
-            sum_logits += tl.sum(tl.where(later < V, x, 0.0))
-    lse = highest + tl.log(total)
-    loss = (1 - LABEL_SMOOTHING) * (lse - target_logit) + Z_LOSS * lse * lse
-    if LABEL_SMOOTHING > 0:
-        loss += LABEL_SMOOTHING * (lse - sum_logits / V)
     in_vocabulary = (target >= 0) & (target < V)
     known = tl.where(in_vocabulary, 1.0, float("nan"))
+    # The maximum over threads is a barrier between this load and the stores of the gradient.
+    target_logit = tl.load(row_ptr + target, in_vocabulary, other=0.0).to(tl.float32)
+    if SOFTCAP > 0:
+        target_logit = SOFTCAP * _tanh(target_logit / SOFTCAP)
+    # Columns are compared in 32 bits. No column is -1.
+    column = tl.where(in_vocabulary, target, -1).to(tl.int32)
+    columns = tl.arange(0, BLOCK)
+    if V <= BLOCK:
+        x = _load_logits(row_ptr, columns, V, SOFTCAP)
+        maximum = _finite(tl.max(x))
+        e = _exp(x - maximum)
+        total = tl.sum(e)
+        if LABEL_SMOOTHING > 0:
+            sum_logits = tl.sum(tl.where(columns < V, x - maximum, 0.0))
+    else:
+        # A thread has eight neighbours, and waits for other threads after the last block only.
+        GROUPS: tl.constexpr = BLOCK // 8
+        tile = tl.arange(0, GROUPS)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        highest_of = tl.full((GROUPS,), float("-inf"), tl.float32)
+        total_of = tl.zeros((GROUPS,), tl.float32)
+        if LABEL_SMOOTHING > 0:
+            # Near the target's logit, sums keep their digits wherever the logits are.
+            origin = _finite(target_logit)
+            sum_of = tl.zeros((GROUPS,), tl.float32)
+        for start in range(0, V, BLOCK):
+            x = _load_logits(row_ptr, start + tile, V, SOFTCAP)
+            new_highest = tl.maximum(highest_of, tl.max(x, 1))
+            shift = _finite(new_highest)
+            total_of *= _exp(highest_of - shift)
+            total_of += tl.sum(_exp(x - shift[:, None]), 1)
+            highest_of = new_highest
+            if LABEL_SMOOTHING > 0:
+                sum_of += tl.sum(tl.where(start + tile < V, x - origin, 0.0), 1)
+        maximum = _finite(tl.max(highest_of))
+        total = tl.sum(total_of * _exp(highest_of - maximum))
+        if LABEL_SMOOTHING > 0:
+            sum_logits = tl.sum(sum_of) + V * (origin - maximum)
+    log_sum = tl.log(total)
+    lse = maximum + log_sum
+    loss = (1 - LABEL_SMOOTHING) * (log_sum - (target_logit - maximum)) + Z_LOSS * lse * lse
+    if LABEL_SMOOTHING > 0:
+        loss += LABEL_SMOOTHING * (log_sum - sum_logits / V)
     tl.store(loss_ptr + row, tl.where(valid, loss * known, 0.0))
-    tl.store(lse_ptr + row, lse)
+    tl.store(maximum_ptr + row, maximum)
+    tl.store(log_sum_ptr + row, log_sum)
     if WRITE_GRADIENT:
         dloss = tl.where(valid, known, 0.0)
         if n_valid_ptr is not None:
             dloss = dloss / tl.load(n_valid_ptr).to(tl.float32)
         if V <= BLOCK:
             _store_gradient(
-                logits_ptr, x, lse, dloss, 0.0, target, columns, V, LABEL_SMOOTHING, Z_LOSS, SOFTCAP
+                row_ptr,
+                e / total,
+                x,
+                lse,
+                dloss,
+                0.0,
+                column,
+                columns,
+                V,
+                LABEL_SMOOTHING,
+                Z_LOSS,
+                SOFTCAP,
             )
         else:
-            for start in range(0, V, BLOCK):
-                later = start + columns
-                x = _load_logits(logits_ptr, later, V, SOFTCAP)
+            # From the end of the row, which the caches still have.
+            for block in range(tl.cdiv(V, BLOCK)):
+                later = (tl.cdiv(V, BLOCK) - 1 - block) * BLOCK + columns
+                x = _load_logits(row_ptr, later, V, SOFTCAP)
                 _store_gradient(
-                    logits_ptr,
+                    row_ptr,
+                    _exp(x - maximum) / total,
                     x,
                     lse,
                     dloss,
                     0.0,
-                    target,
+                    column,
                     later,
                     V,
                     LABEL_SMOOTHING,
@@ -192,12 +264,69 @@ def _cross_entropy_fwd_kernel(
 
 
 @triton.jit
+def _cross_entropy_fwd_kernel(
+    logits_ptr,
+    targets_ptr,
+    n_valid_ptr,
+    loss_ptr,
+    maximum_ptr,
+    log_sum_ptr,
+    n_rows,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr,
+):
+    # int64, so that row * V does not overflow.
+    program = tl.program_id(0).to(tl.int64)
+    if V > BLOCK and WRITE_GRADIENT:
+        for row in range(program, n_rows, tl.num_programs(0)):
+            _cross_entropy_row(
+                row,
+                logits_ptr,
+                targets_ptr,
+                n_valid_ptr,
+                loss_ptr,
+                maximum_ptr,
+                log_sum_ptr,
+                V,
+                BLOCK,
+                IGNORE_INDEX,
+                LABEL_SMOOTHING,
+                Z_LOSS,
+                SOFTCAP,
+                WRITE_GRADIENT,
+            )
+    else:
+        _cross_entropy_row(
+            program,
+            logits_ptr,
+            targets_ptr,
+            n_valid_ptr,
+            loss_ptr,
+            maximum_ptr,
+            log_sum_ptr,
+            V,
+            BLOCK,
+            IGNORE_INDEX,
+            LABEL_SMOOTHING,
+            Z_LOSS,
+            SOFTCAP,
+            WRITE_GRADIENT,
+        )
+
+
+@triton.jit
 def _cross_entropy_bwd_kernel(
     dloss_ptr,
     dlse_ptr,
     logits_ptr,
     targets_ptr,
-    lse_ptr,
+    maximum_ptr,
+    log_sum_ptr,
     dlogits_ptr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -206,21 +335,23 @@ def _cross_entropy_bwd_kernel(
     Z_LOSS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, columns = row_and_columns(V, BLOCK)
     target = tl.load(targets_ptr + row).to(tl.int64)
-    known = tl.where((target >= 0) & (target < V), 1.0, float("nan"))
+    in_vocabulary = (target >= 0) & (target < V)
+    known = tl.where(in_vocabulary, 1.0, float("nan"))
     dloss = tl.where(target != IGNORE_INDEX, tl.load(dloss_ptr + row) * known, 0.0)
     dlse = tl.load(dlse_ptr + row)
-    lse = tl.load(lse_ptr + row)
+    maximum = tl.load(maximum_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
     x = _load_logits(logits_ptr + row * V, columns, V, SOFTCAP)
     _store_gradient(
         dlogits_ptr + row * V,
+        _exp(x - maximum) * _exp(-log_sum),
         x,
-        lse,
+        maximum + log_sum,
         dloss,
         dlse,
-        target,
+        tl.where(in_vocabulary, target, -1).to(tl.int32),
         columns,
         V,
         LABEL_SMOOTHING,
@@ -233,23 +364,41 @@ def _cross_entropy_bwd_kernel(
 def _scale_kernel(
     x_ptr, scale_ptr, SCALE_STRIDE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row, columns = row_and_columns(V, BLOCK)
     scale = tl.load(scale_ptr + row * SCALE_STRIDE).to(tl.float32)
     if scale != 1.0:
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         x_ptr += row * V
         x = tl.load(x_ptr + columns, columns < V, other=0.0).to(tl.float32)
         tl.store(x_ptr + columns, (x * scale).to(x_ptr.dtype.element_ty), columns < V)
 
 
-def forward_config(vocab_size: int) -> dict[str, int]:
-    """Return block and warps of the forward: 16 logits per thread; 32 would spill.
+def forward_config(vocab_size: int, write_gradient: bool, has_softcap: bool) -> dict[str, int]:
+    """Return block and warps of the forward.
 
-    Rows wider than 16,384 are read in a loop over small blocks. More programs then fit on a
-    multiprocessor. A program of 32 warps has 64 registers per thread and spills in Triton 3.9.
+    Rows of up to 16,384 logits are one block, 32 logits per thread. A wider row is read in a loop
+    over blocks, 16 logits per thread. A program that reads it again has 32 warps, so that few rows
+    are in the cache at a time. The softcap's tanh takes registers: half as many logits per thread.
     """
-    block = triton.next_power_of_2(vocab_size) if vocab_size <= 16_384 else 4_096
-    return {"BLOCK": block, "num_warps": max(block // 512, 1)}
+    if vocab_size <= 16_384:
+        block = triton.next_power_of_2(vocab_size)
+        return {"BLOCK": block, "num_warps": max(block // (512 if has_softcap else 1_024), 1)}
+    warps = 32 if write_gradient else 8
+    return {"BLOCK": warps * (256 if has_softcap else 512), "num_warps": warps}
+
+
+def forward_programs(logits: Tensor, write_gradient: bool) -> int:
+    """Return how many programs share the rows (N, V) of the forward.
+
+    Of programs that read their rows twice, a multiprocessor has one, and half of the L2 cache holds
+    the rows of all. Where it would hold few, half of the multiprocessors work: fewer cannot keep
+    the memory busy.
+    """
+    n_rows, vocab_size = logits.shape
+    if not write_gradient or vocab_size <= 16_384:
+        return n_rows
+    cached_rows = l2_bytes(logits.device) // 2 // (vocab_size * logits.element_size())
+    n_available = n_multiprocessors(logits.device)
+    return min(n_rows, n_available, max(cached_rows, n_available // 2, 1))
 
 
 def elementwise_config(vocab_size: int) -> dict[str, int]:
@@ -268,13 +417,14 @@ def _fwd_fake(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     losses = logits.new_empty(logits.shape[:1], dtype=torch.float32)
-    return losses, torch.empty_like(losses)
+    return losses, torch.empty_like(losses), torch.empty_like(losses)
 
 
 @register(
-    f"cross_entropy_fwd(Tensor logits, Tensor targets, {_OPTIONS}) -> (Tensor, Tensor)", _fwd_fake
+    f"cross_entropy_fwd(Tensor logits, Tensor targets, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _fwd_fake,
 )
 def cross_entropy_fwd(
     logits: Tensor,
@@ -283,12 +433,15 @@ def cross_entropy_fwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the losses and lse, both (N,) float32; `softcap` 0 means no cap."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses, maximum and log(sum(exp(logits - maximum))), each (N,) float32.
+
+    `softcap` 0 means no cap.
+    """
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    losses, lse = _fwd_fake(logits, targets, *options)
-    _launch_fwd(logits.contiguous(), targets, None, losses, lse, *options, write_gradient=False)
-    return losses, lse
+    results = _fwd_fake(logits, targets, *options)
+    _launch_fwd(logits.contiguous(), targets, None, *results, *options, write_gradient=False)
+    return results
 
 
 def _gradient_fwd_fake(
@@ -299,13 +452,13 @@ def _gradient_fwd_fake(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _fwd_fake(logits, targets, ignore_index, label_smoothing, z_loss, softcap)
 
 
 @register(
     "cross_entropy_gradient_fwd_(Tensor(a!) logits, Tensor targets, Tensor? n_valid, "
-    f"{_OPTIONS}) -> (Tensor, Tensor)",
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _gradient_fwd_fake,
 )
 def cross_entropy_gradient_fwd_(
@@ -316,12 +469,15 @@ def cross_entropy_gradient_fwd_(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the losses and lse; replace contiguous `logits` by d sum(losses) / n_valid."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `cross_entropy_fwd` does; replace contiguous `logits` by their gradient.
+
+    It is the gradient of sum(losses) / n_valid.
+    """
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    losses, lse = _fwd_fake(logits, targets, *options)
-    _launch_fwd(logits, targets, n_valid, losses, lse, *options, write_gradient=True)
-    return losses, lse
+    results = _fwd_fake(logits, targets, *options)
+    _launch_fwd(logits, targets, n_valid, *results, *options, write_gradient=True)
+    return results
 
 
 def _launch_fwd(
@@ -329,7 +485,8 @@ def _launch_fwd(
     targets: Tensor,
     n_valid: Tensor | None,
     losses: Tensor,
-    lse: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -338,19 +495,21 @@ def _launch_fwd(
     write_gradient: bool,
 ) -> None:
     if logits.numel():
-        _cross_entropy_fwd_kernel[(len(logits),)](
+        _cross_entropy_fwd_kernel[(forward_programs(logits, write_gradient),)](
             logits,
             targets.contiguous(),
             n_valid,
             losses,
-            lse,
+            maximum,
+            log_sum,
+            len(logits),
             V=logits.shape[1],
             IGNORE_INDEX=ignore_index,
             LABEL_SMOOTHING=label_smoothing,
             Z_LOSS=z_loss,
             SOFTCAP=softcap,
             WRITE_GRADIENT=write_gradient,
-            **forward_config(logits.shape[1]),
+            **forward_config(logits.shape[1], write_gradient, softcap > 0),
         )
 
 
@@ -359,7 +518,8 @@ def _bwd_fake(
     dlse: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -369,8 +529,8 @@ def _bwd_fake(
 
 
 @register(
-    "cross_entropy_bwd(Tensor dlosses, Tensor dlse, Tensor logits, Tensor targets, Tensor lse, "
-    f"{_OPTIONS}) -> Tensor",
+    "cross_entropy_bwd(Tensor dlosses, Tensor dlse, Tensor logits, Tensor targets, Tensor maximum, "
+    f"Tensor log_sum, {_OPTIONS}) -> Tensor",
     _bwd_fake,
 )
 def cross_entropy_bwd(
@@ -378,7 +538,8 @@ def cross_entropy_bwd(
     dlse: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -389,12 +550,13 @@ def cross_entropy_bwd(
     n_rows, vocab_size = logits.shape
     config = elementwise_config(vocab_size)
     if logits.numel():
-        _cross_entropy_bwd_kernel[(n_rows, triton.cdiv(vocab_size, config["BLOCK"]))](
+        _cross_entropy_bwd_kernel[(n_rows * triton.cdiv(vocab_size, config["BLOCK"]),)](
             dlosses.contiguous(),
             dlse.contiguous(),
             logits.contiguous(),
             targets.contiguous(),
-            lse.contiguous(),
+            maximum.contiguous(),
+            log_sum.contiguous(),
             dlogits,
             V=vocab_size,
             IGNORE_INDEX=ignore_index,
@@ -416,7 +578,7 @@ def scale_(x: Tensor, scale: Tensor) -> None:
     n_rows, vocab_size = x.shape
     config = elementwise_config(vocab_size)
     if x.numel():
-        _scale_kernel[(n_rows, triton.cdiv(vocab_size, config["BLOCK"]))](
+        _scale_kernel[(n_rows * triton.cdiv(vocab_size, config["BLOCK"]),)](
             x, scale.contiguous(), SCALE_STRIDE=scale.ndim, V=vocab_size, **config
         )
 
@@ -428,10 +590,10 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, *options: float
     ) -> tuple[Tensor, Tensor]:
-        losses, lse = cross_entropy_fwd(logits, targets, *options)
-        ctx.save_for_backward(logits, targets, lse)
+        losses, maximum, log_sum = cross_entropy_fwd(logits, targets, *options)
+        ctx.save_for_backward(logits, targets, maximum, log_sum)
         ctx.options = options
-        return losses, lse
+        return losses, maximum + log_sum
 
     @staticmethod
     @once_differentiable
@@ -499,10 +661,11 @@ def cross_entropy(
         return _reduce(losses, n_valid, reduction), lse
     # Outside the autograd Function: torch.compile may lose a mutation inside one.
     with torch.no_grad():
-        losses, lse = cross_entropy_gradient_fwd_(
+        losses, maximum, log_sum = cross_entropy_gradient_fwd_(
             logits_NV, targets_N, n_valid if reduction == "mean" else None, *options
         )
         loss = _reduce(losses, n_valid, reduction)
+        lse = maximum + log_sum
     return _InplaceCrossEntropy.apply(logits_NV, loss), lse
 
 

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from fastllama_kernels._dtype import accumulation_dtype, autocast_like_linear, check_kernel_dtypes
 from fastllama_kernels._library import register
 from fastllama_kernels._linear import add_matmul, linear
+from fastllama_kernels.cross_entropy import maximum_and_log_sum
 
 
 def linear_cross_entropy_reference(
@@ -61,7 +62,9 @@ def linear_cross_entropy_reference(
         reduction="sum",
     )
     if z_loss:
-        total = total + z_loss * torch.logsumexp(logits_NV, -1).square().where(valid, 0.0).sum()
+        maximum, log_sum = maximum_and_log_sum(logits_NV)
+        lse = maximum + log_sum
+        total = total + z_loss * lse.square().where(valid, 0.0).sum()
     return total / valid.sum().clamp(min=1) if reduction == "mean" else total
 
 
@@ -173,11 +176,11 @@ def linear_cross_entropy_fwd(
         logits = buffer[: len(hidden[chunk])]
         torch.mm(hidden[chunk], weight.T, out=logits)
         if not (need_dhidden or need_dweight):
-            losses[chunk], _ = torch.ops.fastllama.cross_entropy_fwd(
+            losses[chunk], *_ = torch.ops.fastllama.cross_entropy_fwd(
                 logits, targets[chunk], *options
             )
             continue
-        losses[chunk], _ = torch.ops.fastllama.cross_entropy_gradient_fwd_(
+        losses[chunk], *_ = torch.ops.fastllama.cross_entropy_gradient_fwd_(
             logits, targets[chunk], None, *options
         )
         if need_dhidden:
@@ -239,16 +242,16 @@ def _loss_and_gradient(
     maximum = x.amax(-1, keepdim=True)
     exp = (x - maximum).exp()
     total = exp.sum(-1, keepdim=True)
-    lse = maximum + total.log()
+    log_sum = total.log()
+    lse = maximum + log_sum
     targets = targets.long()[:, None]
     valid = targets != ignore_index
     # Any token will do for the rows that are ignored.
     target_logits = x.gather(-1, targets.where(valid, 0))
-    loss = lse - (1 - label_smoothing) * target_logits
-    # Not exp(x - lse): where the logits are large, lse is too coarse.
+    loss = log_sum - (1 - label_smoothing) * (target_logits - maximum)
     gradient = exp / total
     if label_smoothing:
-        loss = loss - label_smoothing * x.mean(-1, keepdim=True)
+        loss = loss - label_smoothing * (x - maximum).mean(-1, keepdim=True)
     if z_loss:
         loss = loss + z_loss * lse.square()
         gradient = gradient * (1 + 2 * z_loss * lse)

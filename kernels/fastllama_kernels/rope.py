@@ -14,6 +14,7 @@ Bytes, for N rows and b bytes per element: forward 2 N (H + G) K b; backward 2 N
 Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, with the half-split pairs of GPT-NeoX.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -64,19 +65,35 @@ def rope_reference(
 
 
 @triton.jit
+def _tile(N_HEADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr):
+    """Return the rows and the first head of a program; neighbouring programs share their rows.
+
+    Rows are int32, because the division of int64 by T is a routine of a hundred instructions.
+    """
+    N_BLOCKS: tl.constexpr = N_HEADS // BLOCK_HEADS
+    program = tl.program_id(0)
+    rows = program // N_BLOCKS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    return rows, program % N_BLOCKS * BLOCK_HEADS
+
+
+@triton.jit
 def _load_angles(
-    cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, R: tl.constexpr, BLOCK_R: tl.constexpr
+    cos_ptr, sin_ptr, positions_ptr, rows, row_mask, mask, T, R: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """Return cos and sin at the positions of `rows`, (rows, 1, BLOCK_R); 1 broadcasts to heads."""
+    """Return cos and sin at the positions of `rows`, shaped like `mask` (rows, heads, BLOCK_R).
+
+    The heads load from the same addresses. Angles without heads would be broadcast through shared
+    memory.
+    """
     pairs = tl.arange(0, BLOCK_R)
     if positions_ptr is None:
-        positions = rows % T
+        positions = (rows % T).to(tl.int64)
     else:
         positions = tl.load(positions_ptr + rows, row_mask, other=0).to(tl.int64)
-    offsets = positions[:, None] * R + pairs[None, :]
-    mask = row_mask[:, None] & (pairs < R)[None, :]
-    cos = tl.load(cos_ptr + offsets, mask, other=0.0)[:, None, :]
-    sin = tl.load(sin_ptr + offsets, mask, other=0.0)[:, None, :]
+    offsets = positions[:, None, None] * R + pairs[None, None, :]
+    offsets = tl.broadcast_to(offsets, mask.shape)
+    cos = tl.load(cos_ptr + offsets, mask, other=0.0)
+    sin = tl.load(sin_ptr + offsets, mask, other=0.0)
     return cos, sin
 
 
@@ -95,36 +112,20 @@ def _rope_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    rows, head = _tile(N_ROTATED_HEADS, BLOCK_ROWS, BLOCK_HEADS)
+    heads = head + tl.arange(0, BLOCK_HEADS)
     pairs = tl.arange(0, BLOCK_R)
     row_mask = rows < n_rows
-    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, R, BLOCK_R)
-    mask = (
-        row_mask[:, None, None]
-        & (heads < N_ROTATED_HEADS)[None, :, None]
-        & (pairs < R)[None, None, :]
-    )
-    offsets = (rows[:, None, None] * N_HEADS + heads[None, :, None]) * (2 * R)
+    mask = row_mask[:, None, None] & (heads >= 0)[None, :, None] & (pairs < R)[None, None, :]
+    offsets = (rows.to(tl.int64)[:, None, None] * N_HEADS + heads[None, :, None]) * (2 * R)
     offsets += pairs[None, None, :]
+    # Before the angles, which the caches have: the short wait is part of the long one.
     first = tl.load(qkv_ptr + offsets, mask, other=0.0).to(tl.float32)
     second = tl.load(qkv_ptr + offsets + R, mask, other=0.0).to(tl.float32)
+    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, rows, row_mask, mask, T, R, BLOCK_R)
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     tl.store(qkv_ptr + offsets, (first * cos - second * sin).to(dtype), mask)
     tl.store(qkv_ptr + offsets + R, (second * cos + first * sin).to(dtype), mask)
-
-
-@triton.jit
-def _load_head_pairs(
-    x_ptr, stride_b, stride_t, stride_h, rows, heads, n_heads, pairs, mask, T, R: tl.constexpr
-):
-    """Return both halves of each head in float32; 0 where a head is not in 0..n_heads - 1."""
-    mask = mask & ((heads >= 0) & (heads < n_heads))[None, :, None]
-    offsets = (rows // T * stride_b + rows % T * stride_t)[:, None, None]
-    offsets = offsets + heads.to(tl.int64)[None, :, None] * stride_h + pairs[None, None, :]
-    first = tl.load(x_ptr + offsets, mask, other=0.0).to(tl.float32)
-    second = tl.load(x_ptr + offsets + R, mask, other=0.0).to(tl.float32)
-    return first, second
 
 
 @triton.jit
@@ -154,38 +155,47 @@ def _rope_bwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    rows, head = _tile(H + 2 * G, BLOCK_ROWS, BLOCK_HEADS)
+    # All heads of a program are in one of the three: BLOCK_HEADS divides H and G.
+    if head < H:
+        x_ptr = dq_ptr + head.to(tl.int64) * q_stride_h
+        stride_b, stride_t, stride_h = q_stride_b, q_stride_t, q_stride_h
+    elif head < H + G:
+        x_ptr = dk_ptr + (head - H).to(tl.int64) * k_stride_h
+        stride_b, stride_t, stride_h = k_stride_b, k_stride_t, k_stride_h
+    else:
+        x_ptr = dv_ptr + (head - H - G).to(tl.int64) * v_stride_h
+        stride_b, stride_t, stride_h = v_stride_b, v_stride_t, v_stride_h
+    heads = tl.arange(0, BLOCK_HEADS)
     pairs = tl.arange(0, BLOCK_R)
     row_mask = rows < n_rows
-    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, rows, row_mask, T, R, BLOCK_R)
-    mask = row_mask[:, None, None] & (pairs < R)[None, None, :]
-    # Each head is in one of dq, dk and dv; the mask stops the other two loads.
-    q_first, q_second = _load_head_pairs(
-        dq_ptr, q_stride_b, q_stride_t, q_stride_h, rows, heads, H, pairs, mask, T, R
-    )
-    k_first, k_second = _load_head_pairs(
-        dk_ptr, k_stride_b, k_stride_t, k_stride_h, rows, heads - H, G, pairs, mask, T, R
-    )
-    v_first, v_second = _load_head_pairs(
-        dv_ptr, v_stride_b, v_stride_t, v_stride_h, rows, heads - H - G, G, pairs, mask, T, R
-    )
-    first, second = q_first + k_first, q_second + k_second
-    # The inverse of a rotation is its transpose: sin changes sign.
-    dfirst = first * cos + second * sin + v_first
-    dsecond = second * cos - first * sin + v_second
-    mask = mask & (heads < H + 2 * G)[None, :, None]
-    offsets = (rows[:, None, None] * (H + 2 * G) + heads[None, :, None]) * (2 * R)
+    mask = row_mask[:, None, None] & (heads >= 0)[None, :, None] & (pairs < R)[None, None, :]
+    starts = (rows // T).to(tl.int64) * stride_b + (rows % T).to(tl.int64) * stride_t
+    offsets = starts[:, None, None] + heads.to(tl.int64)[None, :, None] * stride_h
     offsets += pairs[None, None, :]
+    first = tl.load(x_ptr + offsets, mask, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + offsets + R, mask, other=0.0).to(tl.float32)
+    # Values are not rotated: their cosine is 1.
+    rotated = mask & (head < H + G)
+    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, rows, row_mask, rotated, T, R, BLOCK_R)
+    cos = tl.where(rotated, cos, 1.0)
+    # The inverse of a rotation is its transpose: sin changes sign.
+    dfirst = first * cos + second * sin
+    dsecond = second * cos - first * sin
+    offsets = rows.to(tl.int64)[:, None, None] * (H + 2 * G) + head + heads[None, :, None]
+    offsets = offsets * (2 * R) + pairs[None, None, :]
     dtype: tl.constexpr = dqkv_ptr.dtype.element_ty
     tl.store(dqkv_ptr + offsets, dfirst.to(dtype), mask)
     tl.store(dqkv_ptr + offsets + R, dsecond.to(dtype), mask)
 
 
-def launch_config(n_pairs: int) -> dict[str, int]:
-    """Return the tile of rows x heads x pairs and warps: 2,048 pairs, so 8 pairs per thread."""
+def launch_config(n_pairs: int, n_heads: int, n_kv_heads: int) -> dict[str, int]:
+    """Return the tile of rows x heads x pairs and warps: 2,048 pairs, so 8 pairs per thread.
+
+    A tile has at most 8 heads, and as many as divide the query heads and the key heads.
+    """
     block_pairs = triton.next_power_of_2(n_pairs)
-    block_heads = 8
+    block_heads = math.gcd(8, n_heads, n_kv_heads)
     block_rows = max(1, 2_048 // (block_heads * block_pairs))
     return {
         "BLOCK_R": block_pairs,
@@ -193,6 +203,10 @@ def launch_config(n_pairs: int) -> dict[str, int]:
         "BLOCK_HEADS": block_heads,
         "num_warps": 8,
     }
+
+
+def _n_programs(n_rows: int, n_heads: int, config: dict[str, int]) -> int:
+    return triton.cdiv(n_rows, config["BLOCK_ROWS"]) * (n_heads // config["BLOCK_HEADS"])
 
 
 def _rope_inplace_fake(
@@ -211,14 +225,10 @@ def rope_(
 ) -> None:
     """Rotate the query and key heads of a contiguous `qkv` (B, T, E) in place."""
     n_pairs = cos.shape[-1]
-    config = launch_config(n_pairs)
+    config = launch_config(n_pairs, n_heads, n_kv_heads)
     n_rows, n_rotated = qkv.shape[0] * qkv.shape[1], n_heads + n_kv_heads
-    grid = (
-        triton.cdiv(n_rows, config["BLOCK_ROWS"]),
-        triton.cdiv(n_rotated, config["BLOCK_HEADS"]),
-    )
     if n_rows:
-        _rope_kernel[grid](
+        _rope_kernel[(_n_programs(n_rows, n_rotated, config),)](
             qkv,
             cos.contiguous(),
             sin.contiguous(),
@@ -272,14 +282,10 @@ def rope_bwd(
     dq, dk, dv = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv))
     n_heads, n_kv_heads, n_pairs = dq.shape[2], dk.shape[2], cos.shape[-1]
     dqkv = _rope_bwd_fake(dq, dk, dv, cos, sin, positions)
-    config = launch_config(n_pairs)
+    config = launch_config(n_pairs, n_heads, n_kv_heads)
     n_rows = dq.shape[0] * dq.shape[1]
-    grid = (
-        triton.cdiv(n_rows, config["BLOCK_ROWS"]),
-        triton.cdiv(n_heads + 2 * n_kv_heads, config["BLOCK_HEADS"]),
-    )
     if n_rows:
-        _rope_bwd_kernel[grid](
+        _rope_bwd_kernel[(_n_programs(n_rows, n_heads + 2 * n_kv_heads, config),)](
             dq,
             dk,
             dv,

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from fastllama_kernels._dtype import accumulation_dtype, autocast_like_linear, check_kernel_dtypes
 from fastllama_kernels._library import register
 from fastllama_kernels._linear import linear, weight_gradient
+from fastllama_kernels._tile import row_and_columns
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -42,8 +43,7 @@ def swiglu_linear_reference(
 
 @triton.jit
 def _swiglu_fwd_kernel(gate_up_ptr, h_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, columns = row_and_columns(F, BLOCK)
     mask = columns < F
     gate_up_ptr += row * 2 * F
     gate = tl.load(gate_up_ptr + columns, mask, other=0.0).to(tl.float32)
@@ -62,8 +62,7 @@ def _swiglu_bwd_kernel(
     BLOCK: tl.constexpr,
     RECOMPUTE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, columns = row_and_columns(F, BLOCK)
     mask = columns < F
     gate_up_ptr += row * 2 * F
     dgate_up_ptr += row * 2 * F
@@ -98,8 +97,8 @@ def swiglu_fwd(gate_up: Tensor) -> Tensor:
     width = h.shape[-1]
     config = launch_config(width)
     if h.numel():
-        grid = (h.numel() // width, triton.cdiv(width, config["BLOCK"]))
-        _swiglu_fwd_kernel[grid](gate_up.contiguous(), h, F=width, **config)
+        grid = h.numel() // width * triton.cdiv(width, config["BLOCK"])
+        _swiglu_fwd_kernel[(grid,)](gate_up.contiguous(), h, F=width, **config)
     return h
 
 
@@ -133,7 +132,8 @@ def _launch_bwd(dh: Tensor, gate_up: Tensor, dgate_up: Tensor, h: Tensor | None)
     width = dh.shape[-1]
     config = launch_config(width)
     if dh.numel():
-        _swiglu_bwd_kernel[(dh.numel() // width, triton.cdiv(width, config["BLOCK"]))](
+        grid = dh.numel() // width * triton.cdiv(width, config["BLOCK"])
+        _swiglu_bwd_kernel[(grid,)](
             dh.contiguous(),
             gate_up.contiguous(),
             dgate_up,

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -367,11 +368,67 @@ def test_large_logits(dtype: torch.dtype, size: float, target: int, inplace: boo
 
 
 @both_modes
-@pytest.mark.parametrize("size", [20.0, 80.0, 1e4])
-def test_logits_around_and_above_the_softcap(size: float, inplace: bool) -> None:
+@pytest.mark.parametrize("size", [20.0, 80.0])
+def test_logits_around_the_softcap(size: float, inplace: bool) -> None:
     logits = torch.tensor([[size, -size, 0.0, size, 1.0]], device=DEVICE)
     targets = torch.tensor([1], device=DEVICE)
     assert_matches_reference(logits, targets, softcap=30.0, inplace=inplace)
+
+
+@both_modes
+def test_logits_far_above_the_softcap(inplace: bool) -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0, 1e4, 1.0]], device=DEVICE)
+    targets = torch.tensor([1], device=DEVICE)
+
+    def loss(operator: Callable[..., Any], **options: Any) -> Any:
+        return loss_of(operator, targets, softcap=30.0, **options)
+
+    (found, *_, gradient), (true_loss, *_, truth) = (
+        outputs_and_gradients(loss(cross_entropy, inplace=inplace), [logits]),
+        outputs_and_gradients(loss(cross_entropy_reference, inplace=inplace), [logits.double()]),
+    )
+    assert_as_exact_as(found, true_loss.float(), true_loss)
+    # Where the softcap has no slope, the gradient is 0, and its largest entry is exp(-29). On every
+    # GPU that is exp2(-29 log2 e), a number whose rounding to float32 exp multiplies by 30.
+    bound = (30 + 4) * 2**-24 * truth.abs().max()
+    assert (gradient.double() - truth).abs().max() <= bound
+
+
+SHIFTS = [0.0, 300.0, -300.0, 1e4]
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_reference_keeps_its_digits_wherever_the_logits_are(
+    label_smoothing: float, shift: float
+) -> None:
+    logits = randn(4, 1_000, seed=0, dtype=torch.float32) + shift
+    assert_as_exact_as_pytorch(cross_entropy_reference, logits, label_smoothing=label_smoothing)
+
+
+@both_modes
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("vocab_size", [1_000, 20_000])
+def test_kernels_keep_their_digits_wherever_the_logits_are(
+    vocab_size: int, label_smoothing: float, shift: float, inplace: bool
+) -> None:
+    # exp(x - lse) would have the error of lse, 5e-4 near 1e4; the loss lse - x as well.
+    logits = randn(4, vocab_size, seed=0, dtype=torch.float32) + shift
+    assert_as_exact_as_pytorch(
+        cross_entropy, logits, label_smoothing=label_smoothing, inplace=inplace
+    )
+
+
+def assert_as_exact_as_pytorch(
+    operator: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, **options: Any
+) -> None:
+    """Compare the loss and the gradient with those of F.cross_entropy."""
+    targets = torch.arange(len(logits), device=DEVICE)
+    plain = partial(F.cross_entropy, target=targets, label_smoothing=options["label_smoothing"])
+    assert_operator_as_exact_as(
+        lambda x: operator(x * 1, targets, **options)[0], plain, plain, [logits]
+    )
 
 
 @both_modes

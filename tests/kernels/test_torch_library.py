@@ -75,7 +75,7 @@ def cross_entropy(n_rows: int, dtype: torch.dtype) -> Calls:
         "cross_entropy_gradient_fwd_": [
             (logits, targets, count, *LOSS_OPTIONS) for count in (None, n_valid)
         ],
-        "cross_entropy_bwd": [(per_row, per_row, logits, targets, per_row, *LOSS_OPTIONS)],
+        "cross_entropy_bwd": [(per_row, per_row, logits, targets, per_row, per_row, *LOSS_OPTIONS)],
         "scale_": [(logits, per_row), (logits, torch.tensor(0.5, device=DEVICE))],
         "scaled": [
             (hidden, torch.tensor(0.5, device=DEVICE), wanted) for wanted in (dtype, torch.float32)
