@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from benchmarks.rehearsal.log import CUDA_TYPES, NCCL_TYPES, WIDTHS, Call
 from fastllama.config import Config
 from fastllama.planning.flops import n_parameters
+from fastllama_kernels.linear_cross_entropy import chunk_length
+from fastllama_kernels.rms_norm import programs_per_multiprocessor
 
 VECTORIZED, UNROLLED = 1024, 512
 """Elements of a block of PyTorch's elementwise kernels."""
 SCALED = 4096
 """Elements of a program of `_scaled_kernel`."""
-NORM_PROGRAMS = 132
-"""Programs of the norm's backward: one for each multiprocessor."""
+MULTIPROCESSORS = 132
+"""Of the null device, an H100."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ KERNELS = (
     Kernel(
         "reduce_kernel<ReduceOp, sum_functor, float",
         "rms_norm",
-        lambda s, c: 4 * NORM_PROGRAMS * s.D,
+        lambda s, c: 4 * MULTIPROCESSORS * programs_per_multiprocessor(s.D) * s.D,
         "sums partial weight gradients, and losses",
     ),
     Kernel(
@@ -183,7 +185,8 @@ KERNELS = (
     Kernel(
         "_cross_entropy_fwd_kernel",
         "cross_entropy",
-        lambda s, c: 2 * c.number("grid") * s.V * s.b,
+        # Its programs may be fewer than its rows.
+        lambda s, c: 2 * s.V * s.b * s.N // math.ceil(s.N / chunk_length(s.N, s.V, s.b)),
         "loss of a chunk; its gradient overwrites the logits",
     ),
     Kernel(

@@ -125,7 +125,6 @@ def activation_bytes(config: Config, checkpointing: str) -> int:
     | attention, lse   | H K b + 4 H | H K b + 4 H |       |
     | attention.output |             | D b         |       |
     | gate_up          | I b         |             |       |
-    | rstd             | 8           |             |       |
     | dropout masks    | 2 D         |             |       |
     """
     model, compute = config.model, _BYTES[config.training.dtype]
@@ -137,7 +136,7 @@ def activation_bytes(config: Config, checkpointing: str) -> int:
     if checkpointing == "selective":
         return saved + model.n_embd * compute
     masks = 2 * model.n_embd if model.dropout else 0
-    return saved + 2 * model.ffn_width * compute + 8 + masks
+    return saved + 2 * model.ffn_width * compute + masks
 
 
 def _loss_bytes(config: Config) -> int:

@@ -10,7 +10,8 @@ Shapes: x, residual, y (..., D), float32, bfloat16 or float16, any strides (copi
 contiguous); weight (D,); projection (out_features, D). Arithmetic is in float32 (in the reference,
 float64 for float64), rounded once at the end. Not included: Hugging Face's second rounding before
 the weight, and Gemma's weight + 1.
-Saved for backward: the stream (N, D), rstd (N,) float32, the weights.
+Saved for backward: the stream (N, D) and the weights. The backward computes rstd again, from rows
+that it reads anyway.
 Bytes, for N rows and b bytes per element: forward 2 N D b, with a residual 4 N D b; backward
 3 N D b, + N D b if the stream has a gradient, + N D b to recompute y.
 Each program sums the weight gradient over its rows; a second sum over programs has a fixed order.
@@ -73,7 +74,6 @@ def _rms_norm_fwd_kernel(
     weight_ptr,
     y_ptr,
     stream_ptr,
-    rstd_ptr,
     D: tl.constexpr,
     eps: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -119,7 +119,6 @@ def _rms_norm_fwd_kernel(
             weight = tl.load(weight_ptr + start + columns, mask, other=0.0).to(tl.float32)
             y = (s * rstd * weight).to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + start + columns, y, mask)
-    tl.store(rstd_ptr + row, rstd)
 
 
 @triton.jit
@@ -128,12 +127,12 @@ def _rms_norm_bwd_kernel(
     dstream_ptr,
     stream_ptr,
     weight_ptr,
-    rstd_ptr,
     dx_ptr,
     y_ptr,
     dweight_ptr,
     n_rows,
     D: tl.constexpr,
+    eps: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_DSTREAM: tl.constexpr,
     RECOMPUTE: tl.constexpr,
@@ -154,11 +153,12 @@ def _rms_norm_bwd_kernel(
             offsets = row * D + columns
             s = tl.load(stream_ptr + offsets, mask, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + offsets, mask, other=0.0).to(tl.float32)
-            rstd = tl.load(rstd_ptr + row)
+            wdy = dy * weight
+            squares, products = tl.sum(s * s), tl.sum(s * wdy)
+            rstd = tl.rsqrt(squares / D + eps)
             x_hat = s * rstd
             dweight += dy * x_hat
-            wdy = dy * weight
-            dx = rstd * (wdy - x_hat * (tl.sum(x_hat * wdy) / D))
+            dx = rstd * (wdy - x_hat * (rstd * products / D))
             if HAS_DSTREAM:
                 dx += tl.load(dstream_ptr + offsets, mask, other=0.0).to(tl.float32)
             tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
@@ -168,16 +168,18 @@ def _rms_norm_bwd_kernel(
     else:
         for row in range(program, n_rows, n_programs):
             offset = row * D
-            rstd = tl.load(rstd_ptr + row)
-            total = tl.zeros((BLOCK,), tl.float32)
+            squares = tl.zeros((BLOCK,), tl.float32)
+            products = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, D, BLOCK):
                 mask = start + columns < D
                 offsets = offset + start + columns
                 s = tl.load(stream_ptr + offsets, mask, other=0.0).to(tl.float32)
                 dy = tl.load(dy_ptr + offsets, mask, other=0.0).to(tl.float32)
                 weight = tl.load(weight_ptr + start + columns, mask, other=0.0).to(tl.float32)
-                total += s * rstd * (dy * weight)
-            mean = tl.sum(total) / D
+                squares += s * s
+                products += s * (dy * weight)
+            rstd = tl.rsqrt(tl.sum(squares) / D + eps)
+            mean = rstd * tl.sum(products) / D
             for start in range(0, D, BLOCK):
                 mask = start + columns < D
                 offsets = offset + start + columns
@@ -217,40 +219,36 @@ def programs_per_multiprocessor(width: int) -> int:
     return max(1, min(32, 8_192 // max(1, triton.next_power_of_2(width))))
 
 
-def _fwd_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+def _fwd_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _like(x)
 
 
-@register("rms_norm_fwd(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _fwd_fake)
-def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return y, shaped like `x` (..., D), and rstd (...) float32."""
-    y, rstd = _fwd_fake(x, weight, eps)
+@register("rms_norm_fwd(Tensor x, Tensor weight, float eps) -> Tensor", _fwd_fake)
+def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return y, shaped like `x` (..., D)."""
+    y = _fwd_fake(x, weight, eps)
     x = x.contiguous()
     # Without a residual the kernel ignores the second x and the second y.
-    _launch_fwd(x, x, weight, y, y, rstd, eps, has_residual=False)
-    return y, rstd
+    _launch_fwd(x, x, weight, y, y, eps, has_residual=False)
+    return y
 
 
-def _add_fwd_fake(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    stream = _like(x, torch.promote_types(x.dtype, residual.dtype))
-    return _like(x), stream, x.new_empty(x.shape[:-1], dtype=torch.float32)
+def _add_fwd_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _like(x), _like(x, torch.promote_types(x.dtype, residual.dtype))
 
 
 @register(
-    "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     _add_fwd_fake,
 )
 def add_rms_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y like `x` (..., D), the stream in the wider dtype, and rstd (...) float32."""
-    y, stream, rstd = _add_fwd_fake(x, residual, weight, eps)
+) -> tuple[Tensor, Tensor]:
+    """Return y like `x` (..., D), and the stream in the wider dtype."""
+    y, stream = _add_fwd_fake(x, residual, weight, eps)
     residual = residual.contiguous()
-    _launch_fwd(x.contiguous(), residual, weight, y, stream, rstd, eps, has_residual=True)
-    return y, stream, rstd
+    _launch_fwd(x.contiguous(), residual, weight, y, stream, eps, has_residual=True)
+    return y, stream
 
 
 def _launch_fwd(
@@ -259,19 +257,17 @@ def _launch_fwd(
     weight: Tensor,
     y: Tensor,
     stream: Tensor,
-    rstd: Tensor,
     eps: float,
     *,
     has_residual: bool,
 ) -> None:
     if x.numel():
-        _rms_norm_fwd_kernel[(rstd.numel(),)](
+        _rms_norm_fwd_kernel[(x.numel() // x.shape[-1],)](
             x,
             residual,
             weight.contiguous(),
             y,
             stream,
-            rstd,
             D=x.shape[-1],
             eps=eps,
             HAS_RESIDUAL=has_residual,
@@ -280,41 +276,41 @@ def _launch_fwd(
 
 
 def _bwd_fake(
-    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     return _like(stream), torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 @register(
-    "rms_norm_bwd(Tensor dy, Tensor? dstream, Tensor stream, Tensor weight, Tensor rstd)"
+    "rms_norm_bwd(Tensor dy, Tensor? dstream, Tensor stream, Tensor weight, float eps)"
     " -> (Tensor, Tensor)",
     _bwd_fake,
 )
 def rms_norm_bwd(
-    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the stream (..., D) and of the weight (D,), in their dtypes."""
     dx = _like(stream)
-    return dx, _launch_bwd(dy, dstream, stream, weight, rstd, dx, y=None)
+    return dx, _launch_bwd(dy, dstream, stream, weight, eps, dx, y=None)
 
 
 def _recompute_bwd_fake(
-    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (*_bwd_fake(dy, dstream, stream, weight, rstd), _like(dy))
+    return (*_bwd_fake(dy, dstream, stream, weight, eps), _like(dy))
 
 
 @register(
-    "rms_norm_recompute_bwd(Tensor dy, Tensor? dstream, Tensor stream, Tensor weight, Tensor rstd)"
+    "rms_norm_recompute_bwd(Tensor dy, Tensor? dstream, Tensor stream, Tensor weight, float eps)"
     " -> (Tensor, Tensor, Tensor)",
     _recompute_bwd_fake,
 )
 def rms_norm_recompute_bwd(
-    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the results of `rms_norm_bwd` and y (..., D) in the dtype of `dy`."""
     dx, y = _like(stream), _like(dy)
-    return dx, _launch_bwd(dy, dstream, stream, weight, rstd, dx, y), y
+    return dx, _launch_bwd(dy, dstream, stream, weight, eps, dx, y), y
 
 
 def _launch_bwd(
@@ -322,12 +318,13 @@ def _launch_bwd(
     dstream: Tensor | None,
     stream: Tensor,
     weight: Tensor,
-    rstd: Tensor,
+    eps: float,
     dx: Tensor,
     y: Tensor | None,
 ) -> Tensor:
     """Fill `dx` and `y`; return the gradient of the weight."""
-    width, n_rows = stream.shape[-1], rstd.numel()
+    width = stream.shape[-1]
+    n_rows = stream.shape[:-1].numel()
     config = backward_config(width)
     max_programs = n_multiprocessors(stream.device) * programs_per_multiprocessor(width)
     shape = (min(n_rows, max_programs), width)
@@ -340,12 +337,12 @@ def _launch_bwd(
             dy if dstream is None else dstream.contiguous(),
             stream.contiguous(),
             weight.contiguous(),
-            rstd.contiguous(),
             dx,
             dx if y is None else y,
             dweight,
             n_rows,
             D=width,
+            eps=eps,
             HAS_DSTREAM=dstream is not None,
             RECOMPUTE=y is not None,
             **config,
@@ -372,10 +369,11 @@ class _RMSNorm(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if residual is None:
             stream = x
-            y, rstd = rms_norm_fwd(x, weight, eps)
+            y = rms_norm_fwd(x, weight, eps)
         else:
-            y, stream, rstd = add_rms_norm_fwd(x, residual, weight, eps)
-        ctx.save_for_backward(stream, weight, rstd, projection, main_grad)
+            y, stream = add_rms_norm_fwd(x, residual, weight, eps)
+        ctx.save_for_backward(stream, weight, projection, main_grad)
+        ctx.eps = eps
         ctx.set_materialize_grads(False)
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
         out = y if projection is None else F.linear(y, projection)
@@ -386,14 +384,14 @@ class _RMSNorm(torch.autograd.Function):
     def backward(
         ctx: Any, dout: Tensor | None, dstream: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        stream, weight, rstd, projection, main_grad = ctx.saved_tensors
+        stream, weight, projection, main_grad = ctx.saved_tensors
         x_dtype, residual_dtype = ctx.dtypes
         dx, dweight, dprojection = dstream, None, None
         if dout is not None and projection is None:
-            dx, dweight = rms_norm_bwd(dout, dstream, stream, weight, rstd)
+            dx, dweight = rms_norm_bwd(dout, dstream, stream, weight, ctx.eps)
         elif dout is not None:
             dy = dout @ projection
-            dx, dweight, y = rms_norm_recompute_bwd(dy, dstream, stream, weight, rstd)
+            dx, dweight, y = rms_norm_recompute_bwd(dy, dstream, stream, weight, ctx.eps)
             if ctx.needs_input_grad[4]:
                 dprojection = weight_gradient(dout, y, main_grad)
         if dx is None:

@@ -213,7 +213,7 @@ def test_bytes_are_those_of_the_operators() -> None:
     assert (s.N, s.D, s.F, s.V, s.H, s.G, s.K, s.b) == (32_768, 2048, 5632, 8192, 32, 32, 64, 2)
     calls = [
         call("triton", "_swiglu_fwd_kernel", grid=1),
-        call("triton", "_cross_entropy_fwd_kernel", grid=8192),
+        call("triton", "_cross_entropy_fwd_kernel", grid=132),
         call("kernel", "vectorized_elementwise_kernel<FillFunctor, float>", grid=3),
         # AdamW is counted once, however many launches it takes.
         call("kernel", "multi_tensor_apply_kernel<FusedOptimizer", grid=9),

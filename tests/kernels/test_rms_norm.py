@@ -230,11 +230,9 @@ def test_squares_beyond_float16(size: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("width", [D, WIDE])
 def test_normalises_the_rounded_sum(width: int) -> None:
     x, residual, weight = inputs(ADD, 2, width=width, dtype=torch.bfloat16)
-    y, stream, rstd = add_rms_norm_fwd(x, residual, weight, EPS)
+    y, stream = add_rms_norm_fwd(x, residual, weight, EPS)
     wide = stream.double()
     truth = torch.rsqrt(wide.square().mean(dim=-1) + EPS)
-    # A sum of up to 33,000 terms in float32.
-    torch.testing.assert_close(rstd.double(), truth, rtol=1e-5, atol=0)
     # One rounding to bfloat16; normalising the exact sum would leave two.
     eps = torch.finfo(torch.bfloat16).eps
     torch.testing.assert_close(
