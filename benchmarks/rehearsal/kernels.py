@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from benchmarks.rehearsal.log import CUDA_TYPES, NCCL_TYPES, WIDTHS, Call
 from fastllama.config import Config
 from fastllama.planning.flops import n_parameters
-from fastllama_kernels.linear_cross_entropy import chunk_length
+from fastllama_kernels.linear_cross_entropy import SCALED_BLOCK, chunk_length
 from fastllama_kernels.rms_norm import programs_per_multiprocessor
 
 VECTORIZED, UNROLLED = 1024, 512
 """Elements of a block of PyTorch's elementwise kernels."""
-SCALED = 4096
-"""Elements of a program of `_scaled_kernel`."""
 MULTIPROCESSORS = 132
 """Of the null device, an H100."""
 
@@ -93,7 +91,7 @@ def nothing(s: Shape, call: Call) -> float:
 
 
 def _scaled(s: Shape, call: Call) -> float:
-    n_elements = call.number("grid") * SCALED
+    n_elements = call.number("grid") * SCALED_BLOCK
     is_weight = abs(n_elements - s.V * s.D) < abs(n_elements - s.N * s.D)
     return n_elements * (12 if is_weight else 2 * s.b)
 

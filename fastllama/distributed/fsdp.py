@@ -13,7 +13,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from fastllama.config import Config, ParallelConfig
 from fastllama.distributed.world import World
 from fastllama.model.llama import Linear, Llama
-from fastllama.planning.memory import choose_by_memory
+from fastllama.planning.memory import can_sum_in_matmuls, choose_by_memory
 
 
 def resolve_by_memory(config: Config, world: World) -> tuple[Config, str]:
@@ -127,13 +127,7 @@ def sums_in_matmuls(config: Config, world: World) -> bool:
     On a CPU it gains nothing: float32 gradients are not rounded, and for bfloat16 PyTorch has no
     matmul with a float32 result.
     """
-    parallel = config.parallel
-    return (
-        world.device.type != "cpu"
-        and config.accumulation_steps(world.size) > 1
-        and parallel.accumulate == "unsharded"
-        and parallel.reduce_dtype == "float32"
-    )
+    return world.device.type != "cpu" and can_sum_in_matmuls(config, world.size)
 
 
 def sum_in_matmuls(model: nn.Module) -> None:

@@ -19,6 +19,9 @@ from fastllama_kernels.linear_cross_entropy import chunk_length
 # Memory is planned for GPUs, where auto is bfloat16.
 _BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}
 
+# Of Hopper and newer; PyTorch allocates it with the first matmul.
+_CUBLAS_WORKSPACE = 32 * 2**20
+
 # The rest is for allocator fragmentation, NCCL and the CUDA context, which the plan leaves out.
 _USABLE = 0.9
 
@@ -36,12 +39,13 @@ class MemoryPlan:
     gradients: int
     """Sums over the earlier micro-batches; 0 with one micro-batch per update."""
     gathered: int
-    """Parameters gathered for the computation: all, or with resharding those of two blocks and
-    those outside of blocks."""
+    """Parameters gathered for the computation: all, or with resharding those of one or two blocks
+    and those outside of blocks."""
     activations: int
     """Tensors that the blocks save for backward."""
     backward: int
-    """Buffers of the loss or of the first block in the backward, whichever are larger."""
+    """Buffers of the loss or of the first block in the backward, whichever are larger, and the
+    workspace of cuBLAS."""
 
     @property
     def total(self) -> int:
@@ -76,31 +80,52 @@ def plan_memory(config: Config, world_size: int) -> MemoryPlan:
     | ema         | with `training.ema_decay`: 4 n_all / s                        |
     | gradients   | if micro-batches accumulate: r n_all; sharded 4 n_all / s, or |
     |             | r n_all / s with replicas                                     |
-    | gathered    | b n_all; resharded b (n_rest + 2 n_block)                     |
+    | gathered    | b n_all; resharded `_gathered_bytes`                          |
     | activations | `activation_bytes` per layer and token                        |
-    | backward    | the larger of `_loss_bytes` and `_block_bytes`                |
+    | backward    | `_loss_bytes` or `_block_bytes`, and 32 MiB                   |
 
-    "auto" of `parallel.reshard_after_forward` and `parallel.accumulate` counts as False and
-    "unsharded"; `choose_by_memory` decides them.
+    Gathered and backward are those of the loss or of a block, whose sum is larger. "auto" of
+    `parallel.reshard_after_forward` and `parallel.accumulate` counts as False and "unsharded";
+    `choose_by_memory` decides them.
     """
     model, training, parallel = config.model, config.training, config.parallel
-    compute, n_all, n_block = _BYTES[training.dtype], n_parameters(model), n_block_parameters(model)
+    n_all = n_parameters(model)
     n_shard = n_all // (world_size // parallel.replicate)
-    n_gathered = n_all
-    if parallel.reshard_after_forward is True:
-        n_gathered -= max(0, model.n_layers - 2) * n_block
     n_tokens = training.batch_size * model.max_seq_len
+    gathered, backward = max(
+        (_gathered_bytes(config, in_block=False), _loss_bytes(config, world_size)),
+        (_gathered_bytes(config, in_block=True), _block_bytes(config, world_size)),
+        key=sum,
+    )
     return MemoryPlan(
         parameters=4 * n_shard,
         optimizer=8 * n_shard,
         ema=4 * n_shard if training.ema_decay else 0,
         gradients=_gradient_bytes(config, world_size, n_all, n_shard),
-        gathered=compute * n_gathered,
+        gathered=gathered,
         activations=n_tokens
         * model.n_layers
         * activation_bytes(config, training.activation_checkpointing),
-        backward=max(_loss_bytes(config), _block_bytes(config)),
+        backward=backward + _CUBLAS_WORKSPACE,
     )
+
+
+def _gathered_bytes(config: Config, in_block: bool) -> int:
+    """Bytes of parameters gathered while the loss runs, or the backward of a block.
+
+    Resharded, the loss has the parameters outside of blocks and the last block. FSDP2 still has the
+    buffer of the last all-gather, which is that of an output projection that is not tied. In the
+    backward of a block the one before it is gathered too, and such an output projection is free.
+    """
+    model, compute = config.model, _BYTES[config.training.dtype]
+    n_gathered, n_block = n_parameters(model), n_block_parameters(model)
+    if config.parallel.reshard_after_forward is True:
+        n_blocks = min(2 if in_block else 1, model.n_layers)
+        n_gathered -= (model.n_layers - n_blocks) * n_block
+        if not model.tied_embeddings:
+            n_output = model.vocab_size * model.n_embd
+            n_gathered += -n_output if in_block else n_output
+    return compute * n_gathered
 
 
 def _gradient_bytes(config: Config, world_size: int, n_all: int, n_shard: int) -> int:
@@ -139,44 +164,64 @@ def activation_bytes(config: Config, checkpointing: str) -> int:
     return saved + 2 * model.ffn_width * compute + masks
 
 
-def _loss_bytes(config: Config) -> int:
+def can_sum_in_matmuls(config: Config, world_size: int) -> bool:
+    """Whether the options let matmuls add weight gradients to float32 sums over micro-batches.
+
+    "auto" of `parallel.accumulate` counts as "unsharded".
+    """
+    parallel = config.parallel
+    return (
+        config.accumulation_steps(world_size) > 1
+        and parallel.accumulate != "sharded"
+        and parallel.reduce_dtype == "float32"
+    )
+
+
+def _loss_bytes(config: Config, world_size: int) -> int:
     """Bytes of the loss.
 
-    Gradient of the output projection in float32, and gradient of its input. Also one chunk of
-    logits, in the forward, or the first gradient in `training.dtype` and the second one scaled, in
-    the backward.
+    Input of the output projection, its gradient, and the gradient of the projection in float32.
+    Also one chunk of logits, in the forward, or the scaled gradients, in the backward; sums in
+    matmuls take that of the projection as it is.
     """
     model, compute = config.model, _BYTES[config.training.dtype]
     n_tokens = config.training.batch_size * model.max_seq_len
     weight, hidden = model.vocab_size * model.n_embd, n_tokens * model.n_embd * compute
     logits = chunk_length(n_tokens, model.vocab_size, compute) * model.vocab_size * compute
-    return 4 * weight + hidden + max(logits, compute * weight + hidden)
+    scaled = hidden if can_sum_in_matmuls(config, world_size) else compute * weight + hidden
+    return 4 * weight + 2 * hidden + max(logits, scaled)
 
 
-def _block_bytes(config: Config) -> int:
+def _block_bytes(config: Config, world_size: int) -> int:
     """Bytes of the backward of one block.
 
     Recomputed activations, gradients of activations, and gradients of the output projection in
-    reduction, in the backward of the last block. A tied output projection is reduced at the end:
-    its gradients and those of the block in `training.dtype`, and gradients of the previous block in
+    reduction and reduced, in the backward of the last block. Where matmuls sum gradients, the
+    reduction replaces the sum, and the gathered projection is free by then. A tied output
+    projection is reduced at the end. Unless matmuls sum its gradients, they stay in
+    `training.dtype`, and those of the block as well, beside gradients of the previous block in
     reduction.
     """
-    model, training = config.model, config.training
-    compute, reduce = _BYTES[training.dtype], _BYTES[config.parallel.reduce_dtype]
+    model, training, parallel = config.model, config.training, config.parallel
+    compute, reduce = _BYTES[training.dtype], _BYTES[parallel.reduce_dtype]
     n_tokens = training.batch_size * model.max_seq_len
     recomputed = activation_bytes(config, "none") - activation_bytes(
         config, training.activation_checkpointing
     )
-    if training.activation_checkpointing == "full" and training.compile is False:
-        # In eager mode the block that is run again has its output as well.
-        recomputed += model.n_embd * compute
+    if training.activation_checkpointing != "none" and training.compile is False:
+        # In eager mode the block that is run again keeps its input, and has its output as well.
+        recomputed += 2 * model.n_embd * compute
     # Gradients of gate_up (2F) and of silu(gate) * up (F), and silu(gate) * up recomputed (F).
     in_flight = 4 * model.ffn_width * compute
     n_output, n_block = model.vocab_size * model.n_embd, n_block_parameters(model)
-    if model.tied_embeddings:
-        gradients = n_output * compute + n_block * (compute + reduce)
+    n_shards = world_size // parallel.replicate
+    if can_sum_in_matmuls(config, world_size):
+        replaced = 0 if model.tied_embeddings else reduce * n_output // n_shards
+        gradients = max(0, replaced - compute * n_output)
+    elif not model.tied_embeddings:
+        gradients = n_output * reduce * (n_shards + 1) // n_shards
     else:
-        gradients = n_output * reduce
+        gradients = n_output * compute + n_block * (compute + reduce)
     return gradients + n_tokens * (max(0, recomputed) + in_flight)
 
 

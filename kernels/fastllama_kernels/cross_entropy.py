@@ -35,6 +35,7 @@ from fastllama_kernels._library import (
     n_multiprocessors,
     register,
 )
+from fastllama_kernels._softmax import maximum_and_log_sum
 from fastllama_kernels._tile import row_and_columns
 
 
@@ -67,16 +68,6 @@ def cross_entropy_reference(
     lse = maximum + log_sum
     losses = (losses + z_loss * lse.square()).where(valid, 0.0)
     return _reduce(losses, _n_valid(targets_N, ignore_index), reduction), lse
-
-
-def maximum_and_log_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return m = max(logits) and log(sum(exp(logits - m))) over the last dimension.
-
-    lse is their sum. The gradient flows through the second. m is a constant; 0 if it is infinite.
-    """
-    maximum = logits.detach().amax(dim=-1)
-    maximum = maximum.where(maximum.isfinite(), 0.0)
-    return maximum, (logits - maximum.unsqueeze(-1)).exp().sum(dim=-1).log()
 
 
 def _n_valid(targets: Tensor, ignore_index: int) -> Tensor:
@@ -230,7 +221,7 @@ def _cross_entropy_row(
         if V <= BLOCK:
             _store_gradient(
                 row_ptr,
-                e / total,
+                e * (1 / total),
                 x,
                 lse,
                 dloss,
@@ -249,7 +240,7 @@ def _cross_entropy_row(
                 x = _load_logits(row_ptr, later, V, SOFTCAP)
                 _store_gradient(
                     row_ptr,
-                    _exp(x - maximum) / total,
+                    _exp(x - maximum) * (1 / total),
                     x,
                     lse,
                     dloss,
@@ -386,19 +377,22 @@ def forward_config(vocab_size: int, write_gradient: bool, has_softcap: bool) -> 
     return {"BLOCK": warps * (256 if has_softcap else 512), "num_warps": warps}
 
 
-def forward_programs(logits: Tensor, write_gradient: bool) -> int:
-    """Return how many programs share the rows (N, V) of the forward.
+def cached_programs(n_multiprocessors: int, l2_bytes: int, row_bytes: int) -> int:
+    """Return how many programs that read a row twice run at a time, at most one a multiprocessor.
 
-    Of programs that read their rows twice, a multiprocessor has one, and half of the L2 cache holds
-    the rows of all. Where it would hold few, half of the multiprocessors work: fewer cannot keep
-    the memory busy.
+    Half of the L2 cache holds the rows of all. Where it would hold few, half of the multiprocessors
+    work: fewer cannot keep the memory busy.
     """
+    return min(n_multiprocessors, max(l2_bytes // 2 // row_bytes, n_multiprocessors // 2, 1))
+
+
+def _forward_programs(logits: Tensor, write_gradient: bool) -> int:
+    """Return how many programs share the rows (N, V)."""
     n_rows, vocab_size = logits.shape
     if not write_gradient or vocab_size <= 16_384:
         return n_rows
-    cached_rows = l2_bytes(logits.device) // 2 // (vocab_size * logits.element_size())
-    n_available = n_multiprocessors(logits.device)
-    return min(n_rows, n_available, max(cached_rows, n_available // 2, 1))
+    device, row_bytes = logits.device, vocab_size * logits.element_size()
+    return min(n_rows, cached_programs(n_multiprocessors(device), l2_bytes(device), row_bytes))
 
 
 def elementwise_config(vocab_size: int) -> dict[str, int]:
@@ -439,9 +433,10 @@ def cross_entropy_fwd(
     `softcap` 0 means no cap.
     """
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    results = _fwd_fake(logits, targets, *options)
-    _launch_fwd(logits.contiguous(), targets, None, *results, *options, write_gradient=False)
-    return results
+    losses, maximum, log_sum = _fwd_fake(logits, targets, *options)
+    logits = logits.contiguous()
+    _launch_fwd(logits, targets, None, losses, maximum, log_sum, *options, write_gradient=False)
+    return losses, maximum, log_sum
 
 
 def _gradient_fwd_fake(
@@ -475,9 +470,9 @@ def cross_entropy_gradient_fwd_(
     It is the gradient of sum(losses) / n_valid.
     """
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    results = _fwd_fake(logits, targets, *options)
-    _launch_fwd(logits, targets, n_valid, *results, *options, write_gradient=True)
-    return results
+    losses, maximum, log_sum = _fwd_fake(logits, targets, *options)
+    _launch_fwd(logits, targets, n_valid, losses, maximum, log_sum, *options, write_gradient=True)
+    return losses, maximum, log_sum
 
 
 def _launch_fwd(
@@ -495,7 +490,7 @@ def _launch_fwd(
     write_gradient: bool,
 ) -> None:
     if logits.numel():
-        _cross_entropy_fwd_kernel[(forward_programs(logits, write_gradient),)](
+        _cross_entropy_fwd_kernel[(_forward_programs(logits, write_gradient),)](
             logits,
             targets.contiguous(),
             n_valid,

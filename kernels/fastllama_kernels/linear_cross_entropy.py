@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from fastllama_kernels._dtype import accumulation_dtype, autocast_like_linear, check_kernel_dtypes
 from fastllama_kernels._library import register
 from fastllama_kernels._linear import add_matmul, linear
-from fastllama_kernels.cross_entropy import maximum_and_log_sum
+from fastllama_kernels._softmax import maximum_and_log_sum
 
 
 def linear_cross_entropy_reference(
@@ -81,6 +81,10 @@ def chunk_length(n_tokens: int, vocab_size: int, bytes_per_logit: int) -> int:
     return max(1, min(n_tokens, length))
 
 
+SCALED_BLOCK = 4_096
+"""Elements of a program that scales a gradient: 16 per thread."""
+
+
 @triton.jit
 def _scaled_kernel(x_ptr, scale_ptr, out_ptr, n, ADDS: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -92,10 +96,9 @@ def _scaled_kernel(x_ptr, scale_ptr, out_ptr, n, ADDS: tl.constexpr, BLOCK: tl.c
 
 
 def _launch_scaled(x: Tensor, scale: Tensor, out: Tensor, *, adds: bool) -> None:
-    block = 4_096
     if x.numel():
-        _scaled_kernel[(triton.cdiv(x.numel(), block),)](
-            x.contiguous(), scale, out, x.numel(), ADDS=adds, BLOCK=block, num_warps=8
+        _scaled_kernel[(triton.cdiv(x.numel(), SCALED_BLOCK),)](
+            x.contiguous(), scale, out, x.numel(), ADDS=adds, BLOCK=SCALED_BLOCK, num_warps=8
         )
 
 

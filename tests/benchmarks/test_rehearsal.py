@@ -122,15 +122,15 @@ def test_order_on_the_ring_is_checked() -> None:
 
 
 def test_memory_is_compared_with_the_plan() -> None:
-    good = Measured(0.1, 1000, 1100, 0, 1005, {}, STREAMS)
-    assert not found(checks.memory(good))
+    good = Measured(0.1, 1000, 1150, 0, 1005, {}, STREAMS)
+    assert not found(checks.memory(good, reduced=50))
     for changes, problem in (
         ({"peak_bytes": 1020}, "+1.5% from the plan"),
         ({"peak_bytes": 990}, "-1.5% from the plan"),
-        ({"reserved_bytes": 1120}, "the allocator reserves"),
+        ({"reserved_bytes": 1170}, "the allocator reserves"),
         ({"allocator_retries": 2}, "tries again: 2 times"),
     ):
-        assert problem in found(checks.memory(dataclasses.replace(good, **changes)))
+        assert problem in found(checks.memory(dataclasses.replace(good, **changes), reduced=50))
 
 
 def test_matmuls_have_the_flops_of_the_model() -> None:
@@ -194,7 +194,7 @@ def test_budget_is_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_case_has_a_budget_of_known_kernels(recipe: str) -> None:
     budget = read_budget(recipe)
-    assert {case.name for case in cases() if case.recipe == recipe} == budget.keys()
+    assert {case.name for case in cases(every=True) if case.recipe == recipe} == budget.keys()
     patterns = "|".join(kernel.pattern for kernel in KERNELS)
     unknown = {name for launches in budget.values() for name in launches}
     assert not {name for name in unknown if not re.match(patterns, name)}

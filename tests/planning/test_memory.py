@@ -28,6 +28,7 @@ from fastllama.optim.adamw import build_optimizer
 from fastllama.optim.clipping import update
 from fastllama.planning.memory import (
     TrafficPlan,
+    _gathered_bytes,
     activation_bytes,
     choose_by_memory,
     plan_memory,
@@ -272,19 +273,23 @@ def test_plan_matches_fsdp(name: str) -> None:
     # The loss computes its gradients in the forward and saves them too.
     model, n_tokens = config.model, config.training.batch_size * config.model.max_seq_len
     loss = 4 * model.vocab_size * model.n_embd + 2 * n_tokens * model.n_embd
-    assert_close(memory.gathered + memory.activations + loss, measured["saved for backward"])
+    gathered = _gathered_bytes(config, in_block=False)
+    freed = config.parallel.reshard_after_forward
+    # The CPU frees the buffer of an all-gather at once, and has no cuBLAS, which needs 32 MiB.
+    buffer = 2 * model.vocab_size * model.n_embd if freed else 0
+    assert_close(gathered - buffer + memory.activations + loss, measured["saved for backward"])
     if config.accumulation_steps(world_size) > 1:
-        freed = config.parallel.reshard_after_forward
-        stays = memory.gradients + (0 if freed else memory.gathered)
+        stays = memory.gradients + (0 if freed else gathered)
         assert_close(stays, measured["between micro-batches"])
-    assert_close(memory.total, measured["total"])
+    only_gpu = 2**25 + (buffer if memory.gathered == gathered else 0)
+    assert_close(memory.total - only_gpu, measured["total"])
     assert_close(traffic.all_gather, sent["_allgather_base_"])
     assert_close(traffic.reduce_scatter, sent["_reduce_scatter_base_"])
     assert_close(traffic.all_reduce, sent.get("allreduce_", 0))
 
 
 def assert_close(planned: int, measured: int) -> None:
-    assert math.isclose(planned, measured, rel_tol=0.05), (planned, measured)
+    assert math.isclose(planned, measured, rel_tol=0.01), (planned, measured)
 
 
 def test_activation_bytes_of_1b_block() -> None:

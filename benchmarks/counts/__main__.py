@@ -1,0 +1,45 @@
+"""Counts what the compiled kernels of the recipes move and issue, without a GPU.
+
+    python -m benchmarks.counts [--markdown] [--update]
+
+Compiles every launch for three GPUs, runs it in Triton's interpreter, and prints the counts. Exits
+with 1 if a count is above its limit or grew over the stored budget. `--update` stores the counts.
+"""
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from benchmarks.counts.budget import Count, count, faults, read_budget, write_budget
+from benchmarks.counts.compiled import CompiledKernel, compile_recipes
+from benchmarks.counts.table import print_markdown, print_table, rows
+from benchmarks.counts.traffic import Moved, moved_by_recipes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--update", action="store_true", help="store the counts")
+    options = parser.parse_args()
+    counts = count_recipes(compile_recipes(), moved_by_recipes())
+    if options.update:
+        write_budget(counts)
+    if options.markdown:
+        print_markdown(rows(counts))
+    else:
+        print_table(rows(counts), Console())
+    budget = read_budget()
+    found = [sentence for one in counts for sentence in faults(one, budget)]
+    for sentence in found:
+        print(sentence, file=sys.stderr)
+    sys.exit(1 if found else 0)
+
+
+def count_recipes(kernels: list[CompiledKernel], moved: dict[str, Moved]) -> list[Count]:
+    """Count the launches of the recipes; those with options that no recipe sets are left out."""
+    return [count(kernel, moved[kernel.label]) for kernel in kernels if kernel.label in moved]
+
+
+if __name__ == "__main__":
+    main()
