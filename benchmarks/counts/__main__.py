@@ -1,18 +1,18 @@
 """Counts what the compiled kernels of the recipes move and issue, without a GPU.
 
-    python -m benchmarks.counts [--markdown] [--update]
+    python -m benchmarks.counts [--markdown] [--update] [--liger]
 
 Compiles every launch for three GPUs, runs it in Triton's interpreter, and prints the counts. Exits
 with 1 if a count is above its limit or grew over the stored budget. `--update` stores the counts.
+`--liger` counts the kernels of liger-kernel instead, where it is installed.
 """
 
 import argparse
 import sys
 
-from rich.console import Console
-
-from benchmarks.counts.budget import Count, count, faults, read_budget, write_budget
+from benchmarks.counts.budget import Count, count, faults, read_budget, work_of, write_budget
 from benchmarks.counts.compiled import CompiledKernel, compile_recipes
+from benchmarks.counts.liger import count_liger
 from benchmarks.counts.table import print_markdown, print_table, rows
 from benchmarks.counts.traffic import Moved, moved_by_recipes
 
@@ -21,14 +21,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--update", action="store_true", help="store the counts")
+    parser.add_argument("--liger", action="store_true", help="count the kernels of liger-kernel")
     options = parser.parse_args()
+    show = print_markdown if options.markdown else print_table
+    if options.liger:
+        show(rows(count_liger()))
+        return
     counts = count_recipes(compile_recipes(), moved_by_recipes())
     if options.update:
         write_budget(counts)
-    if options.markdown:
-        print_markdown(rows(counts))
-    else:
-        print_table(rows(counts), Console())
+    show(rows(counts))
     budget = read_budget()
     found = [sentence for one in counts for sentence in faults(one, budget)]
     for sentence in found:
@@ -38,7 +40,11 @@ def main() -> None:
 
 def count_recipes(kernels: list[CompiledKernel], moved: dict[str, Moved]) -> list[Count]:
     """Count the launches of the recipes; those with options that no recipe sets are left out."""
-    return [count(kernel, moved[kernel.label]) for kernel in kernels if kernel.label in moved]
+    return [
+        count(kernel, work_of(kernel), moved[kernel.label])
+        for kernel in kernels
+        if kernel.label in moved
+    ]
 
 
 if __name__ == "__main__":

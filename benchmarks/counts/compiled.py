@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -111,20 +111,32 @@ def record_launches(architecture: int) -> list[Launch]:
 
     This process cannot launch kernels afterwards.
     """
+
+    def train_all() -> None:
+        for model in models():
+            for train in (*OPERATORS, *WITH_OPTIONS):
+                train(model, SEQ_LEN)
+
+    return record(train_all, architecture)
+
+
+def record(run: Callable[[], object], architecture: int) -> list[Launch]:
+    """Return the distinct launches of `run` on a GPU, on CPU tensors and without running them.
+
+    This process cannot launch kernels afterwards.
+    """
     launches: dict[Launch, None] = {}
 
-    def record(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+    def add(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         kernel = fn.jit_function
         specialization = compile["specialization_data"]
         launches[Launch(fn.module, kernel.__name__, architecture, specialization)] = None
         return True  # Tells Triton to skip compilation and launch.
 
     driver.set_active(FakeGPU(architecture))
-    knobs.runtime.jit_cache_hook = record
+    knobs.runtime.jit_cache_hook = add
     _library.INTERPRETED = True  # Lets CPU tensors reach the launch.
-    for model in models():
-        for train in (*OPERATORS, *WITH_OPTIONS):
-            train(model, SEQ_LEN)
+    run()
     return list(launches)
 
 
@@ -215,22 +227,25 @@ def compile_recipes() -> list[CompiledKernel]:
     Raises:
         RuntimeError: a kernel does not compile.
     """
-    # Spawn: forking is unsafe with PyTorch's threads, and Triton reads the variable when imported.
-    spawn = multiprocessing.get_context("spawn")
-    with _compiler(), ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+    with compilers() as pool:
         launches = chain.from_iterable(pool.map(record_launches, ARCHITECTURES))
         return list(pool.map(compile_launch, launches))
 
 
 @contextmanager
-def _compiler() -> Iterator[None]:
-    """Give child processes Triton's compiler, where this process may have its interpreter."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "0"
-    try:
-        yield
-    finally:
+def compilers() -> Iterator[ProcessPoolExecutor]:
+    """Yield processes that have Triton's compiler, where this one may have its interpreter."""
+    n_processes = os.cpu_count() or 1
+    # Spawn: forking is unsafe with PyTorch's threads.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_processes, mp_context=spawn) as pool:
+        before = os.environ.get("TRITON_INTERPRET")
+        os.environ["TRITON_INTERPRET"] = "0"
+        # Each starts a process. Triton reads the variable there when it is imported.
+        for _ in range(n_processes):
+            pool.submit(os.getpid)
         if before is None:
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = before
+        yield pool

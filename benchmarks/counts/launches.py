@@ -18,6 +18,8 @@ DTYPE = torch.bfloat16
 SEQ_LEN = 16
 LOSS_OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
 
+Operator = Callable[[ModelConfig, int], None]
+
 
 def recipes() -> list[Config]:
     """The recipes for a GPU, narrow models first."""
@@ -79,7 +81,7 @@ def _scale(model: ModelConfig, n_rows: int) -> None:
     add_scaled_(torch.zeros_like(gradient), gradient, scale)
 
 
-OPERATORS: tuple[Callable[[ModelConfig, int], None], ...] = (
+OPERATORS: tuple[Operator, ...] = (
     _train_rms_norm,
     _train_rope,
     _train_swiglu,
@@ -90,7 +92,7 @@ OPERATORS: tuple[Callable[[ModelConfig, int], None], ...] = (
 """One function per operator: runs it as the recipes do, forward and backward, at a model's widths,
 on a number of rows. Rope needs a multiple of SEQ_LEN."""
 
-WITH_OPTIONS: tuple[Callable[[ModelConfig, int], None], ...] = (
+WITH_OPTIONS: tuple[Operator, ...] = (
     partial(_train_cross_entropy, **LOSS_OPTIONS),
     partial(_train_linear_cross_entropy, **LOSS_OPTIONS),
 )

@@ -1,5 +1,6 @@
 """The table of the counts."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -37,10 +38,10 @@ def _row(label: str, by_architecture: dict[int, Count]) -> tuple[str, ...]:
     shown, every = by_architecture[TABLE_ARCHITECTURE], by_architecture.values()
     return (
         label,
-        _with_most(shown.moved, [found.moved for found in every], ".3f"),
+        "" if math.isnan(shown.moved) else _with_most(shown.moved, [f.moved for f in every], ".3f"),
         _with_most(shown.instructions, [found.instructions for found in every], ".0f"),
         _with_most(shown.registers, [found.registers for found in every], "d"),
-        str(shown.warps),
+        f"{shown.warps}" + (f", spills {shown.spilled} bytes" if shown.spilled else ""),
         f"{shown.in_flight:.0f}",
         _with_most(shown.cached, [found.cached for found in every], ".0%") if shown.cached else "",
     )
@@ -58,11 +59,11 @@ def print_markdown(cells: Iterable[Sequence[str]]) -> None:
         print("| " + " | ".join(row) + " |")
 
 
-def print_table(cells: Iterable[Sequence[str]], console: Console) -> None:
+def print_table(cells: Iterable[Sequence[str]]) -> None:
     """Print the table for a terminal."""
     table = Table(caption=CAPTION)
     for number, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if number else "left")
     for row in cells:
         table.add_row(*row)
-    console.print(table)
+    Console(width=130).print(table)

@@ -1,6 +1,6 @@
 """Records what memory the kernels touch, in Triton's interpreter, and counts bytes per row."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from benchmarks.counts.launches import OPERATORS, SEQ_LEN, label, models
+from benchmarks.counts.launches import OPERATORS, SEQ_LEN, Operator, label, models
 from fastllama_kernels.rms_norm import programs_per_multiprocessor
 
 _TRITON_NAMES = {
@@ -71,16 +71,15 @@ class _Recorder:
         self.touched = {name: Touched(tensor) for name, tensor in tensors.items()}
         self.issued = 0
 
-    def access(self, addresses: Any, mask: Any, writes: bool) -> None:
-        addresses = np.asarray(addresses).astype(np.int64)
-        mask = np.broadcast_to(np.asarray(mask, dtype=bool), addresses.shape)
-        used = np.unique(addresses[mask])
+    def access(self, pointers: Any, mask: Any, writes: bool) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses = np.asarray(pointers.data).astype(np.int64)
+        if addresses.size > 1:
+            self.issued += addresses.size * size
+        used = np.unique(addresses[np.broadcast_to(np.asarray(mask.data, bool), addresses.shape)])
         if not used.size:
             return
         touched = self._owner(int(used[0]))
-        size = touched.tensor.element_size()
-        if addresses.size > 1:
-            self.issued += addresses.size * size
         elements = (used - touched.tensor.untyped_storage().data_ptr()) // size
         if writes:
             touched.written[elements] = True
@@ -115,11 +114,11 @@ def recorded() -> Iterator[list[Recorded]]:
         launches.append(Recorded(name, recorder.touched, recorder.issued))
 
     def record_load(builder: Any, pointers: Any, mask: Any, *others: Any) -> Any:
-        recorder.access(pointers.data, mask.data, writes=False)
+        recorder.access(pointers, mask, writes=False)
         return load(builder, pointers, mask, *others)
 
     def record_store(builder: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
-        recorder.access(pointers.data, mask.data, writes=True)
+        recorder.access(pointers, mask, writes=True)
         return store(builder, pointers, value, mask, *others)
 
     GridExecutor.__call__ = record_call
@@ -133,13 +132,13 @@ def recorded() -> Iterator[list[Recorded]]:
         InterpreterBuilder.create_masked_store = store
 
 
-def moved_by_recipes() -> dict[str, Moved]:
+def moved_by_recipes(operators: Sequence[Operator] = OPERATORS) -> dict[str, Moved]:
     """Return what each launch of training the recipes moves, by its label."""
     found: dict[str, Moved] = {}
     for model in models():
         # The programs of the norm's backward share its rows.
         shared = max(SEQ_LEN, programs_per_multiprocessor(model.n_embd))
-        for train in OPERATORS:
+        for train in operators:
             n_rows = shared if train in OPERATORS[:2] else 1
             with recorded() as few:
                 train(model, n_rows)

@@ -7,14 +7,14 @@ from benchmarks.rehearsal.case import MICRO_BATCHES, Case, Measured
 from benchmarks.rehearsal.kernels import kernel_of
 from benchmarks.rehearsal.log import NCCL_TYPES, WIDTHS, Call, launch_list
 from fastllama.config import Config
-from fastllama.planning.flops import matmul_parameters, n_parameters
+from fastllama.planning.flops import matmul_parameters, n_block_parameters, n_parameters
 from fastllama.planning.memory import plan_traffic
 
 PEAK_MARGIN = 0.01
 """How far the peak of the allocator may be from the plan."""
 RESERVED_MARGIN = 1 / 0.9 - 1
-"""How much more than its peak, and the reduced gradients, the allocator may take from the device:
-buffers of different streams do not share memory. The memory plan leaves a tenth of the device."""
+"""How much more than its peak, and the gradients in reduction, the allocator may take from the
+device: buffers of different streams do not share memory. The memory plan leaves a tenth of it."""
 
 
 def failures(
@@ -25,8 +25,7 @@ def failures(
     `config` is the resolved one of the run.
     """
     yield from waits(calls, measured.streams)
-    n_shard = n_parameters(config.model) * config.parallel.replicate // case.ranks
-    yield from memory(measured, reduced=4 * n_shard)
+    yield from memory(measured, reduction_bytes(config, case.ranks))
     yield from ring(calls, measured.streams)
     yield from traffic(config, case.ranks, calls)
     yield from matmuls(config, calls)
@@ -57,11 +56,19 @@ def waits(calls: Sequence[Call], streams: dict[str, str]) -> Iterator[str]:
         yield f"the allocator takes memory from the device {count} times"
 
 
-def memory(measured: Measured, reduced: int) -> Iterator[str]:
+def reduction_bytes(config: Config, n_ranks: int) -> int:
+    """Bytes of reduced gradients, and of the largest group in reduction."""
+    model, parallel = config.model, config.parallel
+    n_shard = n_parameters(model) * parallel.replicate // n_ranks
+    n_largest = max(n_block_parameters(model), model.vocab_size * model.n_embd)
+    return 4 * n_shard + (4 if parallel.reduce_dtype == "float32" else 2) * n_largest
+
+
+def memory(measured: Measured, in_reduction: int) -> Iterator[str]:
     """The allocator holds what the plan says, and takes little more from the device.
 
-    `reduced` is the bytes of reduced gradients. They come when the activations have gone, but on
-    another stream, so they do not take the memory of the activations.
+    `in_reduction` are bytes that come when the activations have gone, but on another stream, so
+    they do not take the memory of the activations.
     """
     difference = measured.peak_bytes / measured.planned_bytes - 1
     if abs(difference) > PEAK_MARGIN:
@@ -69,7 +76,7 @@ def memory(measured: Measured, reduced: int) -> Iterator[str]:
             f"the peak is {gib(measured.peak_bytes)}, {difference:+.1%} from the plan of "
             f"{gib(measured.planned_bytes)}"
         )
-    if measured.reserved_bytes > (1 + RESERVED_MARGIN) * measured.peak_bytes + reduced:
+    if measured.reserved_bytes > (1 + RESERVED_MARGIN) * measured.peak_bytes + in_reduction:
         yield (
             f"the allocator reserves {gib(measured.reserved_bytes)} for a peak of "
             f"{gib(measured.peak_bytes)}"

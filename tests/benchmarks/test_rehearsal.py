@@ -123,14 +123,16 @@ def test_order_on_the_ring_is_checked() -> None:
 
 def test_memory_is_compared_with_the_plan() -> None:
     good = Measured(0.1, 1000, 1150, 0, 1005, {}, STREAMS)
-    assert not found(checks.memory(good, reduced=50))
+    assert not found(checks.memory(good, in_reduction=50))
     for changes, problem in (
         ({"peak_bytes": 1020}, "+1.5% from the plan"),
         ({"peak_bytes": 990}, "-1.5% from the plan"),
         ({"reserved_bytes": 1170}, "the allocator reserves"),
         ({"allocator_retries": 2}, "tries again: 2 times"),
     ):
-        assert problem in found(checks.memory(dataclasses.replace(good, **changes), reduced=50))
+        assert problem in found(
+            checks.memory(dataclasses.replace(good, **changes), in_reduction=50)
+        )
 
 
 def test_matmuls_have_the_flops_of_the_model() -> None:

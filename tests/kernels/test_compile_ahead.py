@@ -1,44 +1,56 @@
-"""Every kernel of every recipe, compiled for three GPUs on a machine that needs none.
+"""Every kernel of every recipe, compiled for three GPUs on a machine that needs none, and counted.
 
-The interpreter also runs code that the compiler rejects. A process without the interpreter
-compiles; the tests read its table.
+The interpreter also runs code that the compiler rejects. Processes without the interpreter compile.
 """
 
 import ast
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+import triton
+import triton.language as tl
 
 import fastllama_kernels
-from benchmarks.compile_table import RESERVED_SHARED_BYTES, SHARED_BYTES, CompiledKernel
+from benchmarks.counts.__main__ import count_recipes
+from benchmarks.counts.budget import Count, count, faults, issued_bytes, read_budget, work_of
+from benchmarks.counts.compiled import (
+    RESERVED_SHARED_BYTES,
+    SHARED_BYTES,
+    CompiledKernel,
+    Launch,
+    compile_launch,
+    compile_recipes,
+    compilers,
+    record_launches,
+)
+from benchmarks.counts.launches import OPERATORS
+from benchmarks.counts.traffic import Moved, moved_by_recipes
+from fastllama_kernels._tile import row_and_columns
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compile_table.py"
-
-
-def compile_table(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the script without the interpreter, unless `environment` sets it."""
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *options],
-        env=inherited | {"PYTHONPATH": ":".join(sys.path)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton's interpreter is off on a GPU"
+)
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[CompiledKernel]:
-    folder = tmp_path_factory.mktemp("compiled")
-    path = folder / "kernels.json"
-    done = compile_table("--json", str(path), TRITON_CACHE_DIR=str(folder / "cache"))
-    assert done.returncode == 0, done.stderr
-    return [CompiledKernel(**fields) for fields in json.loads(path.read_text())]
+def kernels() -> list[CompiledKernel]:
+    return compile_recipes()
+
+
+@pytest.fixture(scope="module")
+def moved() -> dict[str, Moved]:
+    return moved_by_recipes()
+
+
+@pytest.fixture(scope="module")
+def counts(kernels: list[CompiledKernel], moved: dict[str, Moved]) -> list[Count]:
+    return count_recipes(kernels, moved)
 
 
 def test_every_kernel_is_compiled(kernels: list[CompiledKernel]) -> None:
@@ -109,7 +121,133 @@ def assert_none(failing: Iterable[CompiledKernel]) -> None:
     assert not lines, "\n".join(lines)
 
 
-def test_interpreter_cannot_compile() -> None:
-    done = compile_table("--markdown", TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert done.stderr == "TRITON_INTERPRET is set, so nothing can be compiled; unset it.\n"
+# Counts.
+
+
+@needs_interpreter
+def test_counts_are_within_their_budget(counts: list[Count]) -> None:
+    budget = read_budget()
+    assert {found.label for found in counts} == budget.keys()
+    assert [sentence for found in counts for sentence in faults(found, budget)] == []
+
+
+@needs_interpreter
+def test_machine_code_asks_for_the_bytes_that_the_interpreter_sees(
+    kernels: list[CompiledKernel], moved: dict[str, Moved]
+) -> None:
+    for kernel in kernels:
+        if kernel.label in moved:
+            # Positions are loads of 64 bits, which the machine code's count leaves out.
+            seen = moved[kernel.label].issued_per_row
+            assert issued_bytes(kernel, work_of(kernel)) == pytest.approx(seen, rel=5e-3), (
+                kernel.label
+            )
+
+
+@pytest.fixture(scope="module")
+def launches() -> list[Launch]:
+    with compilers() as pool:
+        return pool.submit(record_launches, 90).result()
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[ProcessPoolExecutor]:
+    with compilers() as pool:
+        yield pool
+
+
+def compile_changed(
+    launches: list[Launch],
+    kernel: str,
+    constants: dict[str, object],
+    function: str,
+    old: str,
+    new: str,
+) -> CompiledKernel:
+    """Compile one of `launches` with `old` replaced by `new` in the source of `function`.
+
+    Runs in a process with the compiler.
+    """
+    launch = next(
+        launch
+        for launch in launches
+        if launch.kernel == kernel and constants.items() <= constants_of(launch).items()
+    )
+    if function == "options":
+        return compile_launch(
+            replace(launch, specialization=launch.specialization.replace(old, new))
+        )
+    changed = getattr(import_module(launch.module), function)
+    source = changed.src
+    assert old in source
+    changed._unsafe_update_src(source.replace(old, new))
+    try:
+        return compile_launch(launch)
+    finally:
+        changed._unsafe_update_src(source)
+
+
+def constants_of(launch: Launch) -> dict[str, object]:
+    kernel = getattr(import_module(launch.module), launch.kernel)
+    data = json.loads(launch.specialization)
+    names = (kernel.arg_names[path[0]] for path in data["constant_keys"])
+    return dict(zip(names, data["constant_vals"], strict=True))
+
+
+LOSS = ("_cross_entropy_fwd_kernel", {"V": 8192, "WRITE_GRADIENT": True, "SOFTCAP": 0.0})
+ROPE_BWD = ("_rope_bwd_kernel", {"H": 32, "G": 8, "R": 64, "positions_ptr": None})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "function", "old", "new", "sentence"),
+    [
+        (LOSS, "_exp", "tl.exp2(x * _LOG2_E)", "tl.exp(x)", "instructions grew from"),
+        (
+            ROPE_BWD,
+            "_tile",
+            "tl.program_id(0)",
+            "tl.program_id(0).to(tl.int64)",
+            "instructions grew",
+        ),
+        (LOSS, "options", '"maxnreg": null', '"maxnreg": 32', "spills"),
+    ],
+    ids=["exp for exp2", "division of int64", "too few registers"],
+)
+def test_slower_code_is_found(
+    kernel: tuple[str, dict[str, object]],
+    function: str,
+    old: str,
+    new: str,
+    sentence: str,
+    launches: list[Launch],
+    compiler: ProcessPoolExecutor,
+) -> None:
+    changed = compiler.submit(compile_changed, launches, *kernel, function, old, new).result()
+    assert sentence in "; ".join(faults(count(changed, work_of(changed)), read_budget()))
+
+
+@triton.jit
+def _swiglu_fwd_kernel(gate_up_ptr, h_ptr, F: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The kernel of this name in swiglu.py, but it also reads what it overwrites."""
+    row, columns = row_and_columns(F, BLOCK)
+    mask = columns < F
+    gate = tl.load(gate_up_ptr + row * 2 * F + columns, mask)
+    up = tl.load(gate_up_ptr + row * 2 * F + F + columns, mask)
+    h_ptr += row * F + columns
+    tl.store(h_ptr, gate * up + 0 * tl.load(h_ptr, mask), mask)
+
+
+@needs_interpreter
+def test_more_bytes_are_found(
+    kernels: list[CompiledKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        import_module("fastllama_kernels.swiglu"), "_swiglu_fwd_kernel", _swiglu_fwd_kernel
+    )
+    name = "swiglu_fwd, F 8192"
+    moved = moved_by_recipes([OPERATORS[2]])[name]
+    kernel = next(k for k in kernels if k.label == name and k.architecture == 90)
+    assert list(faults(count(kernel, work_of(kernel), moved), read_budget())) == [
+        f"{name}, sm_90: moved is 1.333, and the limit 1.02",
+        f"{name}, sm_90: moved grew from 1.0 to 1.333",
+    ]

@@ -41,9 +41,9 @@ def test_print_config_shows_all_sums_and_the_choice(
     printed = capsys.readouterr().out
     for line in (
         "# GiB/device             82.2: parameters kept for the backward, gradients summed whole",
-        "# GiB/device             43.8: parameters freed after the forward, gradients summed in ",
+        "# GiB/device             44.5: parameters freed after the forward, gradients summed in ",
         "# memory                 parameters kept for the backward, gradients summed in shards: "
-        "56.0 of 80.0 GiB; 82.2 with parameters kept",
+        "56.1 of 80.0 GiB; 82.2 with parameters kept",
     ):
         assert line in printed
 
@@ -52,7 +52,7 @@ def test_print_config_shows_the_refusal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_config(monkeypatch, gibibytes=40)
-    assert "# memory                 The smallest plan needs 43.8" in capsys.readouterr().out
+    assert "# memory                 The smallest plan needs 44.5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,7 @@ def test_order_is_that_of_traffic_per_saved_byte() -> None:
 def test_reason_has_the_sums() -> None:
     config = recipe(8, n_micro_batches=8)
     assert chosen(config, 8, 80 * 2**30)[2] == (
-        "parameters kept for the backward, gradients summed in shards: 56.0 of 80.0 GiB; 82.2 with "
+        "parameters kept for the backward, gradients summed in shards: 56.1 of 80.0 GiB; 82.2 with "
         "parameters kept for the backward, gradients summed whole"
     )
     # One micro-batch per update has no sums.
@@ -368,7 +368,7 @@ def test_reason_has_the_sums() -> None:
     assert chosen(config, 64, kept) == (
         True,
         "unsharded",
-        "parameters freed after the forward: 30.3 of 42.5 GiB; 42.5 with parameters kept for the "
+        "parameters freed after the forward: 30.9 of 42.5 GiB; 42.5 with parameters kept for the "
         "backward",
     )
 
@@ -411,16 +411,16 @@ def test_plan_that_fits_barely_is_tried() -> None:
     smallest = total(config, 8, *ORDER[-1])
     *options, reason = chosen(config, 8, smallest)
     assert tuple(options) == ORDER[-1]
-    assert "43.8 of 43.8 GiB, more than the 90 % that a run can rely on; 82.2 with" in reason
+    assert "44.5 of 44.5 GiB, more than the 90 % that a run can rely on; 82.2 with" in reason
 
 
 def test_plan_that_does_not_fit_is_refused_with_its_remedies() -> None:
     config = recipe(8, n_micro_batches=8)
     smallest = total(config, 8, *ORDER[-1])
-    with pytest.raises(ValueError, match=r"^The smallest plan needs 43\.8 GiB") as refusal:
+    with pytest.raises(ValueError, match=r"^The smallest plan needs 44\.5 GiB") as refusal:
         choose_by_memory(config, 8, smallest - 1)
     assert str(refusal.value) == (
-        "The smallest plan needs 43.8 GiB, and the device has 43.8 GiB (activations 23.0, "
+        "The smallest plan needs 44.5 GiB, and the device has 44.5 GiB (activations 23.0, "
         "optimizer 7.5, parameters 3.7); use more devices, or set "
         'training.activation_checkpointing = "full" instead of "none".'
     )
@@ -430,7 +430,7 @@ def test_plan_that_does_not_fit_is_refused_with_its_remedies() -> None:
         parallel={"accumulate": "unsharded", "reshard_after_forward": False},
         training={"batch_size": 2, "activation_checkpointing": "full"},
     )
-    with pytest.raises(ValueError, match=r"^The smallest plan needs 69\.0 GiB") as refusal:
+    with pytest.raises(ValueError, match=r"^The smallest plan needs 67\.3 GiB") as refusal:
         choose_by_memory(config, 8, 1)
     assert str(refusal.value).endswith(
         "); use more devices, or lower training.batch_size = 2, or set "
