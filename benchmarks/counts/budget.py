@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import triton
+
 from benchmarks.counts.compiled import CompiledKernel
 from benchmarks.counts.launches import recipes
 from benchmarks.counts.traffic import Moved
@@ -209,7 +211,18 @@ def _passes(kernel: CompiledKernel, work: Work) -> list[float]:
 
 def read_budget() -> dict[str, dict[str, Any]]:
     """The stored counts of each launch, by label and architecture."""
-    return tomllib.loads(FILE.read_text()) if FILE.exists() else {}
+    return {**_stored()["launch"]}
+
+
+def has_budget() -> bool:
+    """Whether the stored counts are of this version of Triton; others compile other code."""
+    return bool(_stored()["triton"] == triton.__version__)
+
+
+def _stored() -> dict[str, Any]:
+    if not FILE.exists():
+        return {"triton": triton.__version__, "launch": {}}
+    return tomllib.loads(FILE.read_text())
 
 
 def write_budget(counts: Iterable[Count]) -> None:
@@ -218,10 +231,11 @@ def write_budget(counts: Iterable[Count]) -> None:
         "# Counts of every kernel launch of the recipes: python -m benchmarks.counts --update",
         "# moved: bytes over the floor. instructions: of a warp, for each KiB of the floor.",
     ]
+    lines += [f'triton = "{triton.__version__}"']
     previous = ""
     for found in sorted(counts, key=lambda found: (found.label, found.architecture)):
         if found.label != previous:
-            lines += ["", f'["{found.label}"]']
+            lines += ["", f'[launch."{found.label}"]']
             previous = found.label
         lines.append(
             f"sm_{found.architecture} = {{ moved = {found.moved:.3f}, "

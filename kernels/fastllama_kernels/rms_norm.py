@@ -13,7 +13,9 @@ the weight, and Gemma's weight + 1.
 Saved for backward: the stream (N, D) and the weights. The backward computes rstd again, from rows
 that it reads anyway.
 Bytes, for N rows and b bytes per element: forward 2 N D b, with a residual 4 N D b; backward
-3 N D b, + N D b if the stream has a gradient, + N D b to recompute y.
+3 N D b, + N D b if the stream has a gradient, + N D b to recompute y. Rows of more than 16,384
+elements (forward) or 8,192 (backward) are read twice: N D b more, or 2 N D b, unless the L2 cache
+holds the rows of all programs that run.
 Each program sums the weight gradient over its rows; a second sum over programs has a fixed order.
 No atomics.
 Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
