@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastllama_kernels.cross_entropy import cross_entropy, cross_entropy_reference, scale_
+from fastllama_kernels.cross_entropy import (
+    cached_programs,
+    cross_entropy,
+    cross_entropy_reference,
+    scale_,
+)
 from tests.compare import (
     DEVICE,
     DTYPES,
@@ -453,6 +458,22 @@ def test_whole_block_of_infinite_logits(allowed: int, inplace: bool) -> None:
 def test_softcap_far_above_the_logits(softcap: float, inplace: bool) -> None:
     logits = randn(N, V, seed=0, dtype=torch.float32)
     assert_matches_reference(logits, TARGETS, softcap=softcap, reduction="none", inplace=inplace)
+
+
+@pytest.mark.parametrize(
+    ("n_multiprocessors", "l2_mib", "row_bytes", "programs"),
+    [
+        (132, 50, 2 * 128_256, 102),  # H100: half of 50 MiB
+        (108, 40, 2 * 128_256, 81),  # A100
+        (148, 126, 2 * 128_256, 148),  # B200: one on each
+        (132, 50, 4 * 256_000, 66),  # at least half of the multiprocessors
+        (1, 0, 2 * 128_256, 1),  # Triton's interpreter
+    ],
+)
+def test_rows_that_are_read_twice_fit_in_half_of_the_cache(
+    n_multiprocessors: int, l2_mib: int, row_bytes: int, programs: int
+) -> None:
+    assert cached_programs(n_multiprocessors, l2_mib * 2**20, row_bytes) == programs
 
 
 # In place.
