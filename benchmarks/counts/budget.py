@@ -30,14 +30,15 @@ WIDTHS = {"bf16": 2, "fp32": 4}
 MOST_BYTES = 1.02
 """Bytes moved, over the floor."""
 MOST_INSTRUCTIONS = 200
-"""Instructions of a warp, for each KiB of the floor. While its memory moves a KiB, an H100 issues
-about 316, an H200 about 221."""
+"""Instructions of a warp, for each KiB of the floor. A GPU issues at most four a clock and
+multiprocessor. By published clocks and bandwidths these are about 320 while the memory of an H100
+moves a KiB, 220 on an H200, and 140 on a B200, where some launches need more."""
 GROWTH = 1.02
 """How much a count may grow over the stored one."""
 
 EXCEPTIONS = {
-    # One launch of an update's 65: 264 partial sums of the weight gradient, float32, beside 3 x
-    # 8,192 rows. Fewer programs would have fewer sums, but not fill an H100.
+    # One of a micro-batch's 65 launches: 264 partial sums of the weight gradient, float32, beside
+    # 3 x 8,192 rows. Fewer programs would have fewer sums, but not fill an H100.
     ("rms_norm_bwd, D 4096", "moved"): 1.03,
 }
 """Other limits, by launch and count."""

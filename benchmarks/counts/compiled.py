@@ -50,7 +50,6 @@ class Launch:
 class CompiledKernel:
     """Compilation result of one kernel in one configuration for one GPU."""
 
-    module: str
     kernel: str
     architecture: int
     """Compute capability, such as 90 for 9.0."""
@@ -81,12 +80,6 @@ class CompiledKernel:
     def label(self) -> str:
         """What matters of the launch, in words."""
         return label(self.kernel, self.constants, self.pointers)
-
-    @property
-    def dtype(self) -> str:
-        """Narrowest float dtype of the tensors: the activation dtype."""
-        floats = [kind for kind in self.pointers.values() if kind.startswith(("bf", "fp"))]
-        return min(floats, key=lambda kind: int(kind[2:]))
 
 
 class FakeGPU:
@@ -167,7 +160,6 @@ def compile_launch(launch: Launch) -> CompiledKernel:
     warps, shared_bytes = data["options"]["num_warps"], binary.metadata.shared
     registers = max(_find_ints(r"Used (\d+) registers", log.getvalue()))
     return CompiledKernel(
-        module=launch.module,
         kernel=launch.kernel,
         architecture=launch.architecture,
         constants=constants,

@@ -80,7 +80,7 @@ class Case:
 def cases(*, every: bool = False) -> Iterator[Case]:
     """Every recipe at 1 and 8 ranks, eager and compiled; one of them with every option.
 
-    With `every`, each recipe has every option, at 1 rank as well.
+    With `every`, each recipe has every option that applies, at 1 rank as well.
     """
     for recipe, ranks, compiled in product(RECIPES, (1, 8), (False, True)):
         # Eight billion parameters need more than one device.

@@ -14,7 +14,8 @@ PEAK_MARGIN = 0.01
 """How far the peak of the allocator may be from the plan."""
 RESERVED_MARGIN = 1 / 0.9 - 1
 """How much more than its peak, and the gradients in reduction, the allocator may take from the
-device: buffers of different streams do not share memory. The memory plan leaves a tenth of it."""
+device: buffers of different streams do not share memory. The memory plan leaves a tenth of
+the device for this."""
 
 
 def failures(

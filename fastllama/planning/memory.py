@@ -4,8 +4,7 @@ All numbers are bytes, for the fused operators and float32 AdamW. The docstrings
 D, E, H, I and K are as in fastllama/model/llama.py:
 
     n_all    parameters of the model     b  bytes of an element of `training.dtype`
-    n_block  parameters of one block     r  bytes of an element of `parallel.reduce_dtype`
-    n_rest   parameters outside blocks   s  ranks of one replica
+    s        ranks of one replica        r  bytes of an element of `parallel.reduce_dtype`
 """
 
 import itertools
@@ -39,13 +38,13 @@ class MemoryPlan:
     gradients: int
     """Sums over the earlier micro-batches; 0 with one micro-batch per update."""
     gathered: int
-    """Parameters gathered for the computation: all, or with resharding those of one or two blocks
-    and those outside of blocks."""
+    """Parameters gathered for the computation: all, or with resharding some, as in
+    `_gathered_bytes`."""
     activations: int
     """Tensors that the blocks save for backward."""
     backward: int
-    """Buffers of the loss or of the first block in the backward, whichever are larger, and the
-    workspace of cuBLAS."""
+    """Buffers of the loss or of a block's backward, whichever need more together with `gathered`,
+    and the workspace of cuBLAS."""
 
     @property
     def total(self) -> int:
@@ -197,10 +196,10 @@ def _block_bytes(config: Config, world_size: int) -> int:
 
     Recomputed activations, gradients of activations, and gradients of the output projection in
     reduction and reduced, in the backward of the last block. Where matmuls sum gradients, the
-    reduction replaces the sum, and the gathered projection is free by then. A tied output
-    projection is reduced at the end. Unless matmuls sum its gradients, they stay in
-    `training.dtype`, and those of the block as well, beside gradients of the previous block in
-    reduction.
+    reduction replaces the sum, and the gathered projection is free by then; resharded,
+    `_gathered_bytes` has left it out already. A tied output projection is reduced at the end.
+    Unless matmuls sum its gradients, they stay in `training.dtype`, and those of the block as well,
+    beside gradients of the previous block in reduction.
     """
     model, training, parallel = config.model, config.training, config.parallel
     compute, reduce = _BYTES[training.dtype], _BYTES[parallel.reduce_dtype]
@@ -216,8 +215,9 @@ def _block_bytes(config: Config, world_size: int) -> int:
     n_output, n_block = model.vocab_size * model.n_embd, n_block_parameters(model)
     n_shards = world_size // parallel.replicate
     if can_sum_in_matmuls(config, world_size):
-        replaced = 0 if model.tied_embeddings else reduce * n_output // n_shards
-        gradients = max(0, replaced - compute * n_output)
+        reduced = 0 if model.tied_embeddings else reduce * n_output // n_shards
+        freed = 0 if parallel.reshard_after_forward is True else compute * n_output
+        gradients = max(0, reduced - freed)
     elif not model.tied_embeddings:
         gradients = n_output * reduce * (n_shards + 1) // n_shards
     else:

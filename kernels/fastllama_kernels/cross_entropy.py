@@ -6,18 +6,20 @@ Shapes: logits (N, V), targets (N,) integers; loss (N,) or a scalar; lse (N,). O
 order they apply: softcap c replaces logits by c * tanh(logits / c); label_smoothing e mixes in the
 mean over the vocabulary, (1 - e) * loss + e * (lse - mean(logits)); z_loss adds z_loss * lse^2
 (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311). A row whose target is ignore_index has
-loss 0 and gradient 0 and does not count in the mean. The mean over no rows is 0; PyTorch returns
-NaN. A target outside the vocabulary gives loss and gradient NaN and reads no memory out of bounds,
-so a training that skips non-finite updates notices it. Arithmetic is in float32 (in the reference,
-float64 for float64). Not included: class weights, and vocabularies split over devices.
+loss 0 and does not count in the mean. Its gradient is 0, or NaN if a logit is NaN or +inf, or all
+are -inf. The mean over no rows is 0; PyTorch returns NaN. A target outside the vocabulary gives
+loss and gradient NaN and reads no memory out of bounds, so a training that skips non-finite updates
+notices it. Arithmetic is in float32 (in the reference, float64 for float64). Not included: class
+weights, and vocabularies split over devices.
 The maximum of a row and log(sum(exp(logits - maximum))) stay apart: float32 rounds their sum, lse,
 to 5e-4 where logits are near 10,000, and exp(logits - lse) would have this relative error.
 Saved for backward: logits, targets, and the two numbers of a row; with `inplace` the gradient, in
 the memory of the logits.
 Bytes, for b bytes per logit: forward N V b. Backward 2 N V b. With `inplace`: forward 2 N V b,
 backward none if the upstream gradient is 1. Rows of up to 16,384 logits stay in registers. Wider
-rows are read a second time for the gradient of `inplace`, from the L2 cache as long as half of it
-holds a row for every second multiprocessor: no more programs run than it has rows.
+rows are read a second time for the gradient of `inplace`. Only as many programs run as half of the
+L2 cache holds rows, so the second read is from the cache. At least half of the multiprocessors
+work: where the cache holds fewer rows than that, the second read is N V b more from memory.
 """
 
 from typing import Any, Literal
@@ -184,7 +186,8 @@ def _cross_entropy_row(
         if LABEL_SMOOTHING > 0:
             sum_logits = tl.sum(tl.where(columns < V, x - maximum, 0.0))
     else:
-        # A thread has eight neighbours, and waits for other threads after the last block only.
+        # A group is one load of a thread, if logits have 16 bits and 8 divides V: then threads wait
+        # for others after the last block only. Otherwise the lanes of a warp share a group.
         GROUPS: tl.constexpr = BLOCK // 8
         tile = tl.arange(0, GROUPS)[:, None] * 8 + tl.arange(0, 8)[None, :]
         highest_of = tl.full((GROUPS,), float("-inf"), tl.float32)
@@ -380,8 +383,8 @@ def forward_config(vocab_size: int, write_gradient: bool, has_softcap: bool) -> 
 def cached_programs(n_multiprocessors: int, l2_bytes: int, row_bytes: int) -> int:
     """Return how many programs that read a row twice run at a time, at most one a multiprocessor.
 
-    Half of the L2 cache holds the rows of all. Where it would hold few, half of the multiprocessors
-    work: fewer cannot keep the memory busy.
+    Half of the L2 cache holds the rows of all. At least half of the multiprocessors work, so that
+    enough loads are in flight.
     """
     return min(n_multiprocessors, max(l2_bytes // 2 // row_bytes, n_multiprocessors // 2, 1))
 

@@ -156,16 +156,23 @@ def _rope_bwd_kernel(
     BLOCK_HEADS: tl.constexpr,
 ):
     rows, head = _tile(H + 2 * G, BLOCK_ROWS, BLOCK_HEADS)
-    # All heads of a program are in one of the three: BLOCK_HEADS divides H and G.
+    # All heads of a program are in one of the three: BLOCK_HEADS divides H and G. The branches need
+    # equal types, and Triton passes a stride of 2^31 or more as int64, another one as int32.
     if head < H:
         x_ptr = dq_ptr + head.to(tl.int64) * q_stride_h
-        stride_b, stride_t, stride_h = q_stride_b, q_stride_t, q_stride_h
+        stride_b = tl.cast(q_stride_b, tl.int64)
+        stride_t = tl.cast(q_stride_t, tl.int64)
+        stride_h = tl.cast(q_stride_h, tl.int64)
     elif head < H + G:
         x_ptr = dk_ptr + (head - H).to(tl.int64) * k_stride_h
-        stride_b, stride_t, stride_h = k_stride_b, k_stride_t, k_stride_h
+        stride_b = tl.cast(k_stride_b, tl.int64)
+        stride_t = tl.cast(k_stride_t, tl.int64)
+        stride_h = tl.cast(k_stride_h, tl.int64)
     else:
         x_ptr = dv_ptr + (head - H - G).to(tl.int64) * v_stride_h
-        stride_b, stride_t, stride_h = v_stride_b, v_stride_t, v_stride_h
+        stride_b = tl.cast(v_stride_b, tl.int64)
+        stride_t = tl.cast(v_stride_t, tl.int64)
+        stride_h = tl.cast(v_stride_h, tl.int64)
     heads = tl.arange(0, BLOCK_HEADS)
     pairs = tl.arange(0, BLOCK_R)
     row_mask = rows < n_rows

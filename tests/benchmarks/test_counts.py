@@ -48,7 +48,6 @@ def test_loops_of_machine_code_are_found() -> None:
 
 def compiled(**changes: object) -> CompiledKernel:
     kernel = CompiledKernel(
-        module="",
         kernel="_kernel",
         architecture=90,
         constants={},

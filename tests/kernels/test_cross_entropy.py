@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any, Literal
 
 import pytest
@@ -393,8 +394,9 @@ def test_logits_far_above_the_softcap(inplace: bool) -> None:
         outputs_and_gradients(loss(cross_entropy_reference, inplace=inplace), [logits.double()]),
     )
     assert_as_exact_as(found, true_loss.float(), true_loss)
-    # Where the softcap has no slope, the gradient is 0, and its largest entry is exp(-29). On every
-    # GPU that is exp2(-29 log2 e), a number whose rounding to float32 exp multiplies by 30.
+    # The slope of the softcap is 0 at the large logits. The largest entry left is exp(-29), which
+    # the kernel computes as exp2(-29 log2 e). The rounding of this argument is a relative error of
+    # the result of about 30 * 2^-24.
     bound = (30 + 4) * 2**-24 * truth.abs().max()
     assert (gradient.double() - truth).abs().max() <= bound
 
@@ -445,6 +447,20 @@ def test_infinite_logits(dtype: torch.dtype, softcap: float | None, inplace: boo
     assert_matches_reference(logits, TARGETS, softcap=softcap, z_loss=0.01, inplace=inplace)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, in the interpreter.
+@both_modes
+@pytest.mark.parametrize("vocab_size", [V, 33_000])
+def test_logit_of_infinity_is_no_loss(vocab_size: int, inplace: bool) -> None:
+    logits = randn(2, vocab_size, seed=0, dtype=torch.float32)
+    logits[0, 5] = math.inf
+    targets = torch.tensor([5, 3], device=DEVICE)
+    for operator in (cross_entropy, cross_entropy_reference):
+        loss = loss_of(operator, targets, reduction="none", inplace=inplace)
+        losses, *_, gradient = outputs_and_gradients(loss, [logits])
+        assert losses.isnan().tolist() == [True, False]
+        assert gradient.isnan().any(dim=1).tolist() == [True, False]
+
+
 @both_modes
 @pytest.mark.parametrize("allowed", [100, 32_900])
 def test_whole_block_of_infinite_logits(allowed: int, inplace: bool) -> None:
@@ -474,6 +490,18 @@ def test_rows_that_are_read_twice_fit_in_half_of_the_cache(
     n_multiprocessors: int, l2_mib: int, row_bytes: int, programs: int
 ) -> None:
     assert cached_programs(n_multiprocessors, l2_mib * 2**20, row_bytes) == programs
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 7])
+def test_programs_share_the_rows_that_are_read_twice(
+    n_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without a cache half of the multiprocessors work: three programs.
+    module = import_module("fastllama_kernels.cross_entropy")
+    monkeypatch.setattr(module, "n_multiprocessors", lambda device: 6)
+    logits = randn(n_rows, 20_000, seed=0, dtype=torch.float32)
+    targets = torch.arange(n_rows, device=DEVICE)
+    assert_matches_reference(logits, targets, reduction="none", inplace=True)
 
 
 # In place.
