@@ -204,12 +204,20 @@ def tests(part: Part) -> None:
     part.add(run_tests(part, "tests of the kernels", files, options, part.deadline))
 
 
+# Processes in the background of a script ignore Ctrl-C, and what they start does as well.
+PYTEST = """
+import signal, sys, pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(pytest.main())
+"""
+
+
 def run_tests(
     part: Part, name: str, files: Sequence[str], options: Sequence[str], deadline: float
 ) -> Check:
     """Run test files in order until the deadline. The output file lists the failures so far."""
     output = part.folder / f"{name.replace(' ', '-')}.txt"
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-c", PYTEST, "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += [*options, *(str(KERNEL_TESTS / file) for file in files)]
     with output.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)

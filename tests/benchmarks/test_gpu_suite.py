@@ -1,6 +1,7 @@
 """The GPU suite saves every result, even if a part fails. Runs as a rehearsal on a CPU."""
 
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -150,7 +151,12 @@ def test_timed_out_tests_report_failures_so_far(
     files = ["test_wrong.py", "test_long.py"]
     # On a busy machine pytest takes longer to start, and to report.
     monkeypatch.setattr(gpu_suite, "GRACE", 120.0)
-    check = run_tests(part, "some tests", files, [], time.time() + 15)
+    # As in the background of a script.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        check = run_tests(part, "some tests", files, [], time.time() + 15)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not check.passed
     assert check.detail.startswith("cut off:")
     assert "assert 1 == 2" in (tmp_path / "some-tests.txt").read_text()
