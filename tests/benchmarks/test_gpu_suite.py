@@ -141,6 +141,7 @@ def test_part_reruns_while_it_adds_records(tmp_path: Path, monkeypatch: pytest.M
     assert run_part("kernels", tmp_path, time.time() + 60) == "exit 1: KeyError"
 
 
+@pytest.mark.slow  # It waits for a deadline that pytest meets on a busy machine.
 def test_timed_out_tests_report_failures_so_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

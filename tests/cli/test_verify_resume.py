@@ -44,6 +44,8 @@ def test_failing_training(workspace: Workspace, capsys: pytest.CaptureFixture[st
     assert "nowhere does not exist" in error
 
 
+# The command around what test_killed_run_resumes_bit_identically shows in `make test`.
+@pytest.mark.slow
 def test_killed_training_resumes(workspace: Workspace) -> None:
     plan = ["--steps", "40", "--interrupt-at", "12"]
     done = subprocess.run(

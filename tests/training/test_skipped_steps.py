@@ -167,6 +167,8 @@ def test_rewind_gives_up(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+# Half a minute. In `make test` one rank skips, and tests/test_elastic.py has several.
+@pytest.mark.slow
 def test_all_ranks_skip_together(workspace: Workspace, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, __file__, str(workspace.recipe), str(tmp_path)],
