@@ -11,8 +11,8 @@ fuses what the kernel does, and unrolls the loop.
 Shapes: hidden (..., D), weight (V, D), targets (...) integers; loss a float32 scalar (in the
 reference, float64 for float64). Options as in cross_entropy. Rows whose target is ignore_index
 have no loss and no gradient; the mean over no rows is 0. The reference computes all (N, V) logits
-at once, in the accumulation dtype. Not included: losses per token, a bias, and vocabularies split
-over devices.
+at once, in the accumulation dtype. Not included: gradients of the losses per token, a bias, and
+vocabularies split over devices.
 Saved for backward: the gradients, (N, D) in the dtype of hidden and (V, D) float32.
 FLOPs: 6 N V D, all in the forward. Bytes, without the matmuls: 2 N V b in the forward, for the
 softmax; 2 N D b + V D (4 + b) in the backward. Peak memory: one chunk of logits and the gradients.
@@ -46,8 +46,12 @@ def linear_cross_entropy_reference(
     softcap: float | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     main_grad: Tensor | None = None,
-) -> Tensor:
-    """Return the loss of hidden @ weight^T for `targets`, a scalar, float32 or float64."""
+    return_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the loss of hidden @ weight^T for `targets`, a scalar, float32 or float64.
+
+    With `return_losses` also the losses of all rows, (...), without a gradient.
+    """
     logits_NV = linear(hidden.reshape(-1, hidden.shape[-1]), weight_VD, main_grad)
     logits_NV = logits_NV.to(accumulation_dtype(logits_NV))
     if softcap is not None:
@@ -65,7 +69,13 @@ def linear_cross_entropy_reference(
         maximum, log_sum = maximum_and_log_sum(logits_NV)
         lse = maximum + log_sum
         total = total + z_loss * lse.square().where(valid, 0.0).sum()
-    return total / valid.sum().clamp(min=1) if reduction == "mean" else total
+    loss = total / valid.sum().clamp(min=1) if reduction == "mean" else total
+    if not return_losses:
+        return loss
+    losses, _ = _loss_and_gradient(
+        logits_NV.detach(), targets_N, ignore_index, label_smoothing, z_loss, 0.0
+    )
+    return loss, losses.view(targets.shape)
 
 
 def chunk_length(n_tokens: int, vocab_size: int, bytes_per_logit: int) -> int:
@@ -302,19 +312,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         main_grad: Tensor | None,
         need_dhidden: bool,
         need_dweight: bool,
+        return_losses: bool,
         *options: float,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         losses, dhidden, dweight = steps.fwd(
             hidden, weight, targets, *options, need_dhidden, need_dweight
         )
         ctx.steps = steps
         ctx.save_for_backward(dhidden, dweight, n_valid, main_grad)
         ctx.weight_dtype = weight.dtype
-        return losses.sum() / n_valid
+        if not return_losses:
+            return losses.sum() / n_valid
+        ctx.mark_non_differentiable(losses)
+        # Otherwise the backward would get zeros for the gradient of the losses.
+        ctx.set_materialize_grads(False)
+        return losses.sum() / n_valid, losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         dhidden, dweight, n_valid, main_grad = ctx.saved_tensors
         scale = dloss / n_valid
         _, needs_dhidden, needs_dweight = ctx.needs_input_grad[:3]
@@ -340,7 +356,8 @@ def linear_cross_entropy(
     softcap: float | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     main_grad: Tensor | None = None,
-) -> Tensor:
+    return_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return the cross-entropy of hidden @ weight^T for `targets`, without all logits in memory.
 
     Autocast applies to `hidden` and `weight`.
@@ -356,9 +373,11 @@ def linear_cross_entropy(
         reduction: "mean", over rows not ignored, or "sum".
         main_grad: contiguous float32 (V, D); the backward adds the gradient of `weight_VD` to it
             and returns none to autograd.
+        return_losses: also return the losses of all rows.
 
     Returns:
-        The loss, a float32 scalar.
+        The loss, a float32 scalar; with `return_losses` also the losses (...) float32, which have
+        no gradient and are 0 where the target is ignored.
 
     Raises:
         ValueError: shapes or dtypes that do not match, options out of range, or tensors not on
@@ -382,6 +401,7 @@ def linear_cross_entropy(
         softcap,
         reduction,
         main_grad,
+        return_losses,
     )
 
 
@@ -396,7 +416,8 @@ def linear_cross_entropy_cpu(
     softcap: float | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     main_grad: Tensor | None = None,
-) -> Tensor:
+    return_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`linear_cross_entropy` in plain PyTorch, for a CPU under torch.compile.
 
     Any device and float dtype; the loss of float64 is float64.
@@ -412,6 +433,7 @@ def linear_cross_entropy_cpu(
         softcap,
         reduction,
         main_grad,
+        return_losses,
     )
 
 
@@ -426,13 +448,14 @@ def _apply(
     softcap: float | None,
     reduction: str,
     main_grad: Tensor | None,
-) -> Tensor:
+    return_losses: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     _check(hidden, weight_VD, targets, softcap, reduction)
     targets_N = targets.flatten()
     # In uint8, -100 would compare equal to 156.
     n_valid = (targets_N.long() != ignore_index).sum().clamp(min=1)
     grad = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(
+    result: Tensor | tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(
         steps,
         hidden.reshape(-1, hidden.shape[-1]),
         weight_VD,
@@ -441,11 +464,16 @@ def _apply(
         main_grad,
         grad and hidden.requires_grad,
         grad and weight_VD.requires_grad,
+        return_losses,
         ignore_index,
         label_smoothing,
         z_loss,
         softcap or 0.0,
     )
+    if isinstance(result, Tensor):
+        return result
+    loss, losses = result
+    return loss, losses.view(targets.shape)
 
 
 def _check(

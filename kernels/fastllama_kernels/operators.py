@@ -6,6 +6,7 @@ For an ablation, replace one operator: `dataclasses.replace(TRITON, rope=REFEREN
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class Operators:
     swiglu: Callable[..., Tensor]
     swiglu_linear: Callable[..., Tensor]
     cross_entropy: Callable[..., tuple[Tensor, Tensor]]
-    linear_cross_entropy: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., Any]
 
 
 REFERENCE = Operators(

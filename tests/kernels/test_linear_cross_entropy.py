@@ -99,6 +99,44 @@ def test_reference_options_match_cross_entropy(options: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "operator", [linear_cross_entropy_reference, linear_cross_entropy_cpu, linear_cross_entropy]
+)
+def test_losses_of_all_rows(
+    operator: Callable[..., Any],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_chunk_length(3, monkeypatch)
+    inputs = hidden_and_weight(dtype)
+    alone = outputs_and_gradients(lambda *x: operator(*x, TARGETS, **options), inputs)
+    found: list[Tensor] = []
+
+    def with_losses(hidden: Tensor, weight: Tensor) -> Tensor:
+        loss, losses = operator(hidden, weight, TARGETS, return_losses=True, **options)
+        found.append(losses)
+        return loss
+
+    # Loss and gradients keep their bits.
+    for one, other in zip(alone, outputs_and_gradients(with_losses, inputs), strict=True):
+        assert torch.equal(one, other)
+    assert not found[0].requires_grad
+    assert found[0].shape == TARGETS.shape
+    assert not found[0][TARGETS == -100].any()
+    hidden, weight = (each.detach().double() for each in inputs)
+    options = options | {"reduction": "sum"}
+    for b, t in (TARGETS != -100).nonzero().tolist():
+        expected = linear_cross_entropy_reference(
+            hidden[b, t][None], weight, TARGETS[b, t][None], **options
+        )
+        # Logits below 16 in bfloat16 are off by at most 2^-5, and a loss by twice this.
+        tolerance = 2**-4 if dtype == torch.bfloat16 else 1e-5
+        assert found[0][b, t].item() == pytest.approx(expected.item(), abs=tolerance)
+
+
 # For torch.compile on a CPU.
 
 
