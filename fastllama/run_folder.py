@@ -199,9 +199,21 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
         **model_identity(config.model),
         "training.seed": config.training.seed,
         "training.tokens_per_update": config.training.tokens_per_update,
-        "data.fingerprint": dataset.manifest.fingerprint(),
-        "data.end_token_id": dataset.manifest.end_token_id,
+        "data.fingerprint": dataset.fingerprint(),
+        "data.end_token_id": dataset.end_token_id,
+        **_mixture_identity(config),
     }
+
+
+def _mixture_identity(config: Config) -> dict[str, Any]:
+    """Weights and stages, where there are any. JSON has lists, and no tuples."""
+    data = config.to_dict()["data"]
+    identity: dict[str, Any] = {}
+    if data["sources"]:
+        identity["data.sources.weight"] = [source["weight"] for source in data["sources"]]
+    if data["stages"]:
+        identity["data.stages"] = data["stages"]
+    return identity
 
 
 def resolved_toml(config: Config) -> str:

@@ -1,8 +1,10 @@
 """Training: one update, and the loop around it."""
 
+import itertools
 import math
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from fastllama.checkpoints.state import TrainState
 from fastllama.config import Config
+from fastllama.data.batch import Batch
 from fastllama.data.loader import BatchLoader
 from fastllama.distributed.determinism import explained_nondeterminism
 from fastllama.distributed.fsdp import set_last_micro_batch, sum_in_matmuls, sums_in_matmuls
@@ -20,6 +23,7 @@ from fastllama.optim.schedule import learning_rate
 from fastllama.run_folder import RunFolder
 from fastllama.training.session import Session
 from fastllama.training.setup import (
+    begin_stage,
     build_state,
     explained_out_of_memory,
     find_start,
@@ -37,6 +41,41 @@ from fastllama.training.side_jobs import (
 from fastllama.training.stopping import StopSignal, stop_signals
 
 
+def sum_gradients(
+    session: Session,
+    config: Config,
+    state: TrainState,
+    next_batch: Callable[[], Batch],
+    n_micro_batches: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run the model forward and backward over the micro-batches of an update in the stage `config`.
+
+    Returns:
+        The mean loss, a float32 scalar on the device. Of several sources also a list of one tensor,
+        float32 (sources,): the sum over each source's sequences of their mean loss.
+    """
+    world = session.world
+    loss = torch.zeros((), device=world.device)
+    n_sources = len(config.data.sources)
+    of_sources = [torch.zeros(n_sources, device=world.device)] if n_sources > 1 else []
+    if sums_in_matmuls(config, world):
+        sum_in_matmuls(state.model)
+    with state.computing():
+        for micro_batch in range(n_micro_batches):
+            is_last = micro_batch == n_micro_batches - 1
+            set_last_micro_batch(state.model, is_last, config.parallel)
+            batch = next_batch()
+            if batch.sources is None:
+                micro_loss = state.model(batch.inputs, batch.targets)
+            else:
+                micro_loss, losses = state.model(batch.inputs, batch.targets, return_losses=True)
+                of_sources[0].index_add_(0, batch.sources, losses.float().mean(1))
+            micro_loss = micro_loss / n_micro_batches
+            micro_loss.backward()
+            loss += micro_loss.detach()
+    return loss, of_sources
+
+
 def train_step(
     session: Session, state: TrainState, loader: BatchLoader, stop: StopSignal
 ) -> Tensor:
@@ -45,12 +84,14 @@ def train_step(
     Nothing here waits for the device.
 
     Returns:
-        float32 (4 + ranks,) on the device, the same on every rank: loss before the update, gradient
-        norm, index in `SKIP_REASONS`, more than 0 if any rank was asked to stop, and the seconds
-        that each rank spent in collectives two updates earlier.
+        float32 (4 + ranks + sources,) on the device, the same on every rank: loss before the
+        update, gradient norm, index in `SKIP_REASONS`, more than 0 if any rank was asked to stop,
+        the seconds that each rank spent in collectives two updates earlier, and, of several
+        sources, the sum of the losses of each source's sequences, a mean over ranks.
     """
-    config, world, progress = session.config, session.world, state.progress
+    world, progress = session.world, state.progress
     step = progress.step + 1
+    config = session.config.at(step)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(step, config.n_updates, config.optimizer)
     if config.model.dropout:
@@ -61,44 +102,67 @@ def train_step(
     # Assigned by index, the number would be copied to the device, and the host would wait.
     seconds[world.rank].fill_(world.size * world.collectives.lap())
     n_micro_batches = config.accumulation_steps(world.size)
-    loss = torch.zeros((), device=world.device)
-    if sums_in_matmuls(config, world):
-        sum_in_matmuls(state.model)
-    with state.computing():
-        for micro_batch in range(n_micro_batches):
-            is_last = micro_batch == n_micro_batches - 1
-            set_last_micro_batch(state.model, is_last, config.parallel)
-            micro_loss = state.model(*loader.next()) / n_micro_batches
-            micro_loss.backward()
-            loss += micro_loss.detach()
+    loss, of_sources = sum_gradients(session, config, state, loader.next, n_micro_batches)
     stopping = torch.full((), float(stop.requested), device=world.device)
-    means = world.mean(torch.cat((torch.stack((loss, stopping)), seconds)))
+    means = world.mean(torch.cat((torch.stack((loss, stopping)), seconds, *of_sources)))
     loss, stopping = means[:2]
     norm, skipped = update(state.optimizer, loss, config.optimizer.grad_clip, state.spikes)
     if state.average is not None:
         state.average.update(step)
     progress.step = step
-    progress.position += config.sequences_per_update
+    progress.position += session.config.positions_per_update
     return torch.cat((torch.stack((loss, norm, skipped, stopping)), means[2:]))
 
 
-def run_updates(state: TrainState, loader: BatchLoader, stop: StopSignal, jobs: SideJobs) -> None:
-    """Do updates and side jobs until the last update, a stop, or a rewind."""
+def warm_up_stages(session: Session, state: TrainState) -> None:
+    """Compile what later stages need, on batches of zeros whose gradients are dropped.
+
+    A stage then begins without a pause, and one that needs too much memory fails at the start.
+    """
+    device = session.world.device
+    for stage in session.config.data.stages:
+        first_step = session.config.first_step(stage)
+        if first_step <= state.progress.step + 1:
+            continue
+        config = session.config.at(first_step)
+        tokens = torch.zeros(
+            config.training.batch_size, config.model.max_seq_len, dtype=torch.int64, device=device
+        )
+        batch = Batch(tokens, tokens, tokens[:, 0] if len(config.data.sources) > 1 else None)
+        # The first micro-batch of an update may run other graphs than the last.
+        n_micro_batches = min(2, config.accumulation_steps(session.world.size))
+        sum_gradients(session, config, state, itertools.repeat(batch).__next__, n_micro_batches)
+        state.optimizer.zero_grad()
+
+
+def run_stage(state: TrainState, loader: BatchLoader, stop: StopSignal, jobs: SideJobs) -> None:
+    """Do updates and side jobs until the last update of a stage, a stop, or a rewind."""
     session, monitor, progress = jobs.session, jobs.monitor, state.progress
     config = session.config
+    last_step = config.last_step(progress.step + 1)
+    while progress.step < last_step and not monitor.wants_to_pause:
+        waited = loader.wait_seconds
+        with jobs.compile_watch.update(progress.step + 1):
+            values = train_step(session, state, loader, stop)
+        monitor.push(values, loader.wait_seconds - waited)
+        if validation_due(progress.step, config):
+            jobs.validate()
+        if sample_due(progress.step, config):
+            jobs.sample()
+        if checkpoint_due(progress.step, config):
+            jobs.save()
+
+
+def run_updates(state: TrainState, stop: StopSignal, jobs: SideJobs) -> None:
+    """Do updates and side jobs until the last update, a stop, or a rewind."""
+    session, monitor, progress = jobs.session, jobs.monitor, state.progress
     with monitor:
         if progress.step == 0:
             jobs.sample()
-        while progress.step < config.n_updates and not monitor.wants_to_pause:
-            with jobs.compile_watch.update(progress.step + 1):
-                values = train_step(session, state, loader, stop)
-            monitor.push(values, loader.wait_seconds)
-            if validation_due(progress.step, config):
-                jobs.validate()
-            if sample_due(progress.step, config):
-                jobs.sample()
-            if checkpoint_due(progress.step, config):
-                jobs.save()
+        while progress.step < session.config.n_updates and not monitor.wants_to_pause:
+            begin_stage(session, state)
+            with open_loader(session, state) as loader:
+                run_stage(state, loader, stop, jobs)
         # The result of the last update may still be on its way.
         monitor.flush()
         if monitor.skipped.series is None:
@@ -157,9 +221,11 @@ def train(
             explained_nondeterminism(),
             explained_out_of_memory(session.config, progress=state.progress),
         ):
+            if config.data.stages:
+                with jobs.compile_watch.warm_up():
+                    warm_up_stages(session, state)
             while True:
-                with open_loader(session, state) as loader:
-                    run_updates(state, loader, stop, jobs)
+                run_updates(state, stop, jobs)
                 if jobs.monitor.skipped.series is None:
                     return state.progress.step == n_updates
                 jobs.rewind()

@@ -72,8 +72,7 @@ def train_fastllama(job: Job) -> Trained:
         plain = {name: getattr(REFERENCE, name) for name in job.plain_operators}
         state = build_state(session, find_start(session), replace(operators, **plain))
         jobs = cast(SideJobs, _BudgetSideJobs(session, state, job.budget, stop))
-        loader = stack.enter_context(open_loader(session, state))
-        run_updates(state, loader, stop, jobs)
+        run_updates(state, stop, jobs)
         rows = read_rows(run.metrics_csv)
     compiled = "blocks compiled" if config.training.compile else "not compiled"
     return Trained(

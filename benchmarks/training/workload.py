@@ -111,7 +111,7 @@ def synthetic_tokens(n_tokens: int, vocab_size: int, seed: int) -> NDArray[np.in
 
 def read_batches(config: Config) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and targets of each micro-batch, (B, T) int64 on the host, read on demand."""
-    stream = open_dataset(config).train
+    stream = open_dataset(config).sources[0].stream
     batch_size, seq_len = config.training.batch_size, config.model.max_seq_len
     first = 0
     while True:

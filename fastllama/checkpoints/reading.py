@@ -27,6 +27,7 @@ from fastllama.checkpoints.folder import (
     locate,
 )
 from fastllama.checkpoints.state import EMA, MODEL, TrainProgress, TrainState
+from fastllama.config import Config
 from fastllama.printable import one_line
 from fastllama.run_folder import RunFolder, model_identity
 from fastllama.typed_json import DamagedFileError, read_json
@@ -224,6 +225,15 @@ def read_progress(path: Path) -> TrainProgress:
         DamagedFileError: progress.json does not hold the progress of a run.
     """
     return read_json(path / "progress.json", SavedProgress).progress
+
+
+def stage_config(config: Config, checkpoint: Path) -> Config:
+    """The configuration of a run in the stage in which an undamaged checkpoint was saved.
+
+    Raises:
+        DamagedFileError: progress.json does not hold the progress of a run.
+    """
+    return config.at(read_progress(checkpoint).step) if config.data.stages else config
 
 
 def read_end_token(path: Path, vocab_size: int) -> int:

@@ -122,12 +122,18 @@ def parse(
 
 
 def option_types(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """The type of each option of a dataclass by its name, as in `group.max-seq-len`."""
+    """The type of each option of a dataclass by its name, as in `group.max-seq-len`.
+
+    An option of a table in an array is `group.array.N.name`.
+    """
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(kind).items():
+        element = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
         if dataclasses.is_dataclass(hint):
             # The groups of a configuration are prefixes; other nested options have none.
             found |= option_types(hint, f"{name}." if kind is Config else prefix)
+        elif dataclasses.is_dataclass(element):
+            found |= option_types(element, f"{prefix}{name}.N.")
         else:
             found[prefix + name.replace("_", "-")] = hint
     return found
@@ -142,9 +148,15 @@ def as_tyro_spells(args: list[str], hints: dict[str, Any]) -> list[str]:
     spelt = list(args)
     for place, (option, value) in enumerate(itertools.pairwise(args), 1):
         if option.startswith("--"):
-            name = option.removeprefix("--").replace("_", "-")
+            name = _hint_name(option)
             spelt[place] = _spelt(value, name, hints.get(name))
     return spelt
+
+
+def _hint_name(option: str) -> str:
+    """The name of an option in `option_types`; N is the number of a table in an array."""
+    name = option.removeprefix("--").replace("_", "-")
+    return re.sub(r"\.\d+\.", ".N.", name)
 
 
 def _spelt(value: str, name: str, hint: Any) -> str:
@@ -179,7 +191,7 @@ def whole_number(text: str) -> str:
 def _refuse_bytes_that_are_not_utf8(args: list[str], hints: dict[str, Any]) -> None:
     """Raise UsageError for text that a terminal with another encoding has sent."""
     for option, value in itertools.pairwise(args):
-        name = option.removeprefix("--").replace("_", "-")
+        name = _hint_name(option)
         if hints.get(name) is str:
             try:
                 value.encode()

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import typing
 
-from fastllama.config.options import Config
+from fastllama.config.options import Config, DataSource, Stage, ValidationSet
 
 OTHER_NAMES = {
     "adam_beta1": "optimizer.beta1",
@@ -72,6 +72,15 @@ def known_keys() -> list[str]:
     ]
 
 
+def _table_keys(group: str) -> list[str]:
+    """The options of a table in an array, such as `data.sources.0`."""
+    array, _, number = group.rpartition(".")
+    kind = {"data.sources": DataSource, "data.validation": ValidationSet, "data.stages": Stage}
+    if not number.isdecimal() or array not in kind:
+        return []
+    return [f"{group}.{option.name}" for option in dataclasses.fields(kind[array])]
+
+
 def unknown_key(key: str, group: str | None = None) -> str:
     """A clause about an option that does not exist, with the one that is meant."""
     name = key if group is None else f"{group}.{key}"
@@ -89,7 +98,9 @@ def nearest_key(name: str) -> str:
     if not group and (near := difflib.get_close_matches(name, typing.get_type_hints(Config), n=1)):
         return f"; did you mean {near[0]}?"
     # Options of the named group come first, so that they win among equals.
-    keys = sorted(known_keys(), key=lambda key: not key.startswith(f"{group}."))
+    keys = sorted(
+        _table_keys(group) + known_keys(), key=lambda key: not key.startswith(f"{group}.")
+    )
     fields = [key.rpartition(".")[2] for key in keys]
     near = difflib.get_close_matches(field_name, fields, n=1)
     return f"; did you mean {keys[fields.index(near[0])]}?" if near else "."

@@ -6,6 +6,7 @@ them, and the command line overrides a recipe.
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -78,15 +79,82 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """A data folder of a mixture: `[[data.sources]]` in a recipe."""
+
+    path: str = ""
+    """Folder written by `fastllama prepare`."""
+    name: str = ""
+    """Name in the logs; empty takes the name of the folder."""
+    weight: float = 1.0
+    """Share of the tokens, relative to the weights of the other sources."""
+    max_epochs: float = 0.0
+    """Refuse a run that reads this source more often; 0 sets no limit."""
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Held-out text with columns of its own in the logs: `[[data.validation]]` in a recipe."""
+
+    path: str = ""
+    """Folder written by `fastllama prepare`."""
+    name: str = ""
+    """Name in the logs; empty takes the name of the folder."""
+    split: Literal["validation", "train"] = "validation"
+    """Split of the folder; train takes a folder that was prepared for validation only."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What changes from a number of tokens on: `[[data.stages]]` in a recipe.
+
+    An option that is left out stays as it was before the stage.
+    """
+
+    start_tokens: int = 0
+    """Tokens after which the stage begins, at the next whole update."""
+    max_seq_len: int | None = None
+    """Tokens in a training sequence."""
+    batch_size: int | None = None
+    """Sequences in one micro-batch of one device."""
+    theta: float | None = None
+    """Base of the rotary frequencies."""
+    weights: tuple[float, ...] = ()
+    """Weight of each of `data.sources`, in their order."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Token shards to train on."""
 
     path: str = ""
-    """Folder written by `fastllama prepare`."""
+    """Folder written by `fastllama prepare`; several are [[data.sources]] in a recipe."""
     tokenizer: str = ""
     """A tokenizer.json that the data must have been prepared with; empty accepts any."""
     prefetch: int = 4
     """Micro-batches to read ahead."""
+    sources: tuple[DataSource, ...] = ()
+    """Data folders to mix by weight, instead of `path`."""
+    validation: tuple[ValidationSet, ...] = ()
+    """Held-out sets; without any, the validation split of every folder."""
+    stages: tuple[Stage, ...] = ()
+    """Changes of sequence length, mixture, micro-batch and rotary base during the run."""
+
+    @property
+    def source_names(self) -> list[str]:
+        """The names of `sources` in the logs."""
+        return [_name(source.name, source.path) for source in self.sources]
+
+    @property
+    def validation_names(self) -> list[str]:
+        """The names of the validation sets; none if the only one is the split of `path`."""
+        return [_name(held_out.name, held_out.path) for held_out in self.validation] or (
+            self.source_names
+        )
+
+
+def _name(name: str, path: str) -> str:
+    return name or os.path.basename(path.rstrip("/"))
 
 
 @dataclass(frozen=True)
@@ -258,6 +326,49 @@ class Config:
         return math.ceil(self.training.training_tokens / self.training.tokens_per_update)
 
     @property
+    def longest_seq_len(self) -> int:
+        """Tokens in the longest training sequence of all stages."""
+        return max(config.model.max_seq_len for config in self.stages)
+
+    @property
+    def positions_per_update(self) -> int:
+        """Positions of the data order in one update; each is a longest sequence."""
+        return self.training.tokens_per_update // self.longest_seq_len
+
+    def first_step(self, stage: Stage) -> int:
+        """The first update of a stage, counted from 1."""
+        return math.ceil(stage.start_tokens / self.training.tokens_per_update) + 1
+
+    @property
+    def stages(self) -> "list[Config]":
+        """What each stage trains with; the first is the beginning of the run."""
+        return [self, *(self.at(self.first_step(stage)) for stage in self.data.stages)]
+
+    def at(self, step: int) -> "Config":
+        """The configuration that update number `step`, from 1, trains with: stages applied."""
+        config = self
+        for stage in self.data.stages:
+            if self.first_step(stage) <= step:
+                config = config._changed_by(stage)
+        return config
+
+    def last_step(self, step: int) -> int:
+        """The last update of the stage that update number `step` belongs to."""
+        later = (self.first_step(stage) - 1 for stage in self.data.stages)
+        return min([last for last in later if last >= step] + [self.n_updates])
+
+    def _changed_by(self, stage: Stage) -> "Config":
+        model = dataclasses.replace(
+            self.model,
+            max_seq_len=stage.max_seq_len or self.model.max_seq_len,
+            theta=stage.theta or self.model.theta,
+        )
+        training = dataclasses.replace(
+            self.training, batch_size=stage.batch_size or self.training.batch_size
+        )
+        return dataclasses.replace(self, model=model, training=training)
+
+    @property
     def sequences_per_update(self) -> int:
         """Sequences in one optimizer update over all devices."""
         return self.training.tokens_per_update // self.model.max_seq_len
@@ -268,7 +379,13 @@ class Config:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The groups as TOML can hold them; a field that is None is left out."""
-        return {
-            group: {key: value for key, value in fields.items() if value is not None}
-            for group, fields in dataclasses.asdict(self).items()
-        }
+        groups: dict[str, dict[str, Any]] = _without_none(dataclasses.asdict(self))
+        return groups
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, tuple):
+        return [_without_none(item) for item in value]
+    return value

@@ -1,5 +1,6 @@
 """Recipes: TOML with `extends`, read into typed options."""
 
+import dataclasses
 import os
 import tomllib
 import types
@@ -104,12 +105,26 @@ def _group_from_dict(
     for key, value in values.items():
         if key not in hints:
             raise ValueError(f"{source}: {unknown_key(key, group_name)}")
-        converted[key] = _whole(value, hints[key])
+        converted[key] = _from_toml(value, hints[key], f"{group_name}.{key}", source)
         if not has_type(converted[key], hints[key]):
             raise ValueError(
                 f"{source}: {group_name}.{key} must be {_type_name(hints[key])}, not {value!r}."
             )
     return group(**converted)
+
+
+def _from_toml(value: Any, hint: Any, name: str, source: str) -> Any:
+    """The value of an option: arrays as tuples, tables in them as dataclasses."""
+    if not (typing.get_origin(hint) is tuple and isinstance(value, list)):
+        return _whole(value, hint)
+    element = typing.get_args(hint)[0]
+    is_table = dataclasses.is_dataclass(element)
+    return tuple(
+        _group_from_dict(element, f"{name}.{number}", item, source)
+        if is_table and isinstance(item, dict)
+        else _whole(item, element)
+        for number, item in enumerate(value)
+    )
 
 
 def _whole(value: Any, hint: Any) -> Any:
@@ -125,6 +140,9 @@ def has_type(value: Any, hint: Any) -> bool:
         return any(value == known and type(value) is type(known) for known in typing.get_args(hint))
     if isinstance(hint, types.UnionType):
         return any(has_type(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        element = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(has_type(item, element) for item in value)
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
@@ -135,6 +153,9 @@ def _type_name(hint: Any) -> str:
         return "one of " + ", ".join(_literal_name(value) for value in typing.get_args(hint))
     if isinstance(hint, types.UnionType):
         return " or ".join(_type_name(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        element = typing.get_args(hint)[0]
+        return "an array of " + ("tables" if dataclasses.is_dataclass(element) else "numbers")
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(
         hint, "left out"
     )

@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from fastllama.config.options import Config, ModelConfig, TrainingConfig
+from fastllama.config.options import Config, DataConfig, ModelConfig, TrainingConfig
 
 
 def validate(config: Config, world_size: int = 1) -> None:
@@ -16,6 +19,9 @@ def validate(config: Config, world_size: int = 1) -> None:
     validate_values(config)
     _validate_replicas(config, world_size)
     _validate_batches(config, world_size)
+    for number, stage in enumerate(config.stages[1:]):
+        with _explained(f"In data.stages.{number}"):
+            _validate_batches(stage, world_size)
 
 
 def validate_values(config: Config) -> None:
@@ -28,6 +34,8 @@ def validate_values(config: Config) -> None:
         for key, value in vars(getattr(config, group.name)).items():
             _validate_representable(f"{group.name}.{key}", value)
     _validate_ranges(config)
+    _validate_sources(config.data)
+    _validate_stages(config)
     _validate_model(config.model)
     _validate_optimizer(config)
     _validate_skipped_steps(config.training)
@@ -43,6 +51,11 @@ MAX_INTEGER = 2**63 - 1
 
 
 def _validate_representable(name: str, value: Any) -> None:
+    if isinstance(value, tuple):
+        for number, item in enumerate(value):
+            fields = vars(item) if dataclasses.is_dataclass(item) else {"": item}
+            for key, element in fields.items():
+                _validate_representable(f"{name}.{number}.{key}".rstrip("."), element)
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         size = f"about 10^{math.floor(value.bit_length() * math.log10(2))}"
         raise ValueError(f"{name} must be at most {MAX_INTEGER}, and it is {size}.")
@@ -127,6 +140,107 @@ def _validate_ranges(config: Config) -> None:
             value = getattr(getattr(config, group), key)
             if not (math.isfinite(value) and holds(value)):
                 raise ValueError(f"{name} must be {wording}, not {value}.")
+
+
+def _validate_sources(data: DataConfig) -> None:
+    if data.path and data.sources:
+        raise ValueError(
+            f"data.path = {data.path} names one data folder and data.sources several; give one of "
+            "them."
+        )
+    for number, source in enumerate(data.sources):
+        name = f"data.sources.{number}"
+        if not source.path:
+            raise ValueError(f"{name}.path is empty; give the folder that fastllama prepare wrote.")
+        for option in ("weight", "max_epochs"):
+            value = getattr(source, option)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}.{option} must be 0 or more, not {value}.")
+    for number, held_out in enumerate(data.validation):
+        if not held_out.path:
+            raise ValueError(
+                f"data.validation.{number}.path is empty; give the folder that fastllama prepare "
+                "wrote."
+            )
+    _validate_weights("data.sources", tuple(source.weight for source in data.sources))
+    for array, names in (
+        ("data.sources", data.source_names),
+        ("data.validation", data.validation_names if data.validation else []),
+    ):
+        for number, name in enumerate(names):
+            if not re.fullmatch(r"[\w.@+-]{1,60}", name):
+                raise ValueError(
+                    f"{array}.{number}.name = {name!r} cannot be the name of a column; give a name "
+                    "of letters, digits, '.', '_' and '-'."
+                )
+            if name in names[:number]:
+                raise ValueError(
+                    f"{array}.{number} and {array}.{names.index(name)} are both named {name}; give "
+                    f"{array}.{number}.name."
+                )
+
+
+def _validate_weights(name: str, weights: tuple[float, ...]) -> None:
+    if weights and not any(weights):
+        raise ValueError(f"All weights of {name} are 0; give one source a weight above 0.")
+
+
+def _validate_stages(config: Config) -> None:
+    n_sources = len(config.data.sources)
+    before = 1
+    for number, stage in enumerate(config.data.stages):
+        name = f"data.stages.{number}"
+        for option in ("max_seq_len", "batch_size", "theta"):
+            value = getattr(stage, option)
+            if value is not None and not (
+                value >= 1 if option != "theta" else 0 < value < math.inf
+            ):
+                least = "greater than 0" if option == "theta" else "at least 1"
+                raise ValueError(f"{name}.{option} must be {least}, not {value}.")
+        first = config.first_step(stage)
+        if first <= before:
+            start = "the run" if number == 0 else f"data.stages.{number - 1}"
+            raise ValueError(
+                f"{name}.start_tokens = {stage.start_tokens} is not after the first update of "
+                f"{start}; stages are in the order of their start, and the options outside of "
+                "data.stages are those of the beginning."
+            )
+        if first > config.n_updates:
+            raise ValueError(
+                f"{name}.start_tokens = {stage.start_tokens} is at or after the end of the run, "
+                f"training.training_tokens = {config.training.training_tokens}; lower it, or leave "
+                "the stage out."
+            )
+        if stage.weights and len(stage.weights) != n_sources:
+            raise ValueError(
+                f"{name}.weights has {len(stage.weights)} numbers, and there are {n_sources} "
+                "data.sources; give one weight for each source."
+            )
+        for weight in stage.weights:
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name}.weights must be 0 or more, not {weight}.")
+        _validate_weights(f"{name}.weights", stage.weights)
+        seq_len = config.at(first).model.max_seq_len
+        if config.longest_seq_len % seq_len:
+            raise ValueError(
+                f"{name} trains on sequences of {seq_len} tokens, which do not divide the longest, "
+                f"{config.longest_seq_len}; choose a divisor, such as a power of two."
+            )
+        before = first
+    if config.longest_seq_len % config.model.max_seq_len:
+        raise ValueError(
+            f"model.max_seq_len = {config.model.max_seq_len} does not divide the longest sequence "
+            f"of data.stages, {config.longest_seq_len}; choose a divisor, such as a power of two."
+        )
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Say where a rule does not hold, in front of its sentence."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _validate_model(model: ModelConfig) -> None:

@@ -1,6 +1,9 @@
-"""Opens a data folder for training and checks that it fits the model."""
+"""Opens the data folders of a training and checks that they fit the model and each other."""
 
+import hashlib
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,53 +14,126 @@ from fastllama.data.encoding import encode_prompt
 from fastllama.data.manifest import Manifest
 from fastllama.data.stream import TokenStream
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
+from fastllama.data.training_data import TrainingData
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data folder to train on."""
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    stream: TokenStream
+    max_epochs: float
+    """Largest number of epochs of a run; 0 sets no limit."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A stream of text to validate on."""
+
+    name: str
+    stream: TokenStream
+    bytes_per_token: float
+    """Mean UTF-8 bytes of text per token of the split."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The token streams of a data folder and its tokenizer.
+    """The token streams of a training and their tokenizer."""
 
-    `validation` is None where the held-out split is missing or shorter than one sequence.
-    """
-
-    folder: Path
-    manifest: Manifest
+    sources: tuple[Source, ...]
+    train: TrainingData
+    validation: tuple[HeldOut, ...]
+    """Without validation splits that are missing or shorter than a sequence."""
     tokenizer: Tokenizer
-    train: TokenStream
-    validation: TokenStream | None
+    end_token_id: int
 
     @property
-    def validation_bytes_per_token(self) -> float:
-        """Mean UTF-8 bytes of text per token of the held-out split."""
-        split = self.manifest.splits["validation"]
-        return split.text_bytes / split.tokens
+    def folder(self) -> Path:
+        """The first data folder; the tokenizer of all is in it."""
+        return self.sources[0].folder
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the training data. Equal data has equal values."""
+        fingerprints = [source.manifest.fingerprint() for source in self.sources]
+        if len(fingerprints) == 1:
+            return fingerprints[0]
+        return hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
 
 
 def open_dataset(config: Config) -> Dataset:
-    """Open the folder `data.path`. Reads the headers of the shards, not their tokens.
+    """Open the folders of `data`. Reads the headers of the shards, not their tokens.
 
     Raises:
-        ValueError: the folder is missing, incomplete or damaged, was prepared with another
-            tokenizer, has no training split, has more token ids than `model.vocab_size`, or is
-            shorter than one sequence; or the sample prompt fills a whole sequence.
+        ValueError: a folder is missing, incomplete or damaged, was prepared with another
+            tokenizer, has no training split, has more token ids than `model.vocab_size`, is
+            shorter than one sequence, or would be read more often than its `max_epochs`; or the
+            sample prompt fills a whole sequence.
     """
-    if not config.data.path:
+    data = config.data
+    if not (data.path or data.sources):
         raise ValueError("data.path is empty; give the folder that `fastllama prepare` wrote.")
-    folder = Path(os.path.expanduser(config.data.path))
-    if config.data.path.startswith("~") and not folder.exists():
+    if data.path:
+        sources = [_open_source(config, data.path)]
+    else:
+        sources = [
+            _open_source(config, source.path, name, source.max_epochs)
+            for source, name in zip(data.sources, data.source_names, strict=True)
+        ]
+    first = sources[0]
+    tokenizer = first.manifest.open_tokenizer(first.folder)
+    if data.tokenizer:
+        wanted = fingerprint(load_tokenizer(Path(data.tokenizer)))
+        if wanted != first.manifest.tokenizer_fingerprint:
+            raise ValueError(
+                f"{first.folder} was not prepared with the tokenizer {data.tokenizer}; prepare the "
+                "data again with this tokenizer, or set data.tokenizer to the tokenizer of the "
+                "data."
+            )
+    validation = _open_validation(config, sources)
+    for source in sources[1:]:
+        _check_same_tokens(first, source.folder, source.manifest)
+    train = TrainingData(
+        [source.stream for source in sources],
+        block_len=config.longest_seq_len,
+        seed=config.training.seed,
+        weights=_weights(config),
+    )
+    _check_epochs(config, sources, train)
+    end_token_id = first.manifest.end_token_id
+    prompt = encode_prompt(tokenizer, config.logging.sample_prompt, end_token_id)
+    if len(prompt) >= config.model.max_seq_len:
         raise ValueError(
-            f"data.path = {config.data.path} is {folder}, in your home folder, and does not exist: "
-            "make it with fastllama prepare"
+            f"logging.sample_prompt fills the {config.model.max_seq_len} tokens of a sequence and "
+            "leaves no room for a sample; shorten it."
+        )
+    held_out = tuple(
+        HeldOut(name, stream, split.text_bytes / split.tokens)
+        for name, folder, manifest, split_name in validation
+        if (split := manifest.splits.get(split_name)) is not None
+        and (stream := TokenStream(folder, manifest, split_name)).n_sequences(
+            config.model.max_seq_len
+        )
+    )
+    return Dataset(tuple(sources), train, held_out, tokenizer, end_token_id)
+
+
+def _open_folder(value: str) -> tuple[Path, Manifest]:
+    folder = Path(os.path.expanduser(value))
+    if value.startswith("~") and not folder.exists():
+        raise ValueError(
+            f"the data folder {value} is {folder}, in your home folder, and does not exist: make "
+            "it with fastllama prepare"
         )
     manifest = Manifest.load(folder)
     manifest.check_files(folder)
-    tokenizer = manifest.open_tokenizer(folder)
-    source = config.data.tokenizer
-    if source and fingerprint(load_tokenizer(Path(source))) != manifest.tokenizer_fingerprint:
-        raise ValueError(
-            f"{folder} was not prepared with the tokenizer {source}; prepare the data again "
-            "with this tokenizer, or set data.tokenizer to the tokenizer of the data."
-        )
+    return folder, manifest
+
+
+def _open_source(config: Config, path: str, name: str = "", max_epochs: float = 0.0) -> Source:
+    folder, manifest = _open_folder(path)
     if "train" not in manifest.splits:
         raise ValueError(
             f"{folder} has no training split: prepare the data again with a smaller "
@@ -69,20 +145,78 @@ def open_dataset(config: Config) -> Dataset:
             f"{manifest.vocab_size} entries in {folder}; raise model.vocab_size to at least "
             f"{manifest.vocab_size}."
         )
-    train = TokenStream(folder, manifest, "train")
-    if train.n_sequences(config.model.max_seq_len) < 1:
+    stream = TokenStream(folder, manifest, "train")
+    longest = config.longest_seq_len
+    if stream.n_sequences(longest) < 1:
+        option = "model.max_seq_len"
+        if longest != config.model.max_seq_len:
+            option = "max_seq_len of data.stages"
         raise ValueError(
-            f"model.max_seq_len = {config.model.max_seq_len} is longer than the data, "
-            f"{train.n_tokens} tokens in {folder}; prepare more text or lower model.max_seq_len."
+            f"{option} = {longest} is longer than the data, {stream.n_tokens} tokens in {folder}; "
+            f"prepare more text or lower {option}."
         )
-    prompt = encode_prompt(tokenizer, config.logging.sample_prompt, manifest.end_token_id)
-    if len(prompt) >= config.model.max_seq_len:
-        raise ValueError(
-            f"logging.sample_prompt fills the {config.model.max_seq_len} tokens of a sequence and "
-            "leaves no room for a sample; shorten it."
-        )
-    validation = None
-    if "validation" in manifest.splits:
-        stream = TokenStream(folder, manifest, "validation")
-        validation = stream if stream.n_sequences(config.model.max_seq_len) else None
-    return Dataset(folder, manifest, tokenizer, train, validation)
+    return Source(name, folder, manifest, stream, max_epochs)
+
+
+def _open_validation(
+    config: Config, sources: list[Source]
+) -> Sequence[tuple[str, Path, Manifest, str]]:
+    """Name, folder, manifest and split of each validation set.
+
+    Raises:
+        ValueError: a set that `data.validation` names cannot be used.
+    """
+    if not config.data.validation:
+        return [(source.name, source.folder, source.manifest, "validation") for source in sources]
+    found = []
+    for wanted, name in zip(config.data.validation, config.data.validation_names, strict=True):
+        folder, manifest = _open_folder(wanted.path)
+        _check_same_tokens(sources[0], folder, manifest)
+        split = manifest.splits.get(wanted.split)
+        if split is None or split.tokens <= config.model.max_seq_len:
+            tokens = 0 if split is None else split.tokens
+            raise ValueError(
+                f"{folder} has {tokens} tokens in its {wanted.split} split, less than a sequence; "
+                "prepare more text for validation, or name the other split by "
+                "data.validation.N.split."
+            )
+        found.append((name, folder, manifest, wanted.split))
+    return found
+
+
+def _check_same_tokens(first: Source, folder: Path, manifest: Manifest) -> None:
+    for what, ours, other in (
+        ("tokenizer", first.manifest.tokenizer_fingerprint, manifest.tokenizer_fingerprint),
+        ("end token", first.manifest.end_token_id, manifest.end_token_id),
+    ):
+        if ours != other:
+            raise ValueError(
+                f"{folder} and {first.folder} were prepared with another {what} each; prepare one "
+                f"of them again with the {what} of the other."
+            )
+
+
+def _weights(config: Config) -> list[tuple[int, tuple[float, ...]]]:
+    """Weights of the sources by the position from which they hold."""
+    base = tuple(source.weight for source in config.data.sources) or (1.0,)
+    return [(0, base)] + [
+        ((config.first_step(stage) - 1) * config.positions_per_update, stage.weights)
+        for stage in config.data.stages
+        if stage.weights
+    ]
+
+
+def _check_epochs(config: Config, sources: list[Source], train: TrainingData) -> None:
+    end = config.n_updates * config.positions_per_update
+    for source, epochs in zip(sources, train.epochs(end), strict=True):
+        if 0 < source.max_epochs < epochs:
+            raise ValueError(
+                f"the run reads the source {source.name} {epochs:.2f} times, and its max_epochs is "
+                f"{source.max_epochs:g}; lower its weight or training.training_tokens, prepare "
+                "more of it, or raise max_epochs."
+            )
+        if not epochs:
+            raise ValueError(
+                f"the run never reads the source {source.name}, whose weights are all 0 or too "
+                "small; leave it out, or give it a weight."
+            )

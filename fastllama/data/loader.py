@@ -17,22 +17,28 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from torch import Tensor
 
-from fastllama.data.batch import read_batch, sequences_at
-from fastllama.data.stream import TokenStream
+from fastllama.data.batch import Batch, fill_batch
+from fastllama.data.training_data import TrainingData
 
 
 class _Slot:
-    """Buffers of one micro-batch on the host and the device: (2, B, T) int64, inputs and targets.
+    """Buffers of one micro-batch on the host and the device. On the CPU both are one buffer.
 
-    On the CPU both are one buffer.
+    `host` and `device` are inputs and targets, (2, B, T) int64. `host_sources` and
+    `device_sources` are the number of each sequence's source, (B,) int64; None with one source.
     """
 
-    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
+    def __init__(self, batch_size: int, seq_len: int, n_sources: int, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
-        self.host = torch.empty(shape, dtype=torch.int64, pin_memory=on_cuda)
+        self.host = torch.empty(2, batch_size, seq_len, dtype=torch.int64, pin_memory=on_cuda)
         self.device = torch.empty_like(self.host, device=device) if on_cuda else self.host
+        self.host_sources = self.device_sources = None
+        if n_sources > 1:
+            self.host_sources = torch.empty(batch_size, dtype=torch.int64, pin_memory=on_cuda)
+            self.device_sources = self.host_sources
+            if on_cuda:
+                self.device_sources = torch.empty_like(self.host_sources, device=device)
         # The reader waits for it nearly all the time, and should not keep a core busy.
         self.copied = torch.cuda.Event(blocking=True) if on_cuda else None
         self.used = torch.cuda.Event() if on_cuda else None
@@ -41,35 +47,41 @@ class _Slot:
             # The first copy to the buffer has to wait for them.
             self.used.record(torch.cuda.current_stream(device))
 
+    def copy(self) -> None:
+        """Start copying from the host to the device."""
+        self.device.copy_(self.host, non_blocking=True)
+        if self.host_sources is not None and self.device_sources is not None:
+            self.device_sources.copy_(self.host_sources, non_blocking=True)
+
 
 class BatchLoader:
-    """Endless micro-batches of one rank, in the data order of `fastllama.data.order`.
+    """Endless micro-batches of one rank, in the order of `TrainingData`.
 
-    One micro-batch of every rank together takes the next `batch_size * world_size` positions. The
+    One micro-batch of every rank together takes the next `batch_size * world_size` sequences. The
     set of sequences in an update therefore depends only on the global position, not on the number
     of ranks or the micro-batch size. `wait_seconds` sums the counted waits in `next`.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
+        data: TrainingData,
         *,
         seq_len: int,
         batch_size: int,
-        seed: int,
         device: torch.device,
         position: int = 0,
         rank: int = 0,
         world_size: int = 1,
         depth: int = 4,
     ) -> None:
-        """Start reading at global `position`, in sequences since the run began.
+        """Start reading at global `position`, in blocks of `data` since the run began.
 
-        `depth` is the number of micro-batches in the ring, with the one in use.
+        `seq_len` divides the length of a block. `depth` is the number of micro-batches in the ring,
+        with the one in use.
         """
         self.wait_seconds = 0.0
-        self._stream, self._seq_len, self._seed = stream, seq_len, seed
-        self._first = position + rank * batch_size
+        self._data, self._seq_len = data, seq_len
+        self._first = position * (data.block_len // seq_len) + rank * batch_size
         self._stride = batch_size * world_size
         self._device = device
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -77,12 +89,12 @@ class BatchLoader:
         self._ready: queue.SimpleQueue[_Slot | Exception] = queue.SimpleQueue()
         self._current: _Slot | None = None
         for _ in range(depth):
-            self._free.put(_Slot((2, batch_size, seq_len), device))
+            self._free.put(_Slot(batch_size, seq_len, len(data.streams), device))
         self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
         self._thread.start()
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (B, T) int64 on the device, valid until the next call.
+    def next(self) -> Batch:
+        """The next micro-batch, valid until the next call.
 
         Raises:
             OSError: a shard can no longer be read.
@@ -98,7 +110,7 @@ class BatchLoader:
         if slot.copied is not None:
             torch.cuda.current_stream(self._device).wait_event(slot.copied)
         self._current = slot
-        return slot.device[0], slot.device[1]
+        return Batch(slot.device[0], slot.device[1], slot.device_sources)
 
     def _release(self) -> torch.cuda.Event | None:
         """Return the slot of the previous batch to the ring.
@@ -124,13 +136,15 @@ class BatchLoader:
             while (slot := self._free.get()) is not None:
                 if slot.copied is not None:
                     slot.copied.synchronize()
-                positions = range(first, first + slot.host.shape[1])
-                sequences = sequences_at(positions, self._stream, self._seq_len, self._seed)
-                read_batch(self._stream, sequences, slot.host)
+                numbers = range(first, first + slot.host.shape[1])
+                places = self._data.places(numbers, self._seq_len)
+                fill_batch(self._data.read(places, self._seq_len), slot.host)
+                if slot.host_sources is not None:
+                    slot.host_sources.numpy()[:] = [place.source for place in places]
                 if slot.copied is not None and slot.used is not None and copy_stream is not None:
                     with torch.cuda.stream(copy_stream):
                         copy_stream.wait_event(slot.used)
-                        slot.device.copy_(slot.host, non_blocking=True)
+                        slot.copy()
                         slot.copied.record(copy_stream)
                 self._ready.put(slot)
                 first += self._stride

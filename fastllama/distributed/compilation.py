@@ -93,6 +93,12 @@ class CompileWatch:
         self._validated = True
 
     @contextmanager
+    def warm_up(self) -> Iterator[None]:
+        """Wrap work before the first update that compiles graphs; every process calls it."""
+        with self._compiling():
+            yield
+
+    @contextmanager
     def _compiling(self) -> Iterator[None]:
         """Extend the timeout of collectives for work that compiles graphs."""
         if not self._config.training.compile:

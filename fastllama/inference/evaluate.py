@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from fastllama.config import Config
-from fastllama.data.batch import read_batch
-from fastllama.data.dataset import Dataset
+from fastllama.data.batch import fill_batch
 from fastllama.data.stream import TokenStream
 from fastllama.distributed.world import World
 from fastllama.errors import SideJobFailedError
@@ -35,7 +34,7 @@ def validation_loss(model: nn.Module, stream: TokenStream, config: Config, world
         begin = first + world.rank * batch_size
         rows = range(begin, min(begin + batch_size, n_sequences))
         try:
-            read_batch(stream, rows, batch)
+            fill_batch((stream.read(row, seq_len) for row in rows), batch)
         except (OSError, ValueError) as error:
             failure = f": {error}"
             batch.zero_()
@@ -52,6 +51,6 @@ def validation_loss(model: nn.Module, stream: TokenStream, config: Config, world
     return loss_sum / (n_sequences * seq_len)
 
 
-def bits_per_byte(loss: float, dataset: Dataset) -> float:
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     """Convert a loss in nats a token to bits a UTF-8 byte of text."""
-    return loss / math.log(2) / dataset.validation_bytes_per_token
+    return loss / math.log(2) / bytes_per_token

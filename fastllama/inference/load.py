@@ -18,6 +18,7 @@ from fastllama.checkpoints.reading import (
     read_end_token,
     read_start_token,
     refuse_missing_average,
+    stage_config,
 )
 from fastllama.checkpoints.state import MODEL, model_tensors
 from fastllama.config import Config
@@ -132,7 +133,8 @@ def _load(
     weights: str,
     dtype: str,
 ) -> LoadedRun:
-    """Load an undamaged checkpoint with the options of `config`."""
+    """Load an undamaged checkpoint with the options of `config`, in the stage of the checkpoint."""
+    config = stage_config(config, checkpoint)
     refuse_missing_average(checkpoint, weights)
     tokenizer = run_tokenizer(run, config.model.vocab_size)
     end_token = read_end_token(checkpoint, config.model.vocab_size)

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 from fastllama.atomic import write_atomic
-from fastllama.logs.rows import read_rows
+from fastllama.logs.rows import VALIDATION, read_rows
 from fastllama.printable import one_line
 
 MAX_TITLE = 100
@@ -26,14 +26,16 @@ def plot_loss(metrics_csv: Path, output: Path, title: str) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot([row["tokens_total"] for row in rows], [row["loss"] for row in rows], label="loss")
-    validated = [row for row in rows if "val_loss" in row]
-    if validated:
-        axes.plot(
-            [row["tokens_total"] for row in validated],
-            [row["val_loss"] for row in validated],
-            "o-",
-            label="validation loss",
-        )
+    names = sorted({name for row in rows for name in row if name.startswith(VALIDATION)})
+    for name in names or ["val_loss"]:
+        validated = [row for row in rows if name in row]
+        if validated:
+            axes.plot(
+                [row["tokens_total"] for row in validated],
+                [row[name] for row in validated],
+                "o-",
+                label=f"validation loss {name.partition('/')[2]}".rstrip(),
+            )
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     # Two dollar signs in the name of a run are no formula, whatever the user's matplotlibrc says.
     axes.set_title(one_line(title, MAX_TITLE), parse_math=False, usetex=False)

@@ -25,9 +25,23 @@ class UpdateResult:
     training_seconds: float
     """Training seconds of this session at the end of the update, side jobs excluded."""
     data_wait_seconds: float
-    """Seconds that training has waited for data since the loader was opened."""
+    """Seconds that the update waited for data."""
     collective_seconds: list[float]
     """Seconds that each rank spent in collectives two updates earlier."""
+    sources: list["SourceResult"]
+    """The part of each source in the update; empty with one source."""
+
+
+@dataclass(frozen=True)
+class SourceResult:
+    """The part of one source in an update."""
+
+    loss: float
+    """Mean loss of the source's tokens, in nats; NaN without tokens."""
+    tokens: int
+    """Tokens of the source in the update."""
+    tokens_total: int
+    """Tokens of the source that the run has passed, skipped data included."""
 
 
 class LateScalars:

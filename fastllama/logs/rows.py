@@ -2,12 +2,19 @@
 
 import csv
 import io
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from fastllama.config import DataConfig
+
+VALIDATION = "val_loss/"
+"""Prefix of the columns that hold the losses of several validation sets."""
 
 SLOW = 0.05
 """Share of an update's time from which the console names a slow rank."""
@@ -49,7 +56,8 @@ class Row:
     mfu_palm: float | None = None
     """Model FLOPs over the devices' peak; attention is counted in full, as in the PaLM paper."""
     val_loss: float | None = None
-    """Mean negative log-likelihood on the held-out split after this update, in nats."""
+    """Mean negative log-likelihood after this update on the held-out split, or the first validation
+    set, in nats."""
     val_bits_per_byte: float | None = None
     """val_loss in bits a byte of text; comparable between tokenizers."""
     peak_gib: float | None = None
@@ -58,6 +66,17 @@ class Row:
     """The rank that the others waited for most in recent updates."""
     slow_rank_share: float | None = None
     """Fraction of an update's time that they waited for it in collectives."""
+    named: dict[str, float] = field(default_factory=dict)
+    """Columns of several sources or validation sets, by names such as "loss/web"; they come last.
+
+    "loss/NAME" is the mean loss of the source since the last row, "tokens/NAME" its tokens that the
+    run has passed, skipped data included.
+    """
+
+    def cells(self) -> dict[str, Any]:
+        """The values by column."""
+        fixed = asdict(self)
+        return fixed | fixed.pop("named")
 
     def line(self) -> str:
         """The row for the console."""
@@ -82,26 +101,48 @@ class Row:
             parts.append(f"skipped {self.skipped_steps}")
         if self.slow_rank_share is not None and self.slow_rank_share > SLOW:
             parts.append(f"waits for rank {self.slow_rank} {self.slow_rank_share:.0%}")
-        if self.val_loss is not None and self.val_bits_per_byte is not None:
+        sets = [name for name in self.named if name.startswith(VALIDATION)]
+        if sets:
+            parts.append(
+                "val "
+                + " ".join(
+                    f"{name.removeprefix(VALIDATION)} {self.named[name]:.4f}" for name in sets
+                )
+            )
+        elif self.val_loss is not None and self.val_bits_per_byte is not None:
             parts.append(f"val {self.val_loss:.4f} ({self.val_bits_per_byte:.3f} bits/byte)")
         return "  ".join(parts)
 
 
-COLUMNS = [field.name for field in fields(Row)]
+COLUMNS = [column.name for column in fields(Row) if column.name != "named"]
 
 
-def csv_line(row: Row) -> bytes:
-    """The row as a line of metrics.csv."""
+def named_columns(data: DataConfig) -> list[str]:
+    """The columns of several sources and validation sets; none where there is only one."""
+    of_sources = [f"{kind}/{name}" for name in data.source_names for kind in ("loss", "tokens")]
+    of_sets = [
+        f"{kind}/{name}"
+        for name in data.validation_names
+        for kind in ("val_loss", "val_bits_per_byte")
+    ]
+    return (of_sources if len(data.source_names) > 1 else []) + (
+        of_sets if len(data.validation_names) > 1 else []
+    )
+
+
+def csv_line(row: Row, columns: Sequence[str] = COLUMNS) -> bytes:
+    """The row as a line of a metrics.csv with these `columns`."""
     text = io.StringIO()
+    cells = row.cells()
     csv.writer(text, lineterminator="\n").writerow(
-        ["" if value is None else value for value in astuple(row)]
+        ["" if (value := cells.get(column)) is None else value for column in columns]
     )
     return text.getvalue().encode()
 
 
 def json_line(row: Row) -> bytes:
     """The row as a line of metrics.jsonl."""
-    values = {name: finite(value) for name, value in asdict(row).items()}
+    values = {name: finite(value) for name, value in row.cells().items()}
     return (json.dumps(values) + "\n").encode()
 
 
@@ -113,11 +154,15 @@ def finite(value: Any) -> Any:
 def columns_of(header: bytes) -> list[str]:
     """The columns that the first line of a metrics.csv names; none if it is not our header.
 
-    An older version had fewer columns.
+    An older version had fewer columns. Columns of sources and validation sets have a slash.
     """
     names = header.decode("utf-8-sig", "replace").split(",")
     names[-1] = names[-1].rstrip("\r\n")
-    return names if header.endswith(b"\n") and names == COLUMNS[: len(names)] else []
+    fixed = list(itertools.takewhile(lambda name: "/" not in name, names))
+    named = names[len(fixed) :]
+    is_ours = header.endswith(b"\n") and fixed and fixed == COLUMNS[: len(fixed)]
+    is_ours = is_ours and all("/" in name for name in named) and len(set(named)) == len(named)
+    return names if is_ours else []
 
 
 def parse_row(line: bytes, columns: list[str]) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """Where rows go: metrics.csv, metrics.jsonl, TensorBoard. A sink that fails never ends a run."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,8 @@ from fastllama.logs.rows import COLUMNS, Row, columns_of, csv_line, json_line, p
 from fastllama.logs.tensorboard import event_log
 from fastllama.typed_json import parse_json
 
-_HEADER = (",".join(COLUMNS) + "\n").encode()
+MAX_HEADER_BYTES = 2**16
+"""Longest first line of a metrics.csv that is read as a header."""
 
 
 @dataclass
@@ -74,8 +76,17 @@ class MetricsLog:
     Its methods print errors instead of raising them.
     """
 
-    def __init__(self, run: Path, last_step: int, tensorboard: bool, say: Say) -> None:
+    def __init__(
+        self,
+        run: Path,
+        last_step: int,
+        tensorboard: bool,
+        say: Say,
+        named: Sequence[str] = (),
+    ) -> None:
         """Open the logs of a run that resumes after update `last_step`; `say` prints a sentence.
+
+        `named` are the columns of several sources and validation sets.
 
         Rows of later updates come from a process that was killed before its next checkpoint. The
         run repeats these updates, so their rows, skipped batches and samples move to
@@ -83,10 +94,12 @@ class MetricsLog:
         """
         self._say = say
         csv, jsonl = run / "metrics.csv", run / "metrics.jsonl"
-        csv_log = LogFile(csv, _HEADER, lambda: tidy_csv(csv, last_step, say))
+        # The sets of an earlier session keep their columns.
+        columns = list(dict.fromkeys([*COLUMNS, *named, *_old_columns(csv)]))
+        csv_log = LogFile(csv, _header(columns), lambda: tidy_csv(csv, last_step, say, columns))
         jsonl_log = LogFile(jsonl, tidy=lambda: tidy_jsonl(jsonl, last_step, say))
         self._sinks = [
-            Sink(csv_log, csv_line, Guard(str(csv), say)),
+            Sink(csv_log, partial(csv_line, columns=columns), Guard(str(csv), say)),
             Sink(jsonl_log, json_line, Guard(str(jsonl), say)),
         ]
         if tensorboard:
@@ -123,8 +136,22 @@ class MetricsLog:
                 self._say(f"{sink.log.path}: the last {n_lost} rows are lost.")
 
 
-def tidy_csv(path: Path, last_step: int, say: Say) -> None:
-    """Keep the rows of a metrics.csv up to update `last_step`; give them the columns they lack.
+def _header(columns: Sequence[str]) -> bytes:
+    return (",".join(columns) + "\n").encode()
+
+
+def _old_columns(path: Path) -> list[str]:
+    """The columns of an earlier session's metrics.csv, if it can be read."""
+    # `tidy_csv` reports a file that cannot be read, or is no regular file.
+    with suppress(OSError):
+        if path.is_file():
+            with open(path, "rb") as file:
+                return columns_of(file.readline(MAX_HEADER_BYTES))
+    return []
+
+
+def tidy_csv(path: Path, last_step: int, say: Say, new_columns: Sequence[str] = COLUMNS) -> None:
+    """Keep the rows of a metrics.csv up to update `last_step`, and give them the new columns.
 
     A file without our header is renamed, and `say` is told.
 
@@ -141,11 +168,16 @@ def tidy_csv(path: Path, last_step: int, say: Say) -> None:
     kept = keep_lines(
         path, lines, last_step, lambda line: int(parse_row(line, columns)["step"]), say
     )
-    n_missing = len(COLUMNS) - len(columns)
-    if n_missing:
-        kept = [line.rstrip(b"\r\n") + b"," * n_missing + b"\n" for line in kept]
-    if n_missing or len(kept) < len(lines):
-        write_atomic(path, _HEADER + b"".join(kept))
+    changed = columns != list(new_columns)
+    if changed:
+        kept = [_with_columns(line, columns, new_columns) for line in kept]
+    if changed or len(kept) < len(lines):
+        write_atomic(path, _header(new_columns) + b"".join(kept))
+
+
+def _with_columns(line: bytes, columns: Sequence[str], new_columns: Sequence[str]) -> bytes:
+    cells = dict(zip(columns, line.rstrip(b"\r\n").split(b","), strict=True))
+    return b",".join(cells.get(column, b"") for column in new_columns) + b"\n"
 
 
 def tidy_jsonl(path: Path, last_step: int, say: Say) -> None:

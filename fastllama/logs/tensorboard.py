@@ -10,7 +10,6 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from fastllama.logs.log_file import LogFile
@@ -42,7 +41,7 @@ def event_log(folder: Path, last_step: int) -> tuple[LogFile, Callable[[Row], by
     def encode(row: Row) -> bytes:
         values = [
             Summary.Value(tag=name, simple_value=value)
-            for name, value in asdict(row).items()
+            for name, value in row.cells().items()
             if value is not None and name not in ("step", "progress", "eta_s")
         ]
         summary = Summary(value=values)

@@ -16,6 +16,7 @@ matmul after it takes both weights, so that the normalised rows between them are
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -176,8 +177,13 @@ class Output(Linear):
         self.loss_options = {"z_loss": z_loss, "label_smoothing": label_smoothing}
         self.operators = operators
 
-    def forward(self, x_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Return the mean loss, a float32 scalar, or the logits (B, T, V) without `targets`."""
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, targets_BT: Tensor | None = None, return_losses: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the mean loss, a float32 scalar, or the logits (B, T, V) without `targets`.
+
+        With `return_losses` also the loss of each target, (B, T) float32, without a gradient.
+        """
         if targets_BT is not None:
             return self.operators.linear_cross_entropy(
                 x_BTD,
@@ -185,6 +191,7 @@ class Output(Linear):
                 targets_BT,
                 softcap=self.softcap,
                 main_grad=self.main_grad,
+                return_losses=return_losses,
                 **(self.loss_options if self.training else {}),
             )
         logits_BTV = linear(x_BTD, self.weight)
@@ -232,7 +239,8 @@ class Llama(nn.Module):
         targets_BT: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
-    ) -> Tensor:
+        return_losses: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the mean loss, a float32 scalar, or the logits (B, T, V) without `targets`.
 
         Args:
@@ -240,6 +248,7 @@ class Llama(nn.Module):
             targets_BT: the next token of each position, (B, T).
             cache: earlier positions to attend to as well; it grows by T.
             last_only: compute only the logits of the last position, (B, 1, V).
+            return_losses: also return the loss of each target, (B, T) float32, without a gradient.
         """
         # First, since torch.compile leaves it out and begins its graph behind it.
         x_BTD, stream_BTD = self.embedding(tokens_BT), None
@@ -253,8 +262,8 @@ class Llama(nn.Module):
         if cache is not None:
             cache.length = positions.stop
         x_BTD = self.norm(x_BTD, stream_BTD)
-        loss_or_logits: Tensor = self.output(x_BTD, targets_BT)
-        return loss_or_logits
+        result: Tensor | tuple[Tensor, Tensor] = self.output(x_BTD, targets_BT, return_losses)
+        return result
 
     def tie_weights(self) -> None:
         """Use the embedding as the output projection, if the configuration ties them.
@@ -264,13 +273,16 @@ class Llama(nn.Module):
         if self.config.tied_embeddings:
             self.output.weight = self.embedding.weight
 
-    def init_rotary(self) -> None:
-        """Fill the rotary tables, unless the model is on the meta device."""
+    def init_rotary(self, theta: float | None = None) -> None:
+        """Fill the rotary tables, unless the model is on the meta device.
+
+        `theta` takes the place of the configuration's.
+        """
+        config = self.config if theta is None else replace(self.config, theta=theta)
         if not self.cos_PR.is_meta:
-            for table, values in zip(
-                (self.cos_PR, self.sin_PR), rotary_tables(self.config), strict=True
-            ):
-                table.copy_(values)
+            cos_PR, sin_PR = rotary_tables(config)
+            self.cos_PR.copy_(cos_PR)
+            self.sin_PR.copy_(sin_PR)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

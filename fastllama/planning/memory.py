@@ -261,11 +261,22 @@ def choose_by_memory(config: Config, world_size: int, available: int | None) -> 
     for each byte they save, because every micro-batch reduces what one would. Freed parameters send
     about 2 A - 1, because every micro-batch gathers twice what an update gathers once.
 
-    Where none fits, the smallest is taken if the whole memory holds it.
+    Where none fits, the smallest is taken if the whole memory holds it. The plan is that of the
+    stage that needs most.
 
     Raises:
         ValueError: the smallest plan is larger than the memory; the sentence has the remedies.
     """
+    stage, reason = _choose_in_stage(largest_stage(config, world_size), world_size, available)
+    return replace(config, parallel=stage.parallel), reason
+
+
+def largest_stage(config: Config, world_size: int) -> Config:
+    """The stage of a run that needs most memory."""
+    return max(config.stages, key=lambda stage: plan_memory(stage, world_size).total)
+
+
+def _choose_in_stage(config: Config, world_size: int, available: int | None) -> tuple[Config, str]:
     choices = possible_choices(config, world_size)
     totals = [plan_memory(choice, world_size).total for choice in choices]
     described = [describe_choice(choice, world_size) for choice in choices]

@@ -1,6 +1,7 @@
 """Reads the result of each update, one update late, and acts on it."""
 
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastllama.checkpoints.state import TrainProgress
 from fastllama.logs.clocks import Clock, DeviceClock
 from fastllama.logs.recorder import Recorder
-from fastllama.logs.results import LateScalars, UpdateResult
+from fastllama.logs.results import LateScalars, SourceResult, UpdateResult
 from fastllama.optim.clipping import SKIP_REASONS
 from fastllama.training.session import Session
 from fastllama.training.skipped_steps import SkippedSteps
@@ -34,6 +35,7 @@ class UpdateMonitor:
         self.stop = False
         """Whether any rank was asked to stop."""
         self._progress = progress
+        self._session = session
         self._reads_at_once = not on_cuda
         self._scalars = LateScalars()
         self._sent: tuple[int, int, float] | None = None
@@ -47,7 +49,7 @@ class UpdateMonitor:
     def push(self, values: Tensor, data_wait_seconds: float) -> None:
         """Take the result of the update just launched, as `train_step` returns it.
 
-        `data_wait_seconds` counts since the loader was opened.
+        `data_wait_seconds` is how long the update waited for data.
 
         Raises:
             TrainingFailedError: too many updates in a row were skipped.
@@ -86,7 +88,8 @@ class UpdateMonitor:
     def _receive(self) -> None:
         if self._sent is None:
             return
-        loss, grad_norm, skip_reason, stop, *collective_seconds = self._scalars.receive()
+        loss, grad_norm, skip_reason, stop, *others = self._scalars.receive()
+        world_size = self._session.world.size
         (step, end_position, data_wait_seconds), self._sent = self._sent, None
         result = UpdateResult(
             step=step,
@@ -97,12 +100,34 @@ class UpdateMonitor:
             stop=stop > 0,
             training_seconds=self.clock.training(),
             data_wait_seconds=data_wait_seconds,
-            collective_seconds=collective_seconds,
+            collective_seconds=others[:world_size],
+            sources=self._source_results(
+                [world_size * mean for mean in others[world_size:]], step, end_position
+            ),
         )
         wall_seconds = self.clock.wall()
         self.stop = self.stop or result.stop
         self.skipped.observe(result)
         self.recorder.record(result, wall_seconds, self._progress.skipped_steps)
+
+    def _source_results(
+        self, loss_sums: list[float], step: int, end_position: int
+    ) -> list[SourceResult]:
+        """The part of each source in update `step`, from the sums over its sequences."""
+        if not loss_sums:
+            return []
+        config, train = self._session.config, self._session.dataset.train
+        before = train.counts(end_position - config.positions_per_update)
+        after = train.counts(end_position)
+        results = []
+        for loss_sum, blocks, total in zip(
+            loss_sums, (after - before).tolist(), after.tolist(), strict=True
+        ):
+            tokens = blocks * train.block_len
+            n_sequences = tokens // config.at(step).model.max_seq_len
+            loss = loss_sum / n_sequences if n_sequences else math.nan
+            results.append(SourceResult(loss, tokens, total * train.block_len))
+        return results
 
     def __enter__(self) -> Self:
         self.recorder.start()

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -234,7 +234,8 @@ def choose_operators(session: Session) -> tuple[Operators, str]:
     Raises:
         ValueError: `training.kernels` or `training.attention` cannot run here.
     """
-    config, world = session.config, session.world
+    world = session.world
+    config = max(session.config.stages, key=lambda stage: stage.model.max_seq_len)
     attention = world.from_main(lambda: choose_attention_backend(config, world.device))
     operators = build_operators(config, world.device, attention.name)
     return operators, f"{operators.name}; attention {attention.name}: {attention.reason}"
@@ -256,7 +257,7 @@ def build_state(session: Session, start: Start, operators: Operators) -> TrainSt
     config, world = session.config, session.world
     with torch.device("meta"):
         model = Llama(
-            config.model,
+            replace(config.model, max_seq_len=config.longest_seq_len),
             operators,
             z_loss=config.training.z_loss,
             label_smoothing=config.training.label_smoothing,
@@ -285,14 +286,18 @@ def build_state(session: Session, start: Start, operators: Operators) -> TrainSt
     return state
 
 
+def begin_stage(session: Session, state: TrainState) -> None:
+    """Prepare the model for the stage of the next update."""
+    state.model.init_rotary(session.config.at(state.progress.step + 1).model.theta)
+
+
 def open_loader(session: Session, state: TrainState) -> BatchLoader:
-    """The micro-batches of this rank, from the position that the run has reached."""
-    config, world = session.config, session.world
+    """The micro-batches of this rank in the current stage, from the position of the run."""
+    config, world = session.config.at(state.progress.step + 1), session.world
     return BatchLoader(
         session.dataset.train,
         seq_len=config.model.max_seq_len,
         batch_size=config.training.batch_size,
-        seed=config.training.seed,
         device=world.device,
         position=state.progress.position,
         rank=world.rank,
@@ -332,9 +337,7 @@ def describe_run(session: Session, start: Start, kernels: str) -> list[str]:
         f"run     {session.run.path}: {begins} of {config.n_updates:,}",
         f"model   {n_parameters(model):,} parameters, {model.n_layers} layers of width "
         f"{model.n_embd}, feed-forward {model.ffn_width}",
-        f"data    {dataset.folder}: {dataset.train.n_tokens:,} tokens, "
-        f"{training.training_tokens / dataset.train.n_tokens:.2f} epochs wanted; "
-        f"{describe_validation(dataset)}",
+        *describe_data(config, dataset),
         f"update  {training.tokens_per_update:,} tokens = {world.size} x "
         f"{config.accumulation_steps(world.size)} micro-batches of {training.batch_size} x "
         f"{model.max_seq_len}",
@@ -342,6 +345,7 @@ def describe_run(session: Session, start: Start, kernels: str) -> list[str]:
         f"{'compiled' if training.compile else 'not compiled'}{replicas}",
         f"kernels {kernels}",
         f"memory  {session.memory}",
+        *describe_stages(config, dataset),
     ]
     if start.weights is not None:
         lines.append(f"weights {start.weights}")
@@ -354,10 +358,51 @@ def describe_run(session: Session, start: Start, kernels: str) -> list[str]:
     return lines
 
 
+def describe_data(config: Config, dataset: Dataset) -> list[str]:
+    """The lines about the data: one of the whole, and one of each source of a mixture."""
+    epochs = dataset.train.epochs(config.n_updates * config.positions_per_update)
+    if len(dataset.sources) == 1:
+        n_tokens = dataset.sources[0].stream.n_tokens
+        return [
+            f"data    {dataset.folder}: {n_tokens:,} tokens, "
+            f"{config.training.training_tokens / n_tokens:.2f} epochs wanted; "
+            f"{describe_validation(dataset)}"
+        ]
+    lines = [f"data    {len(dataset.sources)} sources; {describe_validation(dataset)}"]
+    for source, share, times in zip(dataset.sources, dataset.train.shares(0), epochs, strict=True):
+        lines.append(
+            f"source  {source.name}: {100 * share:.4g}%, {source.stream.n_tokens:,} tokens, "
+            f"{times:.2f} epochs wanted"
+        )
+    return lines
+
+
+def describe_stages(config: Config, dataset: Dataset) -> list[str]:
+    """A line about each stage."""
+    lines = []
+    for stage in config.data.stages:
+        step = config.first_step(stage)
+        changed = config.at(step)
+        shares = dataset.train.shares((step - 1) * config.positions_per_update)
+        mixture = ", ".join(
+            f"{source.name} {100 * share:.4g}%"
+            for source, share in zip(dataset.sources, shares, strict=True)
+        )
+        lines.append(
+            f"stage   from update {step:,}: {changed.training.batch_size} x "
+            f"{changed.model.max_seq_len}, theta {changed.model.theta:g}"
+            + (f", {mixture}" if len(dataset.sources) > 1 else "")
+        )
+    return lines
+
+
 def describe_validation(dataset: Dataset) -> str:
-    """The size of the held-out split, or why there is no validation and how to get one."""
-    if dataset.validation is not None:
-        return f"{dataset.validation.n_tokens:,} held out"
-    too_short = "validation" in dataset.manifest.splits
+    """The size of the held-out text, or why there is no validation and how to get one."""
+    sets = dataset.validation
+    if len(sets) > 1:
+        return "held out: " + ", ".join(f"{held.name} {held.stream.n_tokens:,}" for held in sets)
+    if sets:
+        return f"{sets[0].stream.n_tokens:,} held out"
+    too_short = any("validation" in source.manifest.splits for source in dataset.sources)
     what = "less than a sequence" if too_short else "nothing"
     return f"{what} held out: no validation (prepare --validation-fraction)"

@@ -88,17 +88,20 @@ class SideJobs:
             reshard(model)
 
     def validate(self) -> None:
-        """Measure the loss on the held-out split, if there is one."""
+        """Measure the loss on the validation sets, if there is one."""
         session, model = self.session, self.state.model
-        if session.dataset.validation is None:
+        if not session.dataset.validation:
             return
         with (
             self.monitor.side_job(),
             self._reported("validation"),
             self.compile_watch.validation(),
         ):
-            loss = validation_loss(model, session.dataset.validation, session.config, session.world)
-            self.monitor.recorder.add_validation(loss, bits_per_byte(loss, session.dataset))
+            results = {}
+            for held_out in session.dataset.validation:
+                loss = validation_loss(model, held_out.stream, session.config, session.world)
+                results[held_out.name] = loss, bits_per_byte(loss, held_out.bytes_per_token)
+            self.monitor.recorder.add_validation(results)
 
     def sample(self) -> None:
         """Continue the sample prompt, print the text and log it."""
@@ -134,7 +137,7 @@ class SideJobs:
             dataset.tokenizer,
             logging.sample_prompt,
             sampling,
-            dataset.manifest.end_token_id,
+            dataset.end_token_id,
             session.world.agree,
         )
         return "".join(pieces)

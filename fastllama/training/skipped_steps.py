@@ -24,7 +24,6 @@ from fastllama.checkpoints.reading import load_state, newest_checkpoint, read_pr
 from fastllama.checkpoints.state import TrainProgress, TrainState
 from fastllama.checkpoints.writing import CheckpointWriter
 from fastllama.config import Config
-from fastllama.data.batch import sequences_at
 from fastllama.data.dataset import Dataset
 from fastllama.errors import TrainingFailedError
 from fastllama.logs.log_file import append
@@ -100,33 +99,40 @@ class SkippedSteps:
                 "loss": finite(result.loss),
                 "grad_norm": finite(result.grad_norm),
                 "reason": result.skip_reason,
-                **batch_record(result.end_position, session.config, session.dataset),
+                **batch_record(result.step, result.end_position, session.config, session.dataset),
             }
             append(session.run.bad_updates, json.dumps(record) + "\n")
 
 
-def batch_record(end_position: int, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """Positions, sequence numbers and first texts of the batch that ended at `end_position`.
+def batch_record(step: int, end_position: int, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Positions, sequence numbers and first texts of the batch of update `step`.
+
+    Of a mixture also the name of each sequence's source. The batch ended at `end_position`.
 
     Raises:
         OSError: the shards can no longer be read.
     """
-    seq_len = config.model.max_seq_len
+    seq_len = config.at(step).model.max_seq_len
     first, last = batch_positions(end_position, config)
-    positions = range(first, last + 1)
-    sequences = sequences_at(positions, dataset.train, seq_len, config.training.seed)
+    pieces = config.longest_seq_len // seq_len
+    places = dataset.train.places(range(first * pieces, (last + 1) * pieces), seq_len)
     texts = [
-        dataset.tokenizer.decode(
-            dataset.train.read(index, seq_len).tolist(), skip_special_tokens=False
-        )
-        for index in sequences[:SHOWN]
+        dataset.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+        for tokens in dataset.train.read(places[:SHOWN], seq_len)
     ]
-    return {"positions": [first, last], "sequences": sequences, "texts": texts}
+    record = {
+        "positions": [first, last],
+        "sequences": [place.sequence for place in places],
+        "texts": texts,
+    }
+    if len(dataset.sources) > 1:
+        record["sources"] = [dataset.sources[place.source].name for place in places]
+    return record
 
 
 def batch_positions(end_position: int, config: Config) -> tuple[int, int]:
     """First and last position in the data order of the update that ended at `end_position`."""
-    return end_position - config.sequences_per_update, end_position - 1
+    return end_position - config.positions_per_update, end_position - 1
 
 
 @dataclass

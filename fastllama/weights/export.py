@@ -213,10 +213,11 @@ def _training(source: Source, step: int) -> dict[str, str]:
         return {}
     config, data = source.config, read_identity(source.checkpoint).get("data.fingerprint")
     tokens = step * config.training.tokens_per_update
+    folders = config.data.path or ", ".join(source.path for source in config.data.sources)
     averaged = {"weights": f"average with training.ema_decay = {config.training.ema_decay}"}
     return {
         **(averaged if source.weights == EMA else {}),
-        "trained on": f"{tokens:,} tokens in {step:,} updates, of the data in {config.data.path}",
+        "trained on": f"{tokens:,} tokens in {step:,} updates, of the data in {folders}",
         "fingerprint of the data": str(data),
     }
 

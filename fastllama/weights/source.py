@@ -13,6 +13,7 @@ from fastllama.checkpoints.reading import (
     open_tensors,
     read_end_token,
     read_start_token,
+    stage_config,
 )
 from fastllama.checkpoints.state import checkpoint_name, model_tensors
 from fastllama.config import Config
@@ -74,7 +75,7 @@ def find_source(path: Path, weights: str) -> Source:
         OSError: a file cannot be read.
     """
     run, checkpoint = find_checkpoint(path, weights)
-    config = run.load_config()
+    config = stage_config(run.load_config(), checkpoint)
     refuse_softcap(config.model)
     tokenizer = run_tokenizer(run, config.model.vocab_size)
     end_token = read_end_token(checkpoint, config.model.vocab_size)

@@ -15,6 +15,7 @@ from fastllama.checkpoints.reading import (
     find_checkpoint,
     has_tensors,
     load_tensors,
+    stage_config,
 )
 from fastllama.checkpoints.state import MODEL, OPTIMIZER, model_tensors, training_tensors
 from fastllama.config import Config, ModelConfig
@@ -78,8 +79,8 @@ def find_initial_weights(config: Config, dataset: Dataset) -> InitialWeights:
     run, _ = locate(path)
     hugging_face = None
     if run.exists:
-        source, tokenizer = run.load_config().model, run.tokenizer
         _, path = find_checkpoint(path, "" if moments else MODEL)
+        source, tokenizer = stage_config(run.load_config(), path).model, run.tokenizer
     else:
         try:
             hugging_face = open_hugging_face(path)

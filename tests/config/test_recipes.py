@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastllama.config import Config, ModelConfig, load_recipe
+from fastllama.config import Config, DataSource, ModelConfig, Stage, config_from_dict, load_recipe
 from tests.config.with_options import with_options
 
 
@@ -28,6 +28,29 @@ def test_recipe_overrides_its_base(tmp_path: Path) -> None:
     model = ModelConfig(n_embd=64, n_layers=3, n_heads=4, theta=500)
     data = dataclasses.replace(Config().data, path="d")
     assert load_recipe(third) == Config(model=model, data=data)
+
+
+def test_arrays_of_tables(tmp_path: Path) -> None:
+    text = """
+    [[data.sources]]
+    path = "a"
+    [[data.sources]]
+    path = "b/"
+    weight = 2
+    [[data.stages]]
+    start_tokens = 1e9
+    weights = [1, 0.5]
+    """
+    config = load_recipe(write(tmp_path / "recipe.toml", text))
+    assert config.data.sources == (DataSource("a"), DataSource("b/", weight=2))
+    assert config.data.stages == (Stage(start_tokens=10**9, weights=(1, 0.5)),)
+    assert config.data.source_names == ["a", "b"]
+    # A run folder stores what it was given.
+    assert config_from_dict(config.to_dict(), "test") == config
+    # An array replaces the one of the recipe that it extends.
+    text = "extends = 'recipe.toml'\n[[data.sources]]\npath = 'c'\n"
+    data = load_recipe(write(tmp_path / "other.toml", text)).data
+    assert (data.source_names, len(data.stages)) == (["c"], 1)
 
 
 def test_cycle_of_extends_is_an_error(tmp_path: Path) -> None:
@@ -60,6 +83,24 @@ def test_cycle_of_extends_is_an_error(tmp_path: Path) -> None:
         (f"a = {10_000 * '['}", r"recipe\.toml cannot be read as TOML"),
         ("[xyzzy]", r"unknown option xyzzy\.$"),
         ("[modle]\nn_layers = 2", r"unknown option modle"),
+        ("[data]\nsources = 'a'", r"data\.sources must be an array of tables, not 'a'"),
+        ("[data]\nsources = ['a']", r"data\.sources must be an array of tables, not \['a'\]"),
+        (
+            "[[data.sources]]\nfolder = 'a'",
+            r"unknown option data\.sources\.0\.folder",
+        ),
+        (
+            "[[data.sources]]\n[[data.sources]]\nwieght = 1",
+            r"unknown option data\.sources\.1\.wieght; did you mean data\.sources\.1\.weight\?",
+        ),
+        (
+            "[[data.stages]]\nmax_seq_len = 2.5",
+            r"data\.stages\.0\.max_seq_len must be an integer or left out, not 2\.5",
+        ),
+        (
+            "[[data.stages]]\nweights = [1, 'a']",
+            r"data\.stages\.0\.weights must be an array of numbers, not \[1, 'a'\]",
+        ),
     ],
 )
 def test_recipe_errors(tmp_path: Path, text: str, message: str) -> None:

@@ -1,12 +1,21 @@
 """Rules: ranges of values, and values that contradict each other."""
 
 import typing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastllama.config import Config, config_from_dict, load_recipe, validate
+from fastllama.config import (
+    Config,
+    DataSource,
+    Stage,
+    ValidationSet,
+    config_from_dict,
+    load_recipe,
+    validate,
+)
 from tests.config.with_options import with_options
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -174,3 +183,106 @@ def test_replicas_must_divide_the_processes() -> None:
     validate(config, world_size=8)
     with pytest.raises(ValueError, match=r"replicate = 2 does not divide the 3 processes"):
         validate(config, world_size=3)
+
+
+def mixed(**options: Any) -> Config:
+    """Two sources, 3 updates of 2^19 tokens, and the given options of `data`."""
+    sources = (DataSource("a/web"), DataSource("a/code"))
+    config = with_options(training__training_tokens=3 * 2**19, optimizer__warmup_iterations=0)
+    return replace(config, data=replace(config.data, **{"sources": sources, **options}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "a"}, r"data\.path = a names one data folder and data\.sources several"),
+        ({"sources": (DataSource(),)}, r"data\.sources\.0\.path is empty; give the folder"),
+        ({"validation": (ValidationSet(),)}, r"data\.validation\.0\.path is empty"),
+        (
+            {"sources": (DataSource("a", weight=-1),)},
+            r"sources\.0\.weight must be 0 or more, not -1",
+        ),
+        (
+            {"sources": (DataSource("a", weight=float("nan")),)},
+            r"sources\.0\.weight must be 0 or more, not nan",
+        ),
+        (
+            {"sources": (DataSource("a", max_epochs=-2.0),)},
+            r"sources\.0\.max_epochs must be 0 or more, not -2",
+        ),
+        (
+            {"sources": (DataSource("a", weight=0), DataSource("b", weight=0))},
+            r"All weights of data\.sources are 0",
+        ),
+        (
+            {"sources": (DataSource("a/x"), DataSource("b/x/"))},
+            r"data\.sources\.1 and data\.sources\.0 are both named x; give data\.sources\.1\.name",
+        ),
+        (
+            {"validation": (ValidationSet("a/x"), ValidationSet("b", name="x"))},
+            r"data\.validation\.1 and data\.validation\.0 are both named x",
+        ),
+        (
+            {"sources": (DataSource("a/x,y"),)},
+            r"data\.sources\.0\.name = 'x,y' cannot be the name of a column; give a name",
+        ),
+        ({"sources": (DataSource("a\0"),)}, r"data\.sources\.0\.path = .* contains a NUL"),
+        (
+            {"stages": (Stage(),)},
+            r"stages\.0\.start_tokens = 0 is not after the first update",
+        ),
+        (
+            {"stages": (Stage(2**19), Stage(2**19))},
+            r"stages\.1\.start_tokens = 524288 is not after the first update of data\.stages\.0",
+        ),
+        (
+            {"stages": (Stage(3 * 2**19),)},
+            r"stages\.0\.start_tokens = 1572864 is at or after the end",
+        ),
+        (
+            {"stages": (Stage(2**19, weights=(1.0,)),)},
+            r"stages\.0\.weights has 1 numbers, and there are 2 data\.sources",
+        ),
+        (
+            {"stages": (Stage(2**19, weights=(1.0, -1.0)),)},
+            r"stages\.0\.weights must be 0 or more, not -1\.0",
+        ),
+        (
+            {"stages": (Stage(2**19, weights=(0.0, 0.0)),)},
+            r"All weights of data\.stages\.0\.weights are 0",
+        ),
+        ({"stages": (Stage(2**19, theta=0.0),)}, r"stages\.0\.theta must be greater than 0, not 0"),
+        ({"stages": (Stage(2**19, batch_size=0),)}, r"stages\.0\.batch_size must be at least 1"),
+        (
+            {"stages": (Stage(2**19, max_seq_len=1536),)},
+            r"model\.max_seq_len = 1024 does not divide the longest sequence of data\.stages, 1536",
+        ),
+        (
+            {"stages": (Stage(2**19, max_seq_len=768), Stage(2**20, max_seq_len=1024))},
+            r"data\.stages\.0 trains on sequences of 768 tokens, which do not divide .*, 1024",
+        ),
+        (
+            {"stages": (Stage(2**19, batch_size=3),)},
+            r"In data\.stages\.0: training\.tokens_per_update = 524288 is not a multiple of",
+        ),
+    ],
+)
+def test_mixture_that_cannot_work_is_an_error(options: dict[str, Any], message: str) -> None:
+    validate(mixed())
+    with pytest.raises(ValueError, match=message):
+        validate(mixed(**options))
+
+
+def test_stages_apply_one_after_the_other() -> None:
+    stages = (Stage(1, max_seq_len=4096, batch_size=1), Stage(2**20, theta=5e5, weights=(1.0, 3.0)))
+    config = mixed(stages=stages)
+    validate(config)
+    # The first stage begins with the second update, the next whole one.
+    assert [config.first_step(stage) for stage in stages] == [2, 3]
+    assert [config.last_step(step) for step in (1, 2, 3)] == [1, 2, 3]
+    trained = [config.at(step) for step in (0, 1, 2, 3, 4)]
+    assert [each.model.max_seq_len for each in trained] == [1024, 1024, 4096, 4096, 4096]
+    assert [each.model.theta for each in trained] == [1e4, 1e4, 1e4, 5e5, 5e5]
+    assert [each.training.batch_size for each in trained] == [4, 4, 1, 1, 1]
+    assert config.stages == [config, trained[2], trained[3]]
+    assert (config.longest_seq_len, config.positions_per_update) == (4096, 128)

@@ -33,10 +33,10 @@ def folder(tmp_path: Path) -> Path:
 
 def test_opens_streams_and_tokenizer(folder: Path) -> None:
     dataset = open_dataset(config_for(folder))
-    assert dataset.train.n_tokens == 50
-    assert dataset.validation is not None
-    assert dataset.validation.read(0, 3).tolist() == [50, 51, 52, 53]
-    assert dataset.validation_bytes_per_token == 4
+    assert dataset.sources[0].stream.n_tokens == 50
+    (held_out,) = dataset.validation
+    assert held_out.stream.read(0, 3).tolist() == [50, 51, 52, 53]
+    assert held_out.bytes_per_token == 4
     assert dataset.tokenizer.get_vocab_size() == VOCAB_SIZE
 
 
@@ -46,12 +46,12 @@ def test_missing_or_short_validation_split(
     tmp_path: Path, validation: dict[str, list[range]]
 ) -> None:
     make_folder(tmp_path, {"train": [range(50)], **validation})
-    assert open_dataset(config_for(tmp_path)).validation is None
+    assert open_dataset(config_for(tmp_path)).validation == ()
 
 
 def test_data_of_exactly_one_sequence(tmp_path: Path) -> None:
     make_folder(tmp_path, {"train": [range(9)]})
-    assert open_dataset(config_for(tmp_path)).train.n_sequences(8) == 1
+    assert open_dataset(config_for(tmp_path)).train.epochs(1) == [1.0]
     make_folder(tmp_path, {"train": [range(8)]})
     with pytest.raises(ValueError, match="max_seq_len = 8 is longer than the data, 8 tokens in"):
         open_dataset(config_for(tmp_path))

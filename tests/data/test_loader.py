@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fastllama.data.loader import BatchLoader
 from fastllama.data.order import sequence_indices
 from fastllama.data.stream import TokenStream
+from fastllama.data.training_data import TrainingData
 from tests.data.folder import make_stream
 
 T = 3
@@ -28,9 +29,8 @@ def stream(tmp_path: Path) -> TokenStream:
 
 
 def open_loader(stream: TokenStream, **options: Any) -> BatchLoader:
-    return BatchLoader(
-        stream, **{"seq_len": T, "batch_size": 2, "seed": SEED, "device": CPU, **options}
-    )
+    data = TrainingData([stream], block_len=T, seed=SEED)
+    return BatchLoader(data, **{"seq_len": T, "batch_size": 2, "device": CPU, **options})
 
 
 def read(loader: BatchLoader, n_batches: int) -> list[list[int]]:
@@ -63,7 +63,7 @@ def test_update_is_independent_of_ranks_and_batch_size(
 def test_targets_are_next_tokens(stream: TokenStream) -> None:
     with open_loader(stream) as loader:
         for _ in range(8):
-            inputs, targets = loader.next()
+            inputs, targets, _ = loader.next()
             assert (inputs.dtype, inputs.shape) == (torch.int64, (2, T))
             assert torch.equal(targets, inputs + 1)
             assert torch.equal(inputs, inputs[:, :1] + torch.arange(T))
@@ -78,7 +78,7 @@ def test_start_at_position(stream: TokenStream) -> None:
 def test_batch_in_use_is_not_overwritten(stream: TokenStream, depth: int) -> None:
     with open_loader(stream, depth=depth) as loader:
         for _ in range(6):
-            inputs, targets = loader.next()
+            inputs, targets, _ = loader.next()
             copies = inputs.clone(), targets.clone()
             # Long enough for the reader to fill every free slot.
             time.sleep(0.02)

@@ -74,10 +74,12 @@ def _read_data(folder: Path, beside: Path) -> object:
         logging=LoggingConfig(sample_prompt="a"),
     )
     dataset = open_dataset(config)
-    n_sequences = dataset.train.n_sequences(8)
-    tokens = [dataset.train.read(index, 8).tolist() for index in range(n_sequences)]
-    dataset.manifest.check_contents(folder)
-    return tokens, dataset.manifest.fingerprint(), dataset.validation_bytes_per_token
+    stream, manifest = dataset.sources[0].stream, dataset.sources[0].manifest
+    n_sequences = stream.n_sequences(8)
+    tokens = [stream.read(index, 8).tolist() for index in range(n_sequences)]
+    manifest.check_contents(folder)
+    held_out = [each.bytes_per_token for each in dataset.validation]
+    return tokens, dataset.fingerprint(), held_out
 
 
 def _make_interrupted(folder: Path) -> None:

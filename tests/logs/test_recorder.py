@@ -1,9 +1,12 @@
 """Rows of a run: what the recorder counts across a rewind."""
 
+import math
 from pathlib import Path
 
 import pytest
 
+from fastllama.logs.recorder import SourceLosses
+from fastllama.logs.results import SourceResult, UpdateResult
 from fastllama.logs.rows import COLUMNS
 from tests.runs import make_losses_nan, rows, train
 from tests.workspace import Workspace
@@ -28,3 +31,16 @@ def test_session_counts_continue_after_a_rewind(
     in_order = times[:5] + superseded_times + times[5:]
     assert in_order == sorted(in_order)
     assert all(float(row["tok_per_s"]) > 0 for row in logged)
+
+
+def test_losses_of_sources_between_rows() -> None:
+    def result(*sources: SourceResult) -> UpdateResult:
+        return UpdateResult(1, 8, 2.0, 1.0, "", False, 1.0, 0.0, [0.0], list(sources))
+
+    losses = SourceLosses(["a", "b"])
+    losses.observe(result(SourceResult(2.0, 64, 64), SourceResult(math.nan, 0, 0)))
+    losses.observe(result(SourceResult(5.0, 32, 96), SourceResult(math.nan, 32, 32)))
+    # A skipped update with a NaN does not take the mean of the others.
+    assert losses.take() == {"loss/a": 3.0, "tokens/a": 96, "tokens/b": 32}
+    losses.observe(result(SourceResult(math.nan, 0, 96), SourceResult(1.5, 64, 96)))
+    assert losses.take() == {"tokens/a": 96, "loss/b": 1.5, "tokens/b": 96}

@@ -73,3 +73,9 @@ def test_human(count: int, text: str) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_console_line_of_several_validation_sets() -> None:
+    several = row(7, val_loss=3.0)
+    several.named = {"loss/web": 2.0, "val_loss/web": 3.0, "val_loss/code": 2.25}
+    assert several.line() == row(7).line() + "  val web 3.0000 code 2.2500"

@@ -287,3 +287,35 @@ def test_tensorboard_that_cannot_start_is_left_out(
     (sentence,) = said
     assert sentence.startswith(f"TensorBoard's events in {tmp_path} could not be written: ")
     assert len(rows(tmp_path)) == 1
+
+
+def test_columns_of_sources_and_sets_survive_other_sets(tmp_path: Path) -> None:
+    def session(step: int, named: dict[str, float], columns: list[str]) -> None:
+        new = row(step)
+        new.named = named
+        log = MetricsLog(tmp_path, step - 1, tensorboard=False, say=print, named=columns)
+        log.write(new)
+        log.close()
+
+    session(1, {}, [])
+    session(2, {"loss/a": 2.5, "val_loss/x": 3.0}, ["loss/a", "val_loss/x"])
+    session(3, {"val_loss/y": 3.5}, ["val_loss/y", "loss/a"])
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == [*COLUMNS, "val_loss/y", "loss/a", "val_loss/x"]
+    assert [line[-3:] for line in lines] == [["", "", ""], ["", "2.5", "3.0"], ["3.5", "", ""]]
+    assert [len(line) for line in lines] == [len(header)] * 3
+    json_rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(json_rows[1])["val_loss/x"] == 3.0
+    plot_loss(tmp_path / "metrics.csv", tmp_path / "loss.png", title="run")
+
+
+@pytest.mark.parametrize(
+    "header", ["step,loss/a", "loss/a", "step,tokens,loss/a,x", "step,a/b,a/b"]
+)
+def test_foreign_header_with_a_slash(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text(f"{header}\n1,2\n")
+    said = write_rows(tmp_path, row(1))
+    is_ours = header == "step,loss/a"
+    assert any("does not start with our header" in line for line in said) != is_ours

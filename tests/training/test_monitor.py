@@ -79,7 +79,7 @@ def test_rows_report_device_time_without_side_jobs(
             with monitor.side_job():
                 device.launch(7.0)
                 device.host = device.busy_until + 2.0
-                monitor.recorder.add_validation(2.5, 1.0)
+                monitor.recorder.add_validation({"held out": (2.5, 1.0)})
     monitor.flush()
     rows = read_rows(tmp_path / "metrics.csv")
     seconds = [8_192 / row["tok_per_s"] for row in rows]

@@ -15,7 +15,6 @@ import fastllama.train as trainer
 import fastllama.training.setup as setup
 from fastllama.atomic import locked
 from fastllama.config import load_recipe
-from fastllama.data.batch import sequences_at
 from fastllama.data.dataset import open_dataset
 from fastllama.data.prepare import prepare
 from fastllama.data.stream import TokenStream
@@ -189,10 +188,10 @@ def test_console_reports_the_held_out_split(
     no_validation = "nothing held out: no validation (prepare --validation-fraction)"
     assert f"epochs wanted; {no_validation}" in printed
     dataset = open_dataset(load_recipe(workspace.recipe))
-    n_tokens = dataset.manifest.splits["validation"].tokens
+    n_tokens = dataset.sources[0].manifest.splits["validation"].tokens
     assert setup.describe_validation(dataset) == f"{n_tokens:,} held out"
-    # A split shorter than a sequence opens as None.
-    too_short = dataclasses.replace(dataset, validation=None)
+    # A split shorter than a sequence is left out.
+    too_short = dataclasses.replace(dataset, validation=())
     what = setup.describe_validation(too_short)
     assert what.startswith("less than a sequence held out: no validation")
 
@@ -226,16 +225,16 @@ def test_loss_options(workspace: Workspace, tmp_path: Path) -> None:
     dataset = open_dataset(config)
     initial = Llama(config.model, REFERENCE)
     initial.init_weights(config.training.seed)
-    first_batch = sequences_at(range(8), dataset.train, 32, config.training.seed)
-    target, uniform, log_z = log_likelihoods(initial, dataset.train, first_batch)
+    first_batch = [place.sequence for place in dataset.train.places(range(8), 32)]
+    stream = dataset.sources[0].stream
+    target, uniform, log_z = log_likelihoods(initial, stream, first_batch)
     expected = -0.9 * target.mean() - 0.1 * uniform.mean() + 1e-4 * log_z.square().mean()
     assert float(logged[0]["loss"]) == pytest.approx(expected.item(), rel=1e-6)
 
     # Validation measures the plain negative log-likelihood of the first 8 held-out sequences.
-    assert dataset.validation is not None
     saved = load_run(run, torch.device("cpu")).model
     assert saved.config.logit_softcap == 20
-    target, uniform, log_z = log_likelihoods(saved, dataset.validation, range(8))
+    target, uniform, log_z = log_likelihoods(saved, dataset.validation[0].stream, range(8))
     assert float(logged[-1]["val_loss"]) == pytest.approx(-target.mean().item(), rel=1e-6)
     # Either term of the training loss would change it by far more than the tolerance.
     assert abs(0.1 * (target - uniform).mean()) > 1e-2

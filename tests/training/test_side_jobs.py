@@ -183,11 +183,11 @@ def prepare_rank(rank: int) -> None:
 
     diverge(4, pytest.MonkeyPatch())
 
-    def read_batch(*args: Any) -> NoReturn:
+    def fill_batch(*args: Any) -> NoReturn:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     if rank == 1:
-        evaluate.read_batch = read_batch
+        evaluate.fill_batch = fill_batch
 
 
 if __name__ == "__main__":

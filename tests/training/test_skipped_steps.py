@@ -112,10 +112,12 @@ def test_records_of_repeated_updates_are_moved(workspace: Workspace, tmp_path: P
 def test_batch_records_of_an_epoch_name_every_sequence(workspace: Workspace) -> None:
     config = load_recipe(workspace.recipe)
     dataset = open_dataset(config)
-    n_sequences = dataset.train.n_sequences(config.model.max_seq_len)
+    n_sequences = dataset.sources[0].stream.n_sequences(config.model.max_seq_len)
     updates = -(-n_sequences // config.sequences_per_update)
-    ends = [step * config.sequences_per_update for step in range(1, updates + 1)]
-    batches = [batch_record(end, config, dataset) for end in ends]
+    batches = [
+        batch_record(step, step * config.sequences_per_update, config, dataset)
+        for step in range(1, updates + 1)
+    ]
     sequences = [index for batch in batches for index in batch["sequences"]]
     assert sorted(sequences[:n_sequences]) == list(range(n_sequences))
 
@@ -132,10 +134,11 @@ def test_rewind_resumes_with_the_data_after_the_series(
     assert (progress["skipped_steps"], progress["skipped_in_a_row"]) == (3, 0)
     config = load_recipe(workspace.recipe)
     dataset = open_dataset(config)
-    expected = batch_record(80, config, dataset)["sequences"]
+    expected = batch_record(7, 80, config, dataset)["sequences"]
     # The tenth update that was computed, of 4 micro-batches.
     batch = torch.cat(seen[9 * 4 : 10 * 4])
-    assert [dataset.train.read(index, 32).tolist()[:-1] for index in expected] == batch.tolist()
+    stream = dataset.sources[0].stream
+    assert [stream.read(index, 32).tolist()[:-1] for index in expected] == batch.tolist()
     # AdamW's count has neither the discarded update 6 nor the skipped updates 7 to 9.
     state = load_file(next((run / "checkpoints/latest").glob("*.safetensors")))
     assert state["optimizer.step.norm.weight"].item() == 10
