@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from fastllama import __version__
 from fastllama.cli import (
     data_check,
+    data_show,
     export,
     generate,
     import_weights,
@@ -38,6 +39,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("prepare",): prepare.COMMAND,
     ("data", "check"): data_check.COMMAND,
     ("train",): train.COMMAND,
+    ("data", "show"): data_show.COMMAND,
     ("verify-resume",): verify_resume.COMMAND,
     ("generate",): generate.COMMAND,
     ("export",): export.COMMAND,

@@ -12,7 +12,6 @@ a run that is killed and resumed rewinds in the same way.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastllama.checkpoints.folder import (
     complete_checkpoints,
@@ -23,17 +22,13 @@ from fastllama.checkpoints.folder import (
 from fastllama.checkpoints.reading import load_state, newest_checkpoint, read_progress
 from fastllama.checkpoints.state import TrainProgress, TrainState
 from fastllama.checkpoints.writing import CheckpointWriter
-from fastllama.config import Config
-from fastllama.data.dataset import Dataset
 from fastllama.errors import TrainingFailedError
 from fastllama.logs.log_file import append
 from fastllama.logs.results import UpdateResult
 from fastllama.logs.rows import finite
 from fastllama.logs.sinks import report_write_errors
+from fastllama.training.batches import batch_positions, batch_record
 from fastllama.training.session import Session
-
-SHOWN = 4
-"""Sequences of a batch whose text bad-updates.jsonl shows."""
 
 MAX_REWINDS = 3
 """Rewinds to one checkpoint. If other data does not help, the weights in it are at fault."""
@@ -102,37 +97,6 @@ class SkippedSteps:
                 **batch_record(result.step, result.end_position, session.config, session.dataset),
             }
             append(session.run.bad_updates, json.dumps(record) + "\n")
-
-
-def batch_record(step: int, end_position: int, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """Positions, sequence numbers and first texts of the batch of update `step`.
-
-    Of a mixture also the name of each sequence's source. The batch ended at `end_position`.
-
-    Raises:
-        OSError: the shards can no longer be read.
-    """
-    seq_len = config.at(step).model.max_seq_len
-    first, last = batch_positions(end_position, config)
-    pieces = config.longest_seq_len // seq_len
-    places = dataset.train.places(range(first * pieces, (last + 1) * pieces), seq_len)
-    texts = [
-        dataset.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
-        for tokens in dataset.train.read(places[:SHOWN], seq_len)
-    ]
-    record = {
-        "positions": [first, last],
-        "sequences": [place.sequence for place in places],
-        "texts": texts,
-    }
-    if len(dataset.sources) > 1:
-        record["sources"] = [dataset.sources[place.source].name for place in places]
-    return record
-
-
-def batch_positions(end_position: int, config: Config) -> tuple[int, int]:
-    """First and last position in the data order of the update that ended at `end_position`."""
-    return end_position - config.positions_per_update, end_position - 1
 
 
 @dataclass

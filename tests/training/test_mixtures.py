@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllama.cli import main
 from fastllama.config import Config, load_recipe
 from fastllama.data.dataset import Dataset, open_dataset
 from fastllama.data.prepare import prepare
@@ -15,6 +16,7 @@ from fastllama.inference.load import load_run
 from fastllama.logs.rows import read_rows
 from fastllama.model.llama import Llama
 from fastllama.model.rotary import rotary_tables
+from tests.cli.refusal import refusal
 from tests.ranks import launch
 from tests.runs import losses, train
 from tests.workspace import Workspace
@@ -165,6 +167,63 @@ def test_another_mixture_does_not_resume(
             train("--resume", finished, "--training.training-tokens", 2816, *option)
         assert stop.value.code == 2
         assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["--step=3", "--step=7", "--position=9", "--position=27"])
+def test_data_show_prints_what_the_model_saw(
+    finished: Path, recipe: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    main(["data", "show", str(finished), place, "--limit", "0"])
+    printed = capsys.readouterr().out.removesuffix("\n")
+    header, *shown = printed.split("\n--- position ")
+    step = 3 if place in ("--step=3", "--position=9") else 7
+    first = 4 * (step - 1)
+    assert f"update {step} of {finished}: positions {first} to {first + 3}, " in header
+    config, dataset = load_recipe(recipe), open_dataset(load_recipe(recipe))
+    sources, inputs = expected_inputs(config, dataset, step)
+    assert len(shown) == len(sources)
+    for text, source, tokens in zip(shown, sources, inputs.tolist(), strict=True):
+        line, _, body = text.partition("\n")
+        assert f" of {dataset.sources[source].name}, from token " in line
+        documents = body.split("\n--- end of the document\n")
+        assert len(documents) == 1 + tokens.count(dataset.end_token_id)
+        ids = [token for token in tokens if token != dataset.end_token_id]
+        assert "".join(documents) == dataset.tokenizer.decode(ids)
+
+
+def test_data_show_of_a_rank(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*arguments: str) -> list[str]:
+        main(["data", "show", str(finished), "--step=2", *arguments])
+        return capsys.readouterr().out.split("--- position ")[1:]
+
+    every = [text.partition(":")[2].strip() for text in shown("--limit=0")]
+    of_ranks = []
+    for rank in range(2):
+        texts = shown("--limit=0", "--world-size=2", f"--rank={rank}")
+        assert all(f", rank {rank}, micro-batch {n // 2}:" in text for n, text in enumerate(texts))
+        of_ranks.append([text.partition(":")[2].strip() for text in texts])
+    # Two micro-batches of 2 sequences for each rank.
+    first, second = of_ranks
+    assert first[:2] + second[:2] + first[2:] + second[2:] == every
+    assert shown()[-1].endswith("\n--- 4 more; --limit 0 prints all\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give one of --step and --position."),
+        (["--step=1", "--position=1"], "Give one of --step and --position."),
+        (["--step=11"], "has checkpoints up to update 10, and none of update 11"),
+        (["--step=0"], "and none of update 0; give a --step from 1 to 10"),
+        (["--position=-1"], "--position must be 0 or more, not -1"),
+        (["--step=1", "--rank=1"], "--rank 1 is not among the 1 ranks"),
+        (["--step=1", "--world-size=0"], "--world-size must be at least 1, not 0"),
+    ],
+)
+def test_data_show_refusals(
+    finished: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in refusal(capsys, "data", "show", finished, *arguments)
 
 
 @pytest.mark.slow  # Starts two processes.

@@ -17,7 +17,8 @@ import fastllama.train as trainer
 from fastllama.config import load_recipe
 from fastllama.data.dataset import open_dataset
 from fastllama.model.llama import Llama
-from fastllama.training.skipped_steps import batch_record
+from fastllama.run_folder import RunFolder
+from fastllama.training.batches import batch_record, end_position
 from tests.runs import make_losses_nan, rows, train, train_in_child
 from tests.workspace import Workspace
 
@@ -139,6 +140,10 @@ def test_rewind_resumes_with_the_data_after_the_series(
     batch = torch.cat(seen[9 * 4 : 10 * 4])
     stream = dataset.sources[0].stream
     assert [stream.read(index, 32).tolist()[:-1] for index in expected] == batch.tolist()
+    assert end_position(RunFolder(run), config, 10) == 112
+    # Checkpoints of the updates 5 and 10 are kept. The update after the rewind read 72 to 79.
+    assert end_position(RunFolder(run), config, 6) == 80
+    assert end_position(RunFolder(run), config, 5) == 40
     # AdamW's count has neither the discarded update 6 nor the skipped updates 7 to 9.
     state = load_file(next((run / "checkpoints/latest").glob("*.safetensors")))
     assert state["optimizer.step.norm.weight"].item() == 10
