@@ -127,9 +127,7 @@ def _open_folder(value: str) -> tuple[Path, Manifest]:
             f"the data folder {value} is {folder}, in your home folder, and does not exist: make "
             "it with fastllama prepare"
         )
-    manifest = Manifest.load(folder)
-    manifest.check_files(folder)
-    return folder, manifest
+    return folder, Manifest.load(folder)
 
 
 def _open_source(config: Config, path: str, name: str = "", max_epochs: float = 0.0) -> Source:
