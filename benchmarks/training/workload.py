@@ -90,7 +90,7 @@ def with_synthetic_data(config: Config, folder: Path) -> Config:
         end_token_id=0,
         tokenizer_fingerprint=fingerprint(tokenizer),
         skipped_records=0,
-        splits={"train": Split(n_tokens, 1, n_tokens, tuple(progress.shards))},
+        splits={"train": Split(n_tokens, 1, n_tokens, tuple(writer.shards))},
     ).save(folder)
     return replace(config, data=DataConfig(path=str(folder), prefetch=config.data.prefetch))
 

@@ -9,7 +9,7 @@ from fastllama.atomic import write_atomic
 from fastllama.typed_json import DamagedFileError, parse_json, read_json
 
 FORMAT_VERSION = 2
-"""Files of version 1 carry no checksum."""
+"""The version of most files. Files of version 1 carry no checksum."""
 
 T = TypeVar("T")
 
@@ -20,24 +20,24 @@ def write_checksummed(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, json.dumps(checksummed, indent=2) + "\n")
 
 
-def read_checksummed(path: Path, kind: type[T]) -> T:
+def read_checksummed(path: Path, kind: type[T], newest: int = FORMAT_VERSION) -> T:
     """Read a file of `write_checksummed` as a dataclass `kind`, which has a `format_version`.
 
     A file of version 1 is read without a check.
 
     Raises:
         DamagedFileError: the content differs from its checksum or is not a `kind`.
-        ValueError: a newer fastllama wrote the file.
+        ValueError: a newer fastllama wrote the file, with a version above `newest`.
         OSError: the file cannot be read.
     """
     content = read_json(path, dict[str, Any])
     version = content.get("format_version")
     if type(version) is not int or version < 1:
         raise DamagedFileError(f"{path}: it has no format version")
-    if version > FORMAT_VERSION:
+    if version > newest:
         raise ValueError(
             f"{path} has format version {str(version)[:20]}, and this fastllama reads versions up "
-            f"to {FORMAT_VERSION}: upgrade fastllama or prepare the data again"
+            f"to {newest}: upgrade fastllama or prepare the data again"
         )
     if version > 1 and content.pop("checksum", None) != _checksum(content):
         raise DamagedFileError(f"{path}: its content differs from its checksum")

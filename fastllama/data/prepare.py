@@ -365,9 +365,9 @@ def _complete_folder(
         skipped_records=progress.read.malformed,
         text_loss=progress.text_loss if progress.text_loss.lost else None,
         splits={
-            name: Split(split.tokens, split.documents, split.text_bytes, tuple(split.shards))
-            for name, split in progress.splits.items()
-            if split.tokens
+            name: Split(split.tokens, split.documents, split.text_bytes, tuple(writer.shards))
+            for name, writer in writers.items()
+            if (split := writer.progress).tokens
         },
     )
     manifest.check_files(output)

@@ -1,9 +1,10 @@
 """The state of a preparation on disk: what resumes, and which files may be deleted.
 
-Three files of the data folder record the state: `job.json` holds the inputs and settings,
-`progress.json` the position up to which every token is durable, and `manifest.json`, written last,
-marks the data as complete. `progress.json` also counts the shard files before they are created.
-Only shards in this count are deleted; every other file of the folder is left alone.
+Files of the data folder record the state: `job.json` holds the inputs and settings, `progress.json`
+the position up to which every token is durable, `train.sha256` and `validation.sha256` the
+checksums of complete shards, and `manifest.json`, written last, marks the data as complete.
+`progress.json` also counts the shard files before they are created. Only shards in this count and
+the lists of such shards are deleted; every other file of the folder is left alone.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from pydantic import ConfigDict, Field
 
 from fastllama.atomic import LOCK_FILE, write_atomic
 from fastllama.data.accounting import ReadCounts
-from fastllama.data.checksummed_json import FORMAT_VERSION, read_checksummed, write_checksummed
+from fastllama.data.checksummed_json import read_checksummed, write_checksummed
 from fastllama.data.documents import START, Position
 from fastllama.data.manifest import (
     MANIFEST_FILE,
@@ -28,13 +29,15 @@ from fastllama.data.manifest import (
     sha256_of,
 )
 from fastllama.data.records import MAX_DOCUMENT_MB
-from fastllama.data.shards import SplitProgress, shard_name
+from fastllama.data.shard_list import ShardList, list_path, shard_name
+from fastllama.data.shards import SplitProgress
 from fastllama.data.text_loss import TextLoss
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
 from fastllama.typed_json import DamagedFileError, read_json
 
 JOB_FILE = "job.json"
 PROGRESS_FILE = "progress.json"
+PROGRESS_VERSION = 3
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
@@ -84,7 +87,7 @@ class PrepareProgress:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    format_version: Annotated[int, Field(ge=FORMAT_VERSION)] = FORMAT_VERSION
+    format_version: Annotated[int, Field(ge=PROGRESS_VERSION)] = PROGRESS_VERSION
     position: Position = START
     read: ReadCounts = dataclasses.field(default_factory=ReadCounts)
     text_loss: TextLoss = dataclasses.field(default_factory=TextLoss)
@@ -105,7 +108,7 @@ class PrepareProgress:
         try:
             if not path.is_file():
                 raise DamagedFileError(f"{path} is not a file")
-            progress = read_checksummed(path, cls)
+            progress = read_checksummed(path, cls, PROGRESS_VERSION)
             if contradiction := progress._contradiction():
                 raise DamagedFileError(f"{path}: {contradiction}")
         except DamagedFileError as error:
@@ -134,9 +137,6 @@ class PrepareProgress:
         if self.splits.keys() != set(SPLITS):
             return f"it does not have the splits {', '.join(SPLITS)}"
         for name, split in self.splits.items():
-            for number, shard in enumerate(split.shards):
-                if shard.file != shard_name(name, number):
-                    return f"shard {number} of the split {name} has another name"
             if split.created < split.used:
                 return f"the split {name} has {split.used} shards, of {split.created} created"
         return None
@@ -220,13 +220,15 @@ def restore_progress(output: Path, job: JobRecord) -> PrepareProgress:
     for counts in progress.read.files:
         if not 0 <= counts.file < len(job.inputs):
             raise damaged(record, f"input file {counts.file}", f"{len(job.inputs)} files")
-    for split in progress.splits.values():
+    for name, split in progress.splits.items():
         if split.open_tokens >= job.shard_tokens:
             raise damaged(record, f"{split.open_tokens} tokens", f"less than {job.shard_tokens}")
-        for shard in split.shards:
+        tokens = split.complete * job.shard_tokens + split.open_tokens
+        if split.tokens != tokens:
+            raise damaged(record, f"{split.tokens} tokens", f"{tokens}")
+        listed = ShardList(output, name, split.complete, split.list_sha256, job.shard_tokens)
+        for shard in listed.shards:
             path = output / shard.file
-            if shard.tokens != job.shard_tokens:
-                raise damaged(record, f"{shard.tokens} tokens", f"{job.shard_tokens} per shard")
             found = sha256_of(path) if path.is_file() else "no such file"
             if found != shard.sha256:
                 raise damaged(path, f"SHA-256 {found}", shard.sha256)
@@ -246,7 +248,9 @@ def delete_unused_shards(output: Path, progress: PrepareProgress) -> None:
             )
         path.unlink()
     if any(split.created > split.used for split in progress.splits.values()):
-        for split in progress.splits.values():
+        for name, split in progress.splits.items():
+            if split.created and not split.used:
+                list_path(output, name).unlink(missing_ok=True)
             split.created = split.used
         progress.save(output)
 
@@ -260,9 +264,11 @@ def discard_work(output: Path, progress: PrepareProgress) -> None:
 
 
 def delete_progress(output: Path) -> None:
-    """Delete `progress.json`, unless another program wrote it."""
+    """Delete `progress.json` and the lists of shards, unless another program wrote them."""
     with suppress(DamagedFileError):
-        PrepareProgress.load(output)
+        for name, split in PrepareProgress.load(output).splits.items():
+            if split.created:
+                list_path(output, name).unlink(missing_ok=True)
         (output / PROGRESS_FILE).unlink(missing_ok=True)
 
 

@@ -3,17 +3,16 @@
 import hashlib
 import io
 import os
-import stat
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from pydantic import ConfigDict
 
-from fastllama.atomic import fsync_file, fsync_folder, naming, no_links
+from fastllama.atomic import fsync_file, fsync_folder, naming
 from fastllama.data.manifest import Count, Shard, damaged, sha256_of
+from fastllama.data.shard_list import ShardList, open_own, shard_name
 
 HEADER_BYTES = 128
 CHECK_CHUNK_BYTES = 2**20
@@ -21,25 +20,23 @@ CHECK_CHUNK_BYTES = 2**20
 
 @dataclass
 class SplitProgress:
-    """What is written of one split: complete `shards`, then `open_tokens` in the open shard."""
+    """What is written of one split: `complete` shards, then `open_tokens` in the open shard."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     documents: Count = 0
     text_bytes: Count = 0
-    shards: list[Shard] = field(default_factory=list)
+    tokens: Count = 0  # of all shards
+    complete: Count = 0
+    list_sha256: str = ""  # of the lines for these shards in `ShardList`
     open_tokens: Count = 0
     open_sha256: str = ""  # of the tokens in the open shard
     created: Count = 0  # shard files, counted before each one is created
 
     @property
-    def tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards) + self.open_tokens
-
-    @property
     def used(self) -> int:
         """Number of shard files that hold these tokens."""
-        return len(self.shards) + bool(self.open_tokens)
+        return self.complete + bool(self.open_tokens)
 
 
 class SplitWriter:
@@ -63,7 +60,8 @@ class SplitWriter:
         `before_create` is called before each shard file is created.
 
         Raises:
-            ValueError: the open shard does not hold its recorded tokens, or is a link.
+            ValueError: the list of complete shards is damaged, or the open shard does not hold its
+                recorded tokens, or is a link.
         """
         self.folder = folder
         self.name = name
@@ -71,13 +69,19 @@ class SplitWriter:
         self.dtype = dtype
         self.progress = progress
         self._before_create = before_create
+        self._list = ShardList(folder, name, progress.complete, progress.list_sha256, shard_tokens)
         self._digest = hashlib.sha256()
         if progress.open_tokens:
             self._restore()
 
     @property
+    def shards(self) -> list[Shard]:
+        """The complete shards."""
+        return self._list.shards
+
+    @property
     def open_path(self) -> Path:
-        return self.folder / shard_name(self.name, len(self.progress.shards))
+        return self.folder / shard_name(self.name, self.progress.complete)
 
     def append(self, tokens: np.ndarray) -> None:
         """Append a 1-D array of `dtype`. Complete each shard that becomes full.
@@ -89,29 +93,32 @@ class SplitWriter:
             if not self.progress.open_tokens:
                 self._create()
             now = tokens[: self.shard_tokens - self.progress.open_tokens]
-            with naming(self.open_path), _open_own(self.open_path) as file:
+            with naming(self.open_path), open_own(self.open_path) as file:
                 file.seek(self._open_bytes)
                 file.write(now.data)
             self._digest.update(now.data)
             self.progress.open_tokens += now.size
+            self.progress.tokens += now.size
             if self.progress.open_tokens == self.shard_tokens:
                 self.complete_shard()
             tokens = tokens[now.size :]
 
     def sync(self) -> None:
-        """Flush all appended tokens to the disk, and record their checksum."""
+        """Flush the tokens and the list of shards to the disk, and record their checksums."""
         if self.progress.open_tokens:
             fsync_file(self.open_path)
             self.progress.open_sha256 = self._digest.hexdigest()
+        self.progress.list_sha256 = self._list.write()
 
     def complete_shard(self) -> None:
         """Write the header of the open shard, which must have at least one token."""
         path = self.open_path
         tokens = self.progress.open_tokens
-        with naming(path), _open_own(path) as file:
+        with naming(path), open_own(path) as file:
             file.write(_npy_header(self.dtype, tokens))
         fsync_file(path)
-        self.progress.shards.append(Shard(path.name, tokens, sha256_of(path)))
+        self.shards.append(Shard(path.name, tokens, sha256_of(path)))
+        self.progress.complete += 1
         self.progress.open_tokens = 0
         self.progress.open_sha256 = ""
 
@@ -121,11 +128,13 @@ class SplitWriter:
 
     def _create(self) -> None:
         path = self.open_path
-        if os.path.lexists(path):
-            raise ValueError(
-                f"{path} is in the way: `fastllama prepare` has no record of writing it; move it "
-                "elsewhere, or choose another --output"
-            )
+        # The list is written after the first shard, and is recorded together with it.
+        for new in (path,) if self.progress.created else (path, self._list.path):
+            if os.path.lexists(new):
+                raise ValueError(
+                    f"{new} is in the way: `fastllama prepare` has no record of writing it; move "
+                    "it elsewhere, or choose another --output"
+                )
         self._before_create()
         self.progress.created += 1
         with naming(path), open(path, "xb") as file:
@@ -140,7 +149,7 @@ class SplitWriter:
                 f"{path} lacks tokens that were already written: "
                 f"delete {self.folder} and prepare the data again"
             )
-        with naming(path), _open_own(path) as file:
+        with naming(path), open_own(path) as file:
             for start in range(HEADER_BYTES, self._open_bytes, CHECK_CHUNK_BYTES):
                 file.seek(start)
                 self._digest.update(file.read(min(CHECK_CHUNK_BYTES, self._open_bytes - start)))
@@ -148,26 +157,6 @@ class SplitWriter:
                 expected = self.progress.open_sha256
                 raise damaged(path, f"tokens of SHA-256 {self._digest.hexdigest()}", expected)
             file.truncate(self._open_bytes)
-
-
-def shard_name(split: str, number: int) -> str:
-    """File name of shard `number` of `split`, from 0."""
-    return f"{split}-{number:05d}.npy"
-
-
-def _open_own(path: Path) -> BinaryIO:
-    """Open a shard that `SplitWriter` created, to change it.
-
-    Raises:
-        ValueError: the shard was replaced by a link or by another kind of file.
-    """
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise ValueError(
-            f"{path} was replaced by a link or a special file: delete {path.parent} and prepare "
-            "the data again"
-        )
-    return open(path, "r+b", opener=no_links)
 
 
 def _npy_header(dtype: np.dtype, tokens: int) -> bytes:

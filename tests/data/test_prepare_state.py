@@ -1,15 +1,23 @@
 """Which files prepare touches, and what it finds before it resumes."""
 
+import hashlib
 import json
 import os
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fastllama.data.accounting import FileCounts
 from fastllama.data.manifest import Manifest
-from fastllama.data.prepare_state import PrepareProgress
-from fastllama.data.shards import shard_name
+from fastllama.data.prepare_state import (
+    PrepareProgress,
+    delete_unused_shards,
+    record_next_shard,
+)
+from fastllama.data.shard_list import list_path, shard_name
 from fastllama.data.tokenizer import save_tokenizer, train_tokenizer
 from fastllama.typed_json import DamagedFileError
 from tests.data.interrupted import Preparation, contents, make_preparation
@@ -30,7 +38,7 @@ def interrupted(preparation: Preparation) -> Preparation:
 def open_shard(output: Path) -> Path:
     progress = PrepareProgress.load(output)
     return next(
-        output / shard_name(name, len(split.shards))
+        output / shard_name(name, split.complete)
         for name, split in progress.splits.items()
         if split.open_tokens
     )
@@ -38,7 +46,9 @@ def open_shard(output: Path) -> Path:
 
 def finished_shard(output: Path) -> Path:
     progress = PrepareProgress.load(output)
-    return output / next(s for split in progress.splits.values() for s in split.shards).file
+    return output / next(
+        shard_name(name, 0) for name, split in progress.splits.items() if split.complete
+    )
 
 
 def flip_bit(path: Path, at: int) -> None:
@@ -122,7 +132,9 @@ def test_split_outside_of_the_folder(interrupted: Preparation, tmp_path: Path) -
     "change",
     [
         lambda progress: progress.splits.pop("train"),
-        lambda progress: progress.splits["train"].shards.pop(0),
+        lambda progress: setattr(progress.splits["train"], "complete", 1),
+        lambda progress: setattr(progress.splits["train"], "complete", 10**15),
+        lambda progress: setattr(progress.splits["train"], "tokens", 1),
         lambda progress: setattr(progress.splits["train"], "created", 0),
         lambda progress: setattr(progress, "position", (-1, 0)),
         lambda progress: setattr(progress, "position", (2, 0)),
@@ -185,6 +197,102 @@ def test_changed_open_shard(interrupted: Preparation) -> None:
     os.truncate(shard, 129)
     with pytest.raises(ValueError, match=rf"{shard.name} lacks tokens"):
         interrupted.run()
+
+
+def test_list_of_complete_shards(interrupted: Preparation) -> None:
+    command = ["sha256sum", "--check", "--strict", "train.sha256"]
+    done = subprocess.run(command, cwd=interrupted.output, capture_output=True, check=True)
+    complete = PrepareProgress.load(interrupted.output).splits["train"].complete
+    assert done.stdout.count(b": OK\n") == complete > 1
+
+
+def test_recording_takes_no_longer_with_more_shards(preparation: Preparation) -> None:
+    preparation.interrupt(commits=2)
+    few = (preparation.output / "progress.json").stat().st_size
+    # What it writes before each shard does not read the list.
+    os.truncate(preparation.output / "train.sha256", 0)
+    record_next_shard(preparation.output, "train")
+    shutil.rmtree(preparation.output)
+    preparation.interrupt(commits=5)
+    assert PrepareProgress.load(preparation.output).splits["train"].complete > 5
+    # More digits, and the checksum of the second list; no shards.
+    assert (preparation.output / "progress.json").stat().st_size < few + 100
+
+
+@pytest.mark.parametrize("lines", [b"", b"torn", bytes(80) + b"\n", b"0" * 64 + b"  mine.npy\n"])
+def test_unrecorded_lines_of_the_list_are_overwritten(
+    interrupted: Preparation, tmp_path: Path, lines: bytes
+) -> None:
+    with open(interrupted.output / "train.sha256", "ab") as file:
+        file.write(lines)
+    interrupted.interrupt(commits=1)
+    assert lines not in (interrupted.output / "train.sha256").read_bytes() or not lines
+    interrupted.run()
+    interrupted.run(tmp_path / "reference")
+    assert without_lock(interrupted.output) == without_lock(tmp_path / "reference")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda path: path.unlink(), "found no such file"),
+        (lambda path: flip_bit(path, 0), "found SHA-256 .* of its lines"),
+        (lambda path: os.truncate(path, 40), "found SHA-256 .* of its lines"),
+    ],
+)
+def test_changed_list(
+    interrupted: Preparation, change: Callable[[Path], object], found: str
+) -> None:
+    change(interrupted.output / "train.sha256")
+    before = contents(interrupted.output)
+    with pytest.raises(DamagedFileError, match=rf"train\.sha256 is damaged: {found}"):
+        interrupted.run()
+    assert contents(interrupted.output) == before
+
+
+def test_forged_list(interrupted: Preparation) -> None:
+    path = interrupted.output / "train.sha256"
+    path.write_bytes(path.read_bytes().replace(b"train-00000", b"train-00007", 1))
+    progress = PrepareProgress.load(interrupted.output)
+    split = progress.splits["train"]
+    lines = path.read_bytes().splitlines(keepends=True)[: split.complete]
+    split.list_sha256 = hashlib.sha256(b"".join(lines)).hexdigest()
+    progress.save(interrupted.output)
+    with pytest.raises(DamagedFileError, match=r"train\.sha256: line 1 is not that of train-00000"):
+        interrupted.run()
+
+
+def test_list_of_another_program_is_left_alone(preparation: Preparation) -> None:
+    preparation.output.mkdir()
+    preparation.interrupt(commits=0)
+    # The shards of this job are not recorded, and its list was never written.
+    delete_unused_shards(preparation.output, PrepareProgress.load(preparation.output))
+    mine = list_path(preparation.output, "train")
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=r"train\.sha256 is in the way"):
+        preparation.run()
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    Path(preparation.output / "validation.sha256").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"validation\.sha256 is in the way"):
+        preparation.run()
+
+
+def test_list_replaced_by_a_link(interrupted: Preparation, tmp_path: Path) -> None:
+    path, outside = interrupted.output / "train.sha256", tmp_path / "outside"
+    path.rename(outside)
+    os.link(outside, path)
+    before = outside.read_bytes()
+    with pytest.raises(ValueError, match=r"train\.sha256 was replaced by a link"):
+        interrupted.run()
+    assert outside.read_bytes() == before
+
+
+def test_complete_folder_keeps_checksums_of_the_user(preparation: Preparation) -> None:
+    preparation.run()
+    (preparation.output / "train.sha256").write_text("mine")
+    preparation.run()
+    assert (preparation.output / "train.sha256").read_text() == "mine"
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])

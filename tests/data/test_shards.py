@@ -25,11 +25,11 @@ def test_shards_are_numpy_arrays(tmp_path: Path) -> None:
         shards.append(piece)
     assert not any((tmp_path / "train-00002.npy").read_bytes()[:128])
     shards.complete_shard()
-    found = [np.load(tmp_path / shard.file) for shard in progress.shards]
+    found = [np.load(tmp_path / shard.file) for shard in shards.shards]
     assert [len(tokens) for tokens in found] == [10, 10, 5]
     assert np.array_equal(np.concatenate(found), TOKENS)
     sha256 = hashlib.sha256((tmp_path / "train-00001.npy").read_bytes()).hexdigest()
-    assert progress.shards[1] == Shard("train-00001.npy", 10, sha256)
+    assert shards.shards[1] == Shard("train-00001.npy", 10, sha256)
 
 
 def test_full_disk_names_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +38,7 @@ def test_full_disk_names_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def open_full(path: Path) -> BinaryIO:
         return open("/dev/full", "r+b")
 
-    monkeypatch.setattr("fastllama.data.shards._open_own", open_full)
+    monkeypatch.setattr("fastllama.data.shards.open_own", open_full)
     with pytest.raises(OSError, match=r"No space left on device: '.*/train-00000.npy'"):
         shards.append(TOKENS[:5])
     with pytest.raises(OSError, match=r"No space left on device: '.*/train-00000.npy'"):
@@ -65,13 +65,13 @@ def test_resume_cuts_unrecorded_tokens(tmp_path: Path) -> None:
     shards = writer(tmp_path, progress)
     shards.append(TOKENS[:13])
     shards.sync()
-    recorded = replace(progress, shards=list(progress.shards))
+    recorded = replace(progress)
     shards.append(TOKENS[:4])
     resumed = writer(tmp_path, recorded)
     resumed.append(TOKENS[13:])
     resumed.complete_shard()
     assert np.array_equal(
-        np.concatenate([np.load(tmp_path / shard.file) for shard in recorded.shards]), TOKENS
+        np.concatenate([np.load(tmp_path / shard.file) for shard in resumed.shards]), TOKENS
     )
 
 
