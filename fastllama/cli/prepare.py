@@ -1,5 +1,6 @@
 """`fastllama prepare`."""
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,11 @@ from fastllama.data.records import MAX_DOCUMENT_MB
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Encode documents into token shards. Run again after an interruption, it resumes."""
+    """Encode documents into token shards. Run again after an interruption, it resumes.
+
+    Several machines share the work with --part: `fastllama data join` makes one data folder of all
+    parts.
+    """
 
     input: tuple[str, ...]
     """Files, folders or globs of .txt, .jsonl, .json and .parquet (.gz, .zst, .bz2, .xz too)."""
@@ -34,13 +39,19 @@ class PrepareOptions:
     """Stop at the first malformed record, or text that the tokenizer would lose."""
     workers: int | None = None
     """Encoding threads; None means one per core."""
+    part: str | None = None
+    """Encode part I of N, such as 2/16; None means the task of a SLURM array, or all files."""
 
 
 def run(args: list[str]) -> None:
     """Prepare a data folder and print the tokens of each split."""
     options = parse(PrepareOptions, args, "fastllama prepare")
+    from fastllama.data.parts import Part, part_of_array
     from fastllama.data.prepare import prepare
 
+    part = part_of_array(os.environ) if options.part is None else Part.parse(options.part)
+    if part is not None and options.part is None:
+        say(f"part {part}, by the SLURM array of this task; --part chooses another")
     manifest = prepare(
         options.input,
         options.tokenizer,
@@ -52,17 +63,23 @@ def run(args: list[str]) -> None:
         end_token=options.end_token,
         strict=options.strict,
         workers=options.workers,
+        part=part,
     )
+    folder = options.output if part is None else options.output / part.folder
     for name, split in manifest.splits.items():
-        say(f"{options.output} {name}: {split.tokens:,} tokens in {split.documents:,} documents")
-    say(f"next: fastllama train CONFIG.toml --data.path {shlex.quote(str(options.output))}")
+        say(f"{folder} {name}: {split.tokens:,} tokens in {split.documents:,} documents")
+    output = shlex.quote(str(options.output))
+    if part is None:
+        say(f"next: fastllama train CONFIG.toml --data.path {output}")
+    else:
+        say(f"next: fastllama data join {output}, when all {part.count:,} parts are complete")
 
 
 COMMAND = Command(
     run,
     {
         "--input PATH… --tokenizer tokenizer.json --output data/NAME": (
-            "encode documents into token shards"
+            "encode documents into token shards; with --part I/N, on one of several machines"
         )
     },
 )

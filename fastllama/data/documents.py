@@ -63,6 +63,8 @@ def read_documents(
     field: str = "text",
     start: Position = START,
     max_document_mb: int = MAX_DOCUMENT_MB,
+    *,
+    may_be_empty: bool = False,
 ) -> Iterator[Document | Empty | Malformed]:
     """Yield the records of `files` in order, beginning at `start`.
 
@@ -70,8 +72,8 @@ def read_documents(
     of more than `max_document_mb` is malformed. To continue after a record, start at its `next`.
 
     Raises:
-        ValueError: the input was read from its beginning to its end and has no document, or
-            `max_document_mb` is not positive.
+        ValueError: the input was read from its beginning to its end and has no document, unless it
+            `may_be_empty`, or `max_document_mb` is not positive.
         OSError: a file cannot be opened, or the disk fails.
     """
     if max_document_mb < 1:
@@ -111,7 +113,7 @@ def read_documents(
         bytes_before += size_of(path)
         if not number:
             yield Empty(index, Position(index + 1, 0), bytes_before)
-    if not documents and start == START:
+    if not documents and start == START and not may_be_empty:
         if field_missing and not field_found:
             remedy = (
                 f": choose one of {list_fields(sorted(other_fields))} with --field"

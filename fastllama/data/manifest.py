@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from fastllama.atomic import naming
 from fastllama.data.checksummed_json import FORMAT_VERSION, read_checksummed, write_checksummed
+from fastllama.data.parts import PART_FOLDER, parts_in
 from fastllama.data.text_loss import TextLoss
 from fastllama.data.token_file import TokenFile
 from fastllama.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
@@ -22,14 +23,18 @@ from fastllama.typed_json import DamagedFileError
 
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
-SHARD_NAME = re.compile(r"(train|validation)-(\d{5,})\.npy")
-"""Names of the shards that `fastllama prepare` writes."""
+JOINED_VERSION = 3
+"""The version of a manifest that names shards in folders of parts."""
+SHARD_NAME = r"(train|validation)-[0-9]{5,}\.npy"
+"""Pattern of the names of the shards that `fastllama prepare` writes."""
 # Bounds the memory that checking a shard takes.
 CHECK_CHUNK_TOKENS = 2**20
 
 Count = Annotated[int, Field(ge=0)]
-FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$", max_length=255)]
-"""A name inside the folder, never a path."""
+FileName = Annotated[
+    str, Field(pattern=rf"^([^/\x00]+|{PART_FOLDER}/{SHARD_NAME})$", max_length=255)
+]
+"""A name inside the folder, or a shard in the folder of a part; never another path."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,17 @@ class Manifest:
             raise ValueError(f"data folder {folder} does not exist: make it with fastllama prepare")
         path = folder / MANIFEST_FILE
         if not path.is_file():
+            if parts_in(folder):
+                raise ValueError(
+                    f"{folder} holds parts that are not joined: when all of them are complete, run "
+                    f"`fastllama data join {folder}`"
+                )
             raise ValueError(
                 f"{folder} has no {MANIFEST_FILE}: if `fastllama prepare` was interrupted, "
                 "run the same prepare command again to finish it"
             )
         try:
-            manifest = read_checksummed(path, cls)
+            manifest = read_checksummed(path, cls, JOINED_VERSION)
             if contradiction := manifest._contradiction():
                 raise DamagedFileError(f"{path}: {contradiction}")
         except DamagedFileError as error:
@@ -100,7 +110,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` atomically. It marks the folder as complete."""
-        content = asdict(self) | {"format_version": FORMAT_VERSION}
+        content = asdict(self) | {"format_version": max(self.format_version, FORMAT_VERSION)}
         if self.text_loss is None:
             del content["text_loss"]
         write_checksummed(folder / MANIFEST_FILE, content)
@@ -189,12 +199,14 @@ class Manifest:
 
     def _check_unlisted(self, folder: Path) -> None:
         listed = {shard.file for shard in self._shards()}
-        for path in sorted(folder.iterdir()):
-            if SHARD_NAME.fullmatch(path.name) and path.name not in listed:
-                raise DamagedFileError(
-                    f"{path} is not listed in {MANIFEST_FILE}: move the shard away, or delete "
-                    f"{folder} and prepare the data again"
-                )
+        for below in ("", *(part.folder for part in parts_in(folder))):
+            for path in sorted((folder / below).iterdir()):
+                name = str(path.relative_to(folder))
+                if re.fullmatch(SHARD_NAME, path.name) and name not in listed:
+                    raise DamagedFileError(
+                        f"{path} is not listed in {MANIFEST_FILE}: move the shard away, or delete "
+                        f"{folder} and prepare the data again"
+                    )
 
     def _check_shard(self, folder: Path, shard: Shard) -> int:
         """Check one shard, and return its number of end tokens."""

@@ -10,10 +10,17 @@ from fastllama.data.text_loss import TextLoss
 MORE_DOCUMENTS = "give the text as more documents, such as one per line of a .jsonl file"
 
 
-def notices(manifest: Manifest, validation_fraction: float) -> Iterator[str]:
-    """Yield a line for each defect of complete data, with the option that would change it."""
-    if (loss := manifest.text_loss) is not None:
+def notices(
+    manifest: Manifest, validation_fraction: float, *, of_part: bool = False
+) -> Iterator[str]:
+    """Yield a line for each defect of complete data, with the option that would change it.
+
+    A part may lack a split: only all parts together need tokens.
+    """
+    if (loss := manifest.text_loss) is not None and loss.lost:
         yield f"{'warning' if loss.is_large else 'note'}: {lost_text(loss)}"
+    if of_part:
+        return
     documents = sum(split.documents for split in manifest.splits.values())
     if validation_fraction and "validation" not in manifest.splits:
         yield (

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -28,7 +28,9 @@ from fastllama.data.encoding import Encoder
 from fastllama.data.files import InputFiles, find_files
 from fastllama.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Split
 from fastllama.data.notices import all_held_out, cut_words, lost_text, notices
+from fastllama.data.parts import Part, files_of_part
 from fastllama.data.prepare_state import (
+    InputRecord,
     JobRecord,
     PrepareProgress,
     check_tokenizer,
@@ -36,9 +38,11 @@ from fastllama.data.prepare_state import (
     delete_folder,
     delete_progress,
     delete_unused_shards,
+    digest_of,
     discard_work,
     record_next_shard,
     reject_other_files,
+    reject_other_parts,
     restore_progress,
 )
 from fastllama.data.records import MAX_DOCUMENT_MB
@@ -67,6 +71,9 @@ class Job:
     """The inputs and settings of one preparation. They determine every byte of the result."""
 
     files: InputFiles
+    inputs: tuple[InputRecord, ...]
+    part: Part | None
+    all_inputs: str | None
     field: str
     max_document_mb: int
     tokenizer: Tokenizer
@@ -75,29 +82,27 @@ class Job:
     shard_tokens: int
 
     def describe(self) -> JobRecord:
-        """The job as `job.json` records it.
-
-        Raises:
-            ValueError: an input file is gone.
-        """
+        """The job as `job.json` records it."""
         return JobRecord(
-            inputs=tuple(map(_describe_input, self.files.paths)),
+            inputs=self.inputs,
             field=printable(self.field),
             tokenizer=fingerprint(self.tokenizer),
             end_token_id=self.end_token_id,
             validation_fraction=self.validation_fraction,
             shard_tokens=self.shard_tokens,
             max_document_mb=self.max_document_mb,
+            part=self.part,
+            all_inputs=self.all_inputs,
         )
 
-    def check_inputs(self, record: JobRecord, first: int, last: int) -> None:
-        """Check that input files number `first` to `last` are still as `record` has them.
+    def check_inputs(self, first: int, last: int) -> None:
+        """Check that input files number `first` to `last` are still as they were at the start.
 
         Raises:
             ValueError: a file is gone or was changed.
         """
         for path, recorded in zip(
-            self.files.paths[first : last + 1], record.inputs[first : last + 1], strict=True
+            self.files.paths[first : last + 1], self.inputs[first : last + 1], strict=True
         ):
             if _describe_input(path) != recorded:
                 raise ValueError(
@@ -124,6 +129,7 @@ def prepare(
     end_token: str | None = None,
     strict: bool = False,
     workers: int | None = None,
+    part: Part | None = None,
 ) -> Manifest:
     """Encode the documents of `inputs` into the folder `output`, and return its manifest.
 
@@ -131,14 +137,18 @@ def prepare(
     data returns at once. Malformed records are counted and skipped, unless `strict`. A record or
     text file of more than `max_document_mb` MB is malformed.
 
+    With `part`, encode only the files of this part, into a folder of its own below `output`, and
+    return the manifest of the part, which may be empty. The inputs must have the same paths on all
+    machines. `join` joins the parts.
+
     `workers` is the number of encoding threads (default: one per core). The tokenizers library
     reads it once, so it has no effect in a process that has already encoded a batch.
 
     Raises:
-        ValueError: a setting is invalid, `output` holds other files or the data of another job,
-            the input has no document or changes while it is read, every document is held out, the
-            tokenizer cannot encode a document, or `strict` and a record is malformed or text is
-            lost.
+        ValueError: a setting is invalid, `output` holds other files, other parts or the data of
+            another job, the input has no document or changes while it is read, every document is
+            held out, the tokenizer cannot encode a document, or `strict` and a record is malformed
+            or text is lost.
         OSError: reading or writing fails. Call again to resume.
     """
     if not 0 <= validation_fraction < 1:
@@ -153,8 +163,14 @@ def prepare(
     if workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
     tokenizer = load_tokenizer(tokenizer_path)
+    files = find_files(inputs)
+    records = tuple(map(_describe_input, files.paths))
+    own = slice(None) if part is None else files_of_part([size for _, size, _ in records], part)
     job = Job(
-        files=find_files(inputs),
+        files=replace(files, paths=files.paths[own]),
+        inputs=records[own],
+        part=part,
+        all_inputs=None if part is None else digest_of(records),
         field=field,
         max_document_mb=max_document_mb,
         tokenizer=tokenizer,
@@ -163,6 +179,11 @@ def prepare(
         shard_tokens=shard_tokens,
     )
     console = Console(stderr=True)
+    if part is not None:
+        # It is never deleted again: other machines may be adding their parts.
+        output.mkdir(parents=True, exist_ok=True)
+        reject_other_parts(output, part)
+        output /= part.folder
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     # Before the lock, which would add a file to a folder of other files.
@@ -176,8 +197,8 @@ def prepare(
             raise
 
 
-def _describe_input(path: Path) -> tuple[str, int, int]:
-    """Path, size in bytes and time of modification in nanoseconds, as `job.json` records them.
+def _describe_input(path: Path) -> InputRecord:
+    """An input file as `job.json` records it.
 
     Raises:
         ValueError: the file is gone.
@@ -202,7 +223,7 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
         manifest.check_files(output)
         delete_progress(output)
         console.print(f"{output} is already complete")
-        for line in notices(manifest, job.validation_fraction):
+        for line in notices(manifest, job.validation_fraction, of_part=job.part is not None):
             console.print(line)
         return manifest
     if not check_tokenizer(output, record):
@@ -217,18 +238,18 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
     }
     delete_unused_shards(output, progress)
     started = time.monotonic()
-    _encode(output, job, record, progress, writers, strict, console)
-    job.check_inputs(record, 0, len(record.inputs) - 1)
-    if not progress.splits["train"].tokens:
+    _encode(output, job, progress, writers, strict, console)
+    job.check_inputs(0, len(job.inputs) - 1)
+    if not progress.splits["train"].tokens and job.part is None:
         discard_work(output, progress)
         raise ValueError(all_held_out(progress.documents, job.validation_fraction))
     manifest = _complete_folder(output, job, progress, writers)
     splits = ", ".join(f"{split.tokens:,} {name}" for name, split in manifest.splits.items())
     console.print(
-        f"{output}: {progress.documents:,} documents, {splits} tokens, "
+        f"{output}: {progress.documents:,} documents, {splits or 0} tokens, "
         f"{progress.read.malformed:,} malformed records skipped, {time.monotonic() - started:.1f} s"
     )
-    for line in notices(manifest, job.validation_fraction):
+    for line in notices(manifest, job.validation_fraction, of_part=job.part is not None):
         console.print(line)
     return manifest
 
@@ -236,14 +257,13 @@ def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> M
 def _encode(
     output: Path,
     job: Job,
-    record: JobRecord,
     progress: PrepareProgress,
     writers: dict[str, SplitWriter],
     strict: bool,
     console: Console,
 ) -> None:
     """Append all remaining documents. Record progress every `COMMIT_SECONDS` and at the end."""
-    sizes = [size for _, size, _ in record.inputs]
+    sizes = [size for _, size, _ in job.inputs]
     encoder = Encoder(job.tokenizer, job.end_token_id, progress.text_loss)
     started = committed = time.monotonic()
     tokens_before = progress.tokens
@@ -256,11 +276,17 @@ def _encode(
             tokens=tokens_before,
             rate=0.0,
         )
-        records = read_documents(job.files.paths, job.field, progress.position, job.max_document_mb)
+        records = read_documents(
+            job.files.paths,
+            job.field,
+            progress.position,
+            job.max_document_mb,
+            may_be_empty=job.part is not None,
+        )
         accounting = Accounting(console.print, progress.read)
         for batch in _prefetch(_record_batches(records)):
             # Before progress is recorded: what is read from a truncated file lacks documents.
-            job.check_inputs(record, batch[0].file, batch[-1].file)
+            job.check_inputs(batch[0].file, batch[-1].file)
             if strict:
                 _reject_malformed(batch)
             documents = list(accounting.documents(batch))
@@ -363,7 +389,8 @@ def _complete_folder(
         end_token_id=job.end_token_id,
         tokenizer_fingerprint=fingerprint(job.tokenizer),
         skipped_records=progress.read.malformed,
-        text_loss=progress.text_loss if progress.text_loss.lost else None,
+        # `join` adds the characters of all parts.
+        text_loss=progress.text_loss if progress.text_loss.lost or job.part else None,
         splits={
             name: Split(split.tokens, split.documents, split.text_bytes, tuple(writer.shards))
             for name, writer in writers.items()

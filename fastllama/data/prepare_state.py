@@ -8,9 +8,11 @@ the lists of such shards are deleted; every other file of the folder is left alo
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,16 +30,20 @@ from fastllama.data.manifest import (
     damaged,
     sha256_of,
 )
+from fastllama.data.parts import Part, parts_in
 from fastllama.data.records import MAX_DOCUMENT_MB
 from fastllama.data.shard_list import ShardList, list_path, shard_name
 from fastllama.data.shards import SplitProgress
 from fastllama.data.text_loss import TextLoss
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
+from fastllama.printable import printable
 from fastllama.typed_json import DamagedFileError, read_json
 
 JOB_FILE = "job.json"
 PROGRESS_FILE = "progress.json"
 PROGRESS_VERSION = 3
+InputRecord = tuple[str, int, int]
+"""Path, size in bytes and time of modification in nanoseconds of an input file."""
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
@@ -48,13 +54,15 @@ class JobRecord:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    inputs: tuple[tuple[str, int, int], ...]  # path, size, modification time in nanoseconds
+    inputs: tuple[InputRecord, ...]
     field: str
     tokenizer: str  # its fingerprint
     end_token_id: int
     validation_fraction: float
     shard_tokens: int
     max_document_mb: int = MAX_DOCUMENT_MB
+    part: Part | None = None
+    all_inputs: str | None = None  # of a part: `digest_of` the inputs of all parts
 
     @classmethod
     def load(cls, output: Path) -> "JobRecord | None":
@@ -72,13 +80,14 @@ class JobRecord:
             return read_json(path, cls)
         except DamagedFileError as error:
             raise DamagedFileError(
-                f"{error}; the file is damaged, or `fastllama prepare` did not write it: choose "
-                "another --output"
+                f"{error}; the file is damaged, or `fastllama prepare` did not write it: restore "
+                "it, or choose another --output"
             ) from None
 
     def save(self, output: Path) -> None:
         """Write `job.json` atomically."""
-        write_atomic(output / JOB_FILE, json.dumps(asdict(self), indent=2) + "\n")
+        content = {name: value for name, value in asdict(self).items() if value is not None}
+        write_atomic(output / JOB_FILE, json.dumps(content, indent=2) + "\n")
 
 
 @dataclass
@@ -142,6 +151,11 @@ class PrepareProgress:
         return None
 
 
+def digest_of(inputs: Sequence[InputRecord]) -> str:
+    """SHA-256 (hex) of a list of inputs."""
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+
 def record_next_shard(output: Path, name: SplitName) -> None:
     """Count the next shard file of split `name` in `progress.json`, before it is created."""
     recorded = PrepareProgress.load(output)
@@ -151,12 +165,48 @@ def record_next_shard(output: Path, name: SplitName) -> None:
 
 def reject_other_files(output: Path) -> None:
     """Raise ValueError if `output` holds files, but no job of `fastllama prepare`."""
-    present = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
-    if present and JobRecord.load(output) is None:
+    if parts_in(output) and not os.path.lexists(output / MANIFEST_FILE):
         raise ValueError(
-            f"{output} holds other files ({present[0]}): choose another --output, or empty the "
-            "folder"
+            f"{output} holds parts: prepare the others with --part, and run `fastllama data join "
+            f"{output}` when all are complete, or choose another --output"
         )
+    present = _visible_names(output)
+    if present and JobRecord.load(output) is None:
+        raise _holds_other_files(output, present[0])
+
+
+def reject_other_parts(folder: Path, part: Part) -> None:
+    """Raise ValueError if `folder` holds anything but parts of as many, joined or not yet.
+
+    Other machines may add their parts at the same time.
+    """
+    parts = parts_in(folder)
+    for other in parts:
+        if other.count != part.count:
+            raise ValueError(
+                f"{folder} holds part {other}, and part {part} belongs to another number of parts: "
+                "prepare as many parts as before, delete the folder, or choose another --output"
+            )
+    present = _visible_names(folder)
+    if not parts and JOB_FILE in present and JobRecord.load(folder) is not None:
+        raise ValueError(
+            f"{folder} is the data folder of a single process: choose another --output for parts, "
+            "or leave --part out"
+        )
+    joined = {JOB_FILE, MANIFEST_FILE, TOKENIZER_FILE} if parts else set()
+    if others := set(present) - joined - {other.folder for other in parts}:
+        raise _holds_other_files(folder, min(others))
+
+
+def _visible_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _holds_other_files(folder: Path, name: str) -> ValueError:
+    return ValueError(
+        f"{folder} holds other files ({printable(name)}): choose another --output, or empty the "
+        "folder"
+    )
 
 
 def claim_folder(output: Path, job: JobRecord) -> None:

@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,7 +39,16 @@ class TextLoss:
             return
         lost = Counter(_composed(text)) - Counter(_composed(decoded))
         self.lost += lost.total()
-        new = [character for character in lost if character not in self.samples]
+        self._add_samples(lost)
+
+    def merge(self, later: "TextLoss") -> None:
+        """Count the text of `later` as well."""
+        self.characters += later.characters
+        self.lost += later.lost
+        self._add_samples(later.samples)
+
+    def _add_samples(self, characters: Iterable[str]) -> None:
+        new = [character for character in characters if character not in self.samples]
         self.samples = [*self.samples, *new][:SAMPLES]
 
     @property

@@ -81,8 +81,8 @@ def test_unreadable_manifest(folder: Path, content: str) -> None:
 
 
 def test_newer_format_version(folder: Path) -> None:
-    (folder / MANIFEST_FILE).write_text(json.dumps({"format_version": 3, "new": True}))
-    with pytest.raises(ValueError, match=r"format version 3.*upgrade"):
+    (folder / MANIFEST_FILE).write_text(json.dumps({"format_version": 4, "new": True}))
+    with pytest.raises(ValueError, match=r"format version 4.*upgrade"):
         Manifest.load(folder)
 
 

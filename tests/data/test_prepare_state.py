@@ -77,7 +77,9 @@ def test_folder_of_another_program_is_left_alone(preparation: Preparation) -> No
     (output / "job.json").write_text('{"name": "my cluster job"}')
     (output / "train-00000.npy").write_text("mine")
     before = contents(output)
-    with pytest.raises(ValueError, match=r"job\.json: .* did not write it: choose another"):
+    with pytest.raises(
+        ValueError, match=r"job\.json: .* did not write it: restore it, or choose another"
+    ):
         preparation.run()
     assert contents(output) == before
 

@@ -18,6 +18,9 @@ from fastllama.console import Console
 from fastllama.data.dataset import open_dataset
 from fastllama.data.documents import Document, Empty, Malformed, read_documents
 from fastllama.data.encoding import encode_prompt
+from fastllama.data.join import join
+from fastllama.data.parts import Part
+from fastllama.data.prepare import prepare
 from fastllama.data.tokenizer import (
     fingerprint,
     load_tokenizer,
@@ -78,8 +81,23 @@ def _read_data(folder: Path, beside: Path) -> object:
     n_sequences = stream.n_sequences(8)
     tokens = [stream.read(index, 8).tolist() for index in range(n_sequences)]
     manifest.check_contents(folder)
-    held_out = [each.bytes_per_token for each in dataset.validation]
-    return tokens, dataset.fingerprint(), held_out
+    return tokens, dataset.fingerprint(), manifest.splits
+
+
+def _make_parts(folder: Path) -> None:
+    preparation = make_preparation(folder.parent)
+    for number in (1, 2):
+        prepare(
+            [str(preparation.corpus)],
+            preparation.tokenizer,
+            folder,
+            shard_tokens=SHARD_TOKENS,
+            part=Part(number, 2),
+        )
+
+
+def _join_parts(folder: Path, beside: Path) -> object:
+    return join(folder), _read_data(folder, beside)
 
 
 def _make_interrupted(folder: Path) -> None:
@@ -89,8 +107,6 @@ def _make_interrupted(folder: Path) -> None:
 
 
 def _resume_preparation(folder: Path, beside: Path) -> object:
-    from fastllama.data.prepare import prepare
-
     manifest = prepare(
         [str(beside / "corpus.jsonl")],
         beside / "tokenizer.json",
@@ -286,6 +302,7 @@ def _read_attention_cache(folder: Path, beside: Path) -> object:
 
 TARGETS = {
     "data folder": Target(_make_data, _read_data, weight=4),
+    "parts, join": Target(_make_parts, _join_parts, weight=2),
     "interrupted prepare": Target(_make_interrupted, _resume_preparation, weight=2),
     "run, generate": Target(_make_run, _generate, weight=3),
     "run, resume": Target(_make_run, _resume_training, free=("config.toml",)),
