@@ -32,6 +32,7 @@ class Encoder:
         self._continuing = self._whole if is_same else TextEncoder(without_space, end_token_id)
         self._cutter = Cutter(self._continuing.words, self._continuing.ids)
         self._meter = LossMeter(tokenizer, loss)
+        self.loss = loss
 
     @property
     def forced_cuts(self) -> int:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -47,6 +48,7 @@ from fastllama.data.prepare_state import (
 )
 from fastllama.data.records import MAX_DOCUMENT_MB
 from fastllama.data.shards import SplitWriter
+from fastllama.data.text_loss import TextLoss
 from fastllama.data.tokenizer import (
     end_token_id,
     fingerprint,
@@ -264,7 +266,7 @@ def _encode(
 ) -> None:
     """Append all remaining documents. Record progress every `COMMIT_SECONDS` and at the end."""
     sizes = [size for _, size, _ in job.inputs]
-    encoder = Encoder(job.tokenizer, job.end_token_id, progress.text_loss)
+    encoder = Encoder(job.tokenizer, job.end_token_id, deepcopy(progress.text_loss))
     started = committed = time.monotonic()
     tokens_before = progress.tokens
     with _progress_bar(console) as bar:
@@ -284,15 +286,12 @@ def _encode(
             may_be_empty=job.part is not None,
         )
         accounting = Accounting(console.print, progress.read)
-        for batch in _prefetch(_record_batches(records)):
-            # Before progress is recorded: what is read from a truncated file lacks documents.
-            job.check_inputs(batch[0].file, batch[-1].file)
-            if strict:
-                _reject_malformed(batch)
+        batches = _prefetch(_record_batches(records))
+        # Encoding takes all cores but for moments, in which the last batch is written.
+        for batch, encoded, text_loss in _prefetch(_encoded(batches, job, encoder, strict)):
             documents = list(accounting.documents(batch))
-            _append(documents, encoder, job.validation_fraction, writers)
-            if strict and progress.text_loss.lost:
-                raise ValueError(f"{lost_text(progress.text_loss)}; or leave out --strict")
+            _append(documents, encoded, job.validation_fraction, writers)
+            progress.text_loss = text_loss
             progress.position = batch[-1].next
             now = time.monotonic()
             # Before the first document there is nothing to lose. `read_documents` reports an input
@@ -344,6 +343,27 @@ def _prefetch(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
+def _encoded(
+    batches: Iterator[list[Record]], job: Job, encoder: Encoder, strict: bool
+) -> Iterator[tuple[list[Record], list[NDArray[np.uint32]], TextLoss]]:
+    """Yield each batch, the token ids of its documents, and the text that is lost up to its end.
+
+    Raises:
+        ValueError: an input file changed, the tokenizer cannot encode a document, or `strict` and a
+            record is malformed or text is lost.
+    """
+    for batch in batches:
+        # Before progress is recorded: what is read from a truncated file lacks documents.
+        job.check_inputs(batch[0].file, batch[-1].file)
+        if strict:
+            _reject_malformed(batch)
+        texts = [record.text for record in batch if isinstance(record, Document)]
+        ids = list(encoder.encode(texts))
+        if strict and encoder.loss.lost:
+            raise ValueError(f"{lost_text(encoder.loss)}; or leave out --strict")
+        yield batch, ids, deepcopy(encoder.loss)
+
+
 def _reject_malformed(batch: list[Record]) -> None:
     for record in batch:
         if isinstance(record, Malformed):
@@ -354,11 +374,10 @@ def _reject_malformed(batch: list[Record]) -> None:
 
 def _append(
     documents: list[Document],
-    encoder: Encoder,
+    encoded: list[NDArray[np.uint32]],
     validation_fraction: float,
     writers: dict[str, SplitWriter],
 ) -> None:
-    encoded = encoder.encode([document.text for document in documents])
     ids: dict[str, list[NDArray[np.uint32]]] = {name: [] for name in writers}
     for document, document_ids in zip(documents, encoded, strict=True):
         data = document.text.encode()

@@ -108,8 +108,9 @@ def sequences(folder: Path) -> Iterator[list[int]]:
         model=ModelConfig(vocab_size=300, max_seq_len=16), data=DataConfig(path=str(folder))
     )
     train = open_dataset(replace(config, logging=replace(config.logging, sample_prompt="a"))).train
-    for index in range(train.n_sequences(16)):
-        yield train.read(index, 16).tolist()
+    places = train.places(range(train.streams[0].n_sequences(16)), 16)
+    for tokens in train.read(places, 16):
+        yield tokens.tolist()
 
 
 def check_equal(joined: Path, single: Path) -> None:
