@@ -31,6 +31,7 @@ ROOMS = {
     "planning": (0.46, "FLOPs, memory, bounds"),
     "config": (0.46, "options, recipes, their rules"),
     "console": (0.8, "what training and prepare print"),
+    "urls": (0.63, "files behind URLs, network failures"),
     "atomic": (0.65, "atomic file writes, locks"),
     "errors": (0.42, "failures that end a run"),
     "printable": (0.19, "text safe for a terminal"),

@@ -20,7 +20,8 @@ class PrepareOptions:
     """
 
     input: tuple[str, ...]
-    """Files, folders or globs of .txt, .jsonl, .json and .parquet (.gz, .zst, .bz2, .xz too)."""
+    """Files, folders or globs of .txt, .jsonl, .json and .parquet (.gz, .zst, .bz2, .xz too), or
+    their URLs: s3://, gs://, hf://, https:// and others."""
     tokenizer: Path
     """The tokenizer.json to encode with; any Hugging Face tokenizer works."""
     output: Path

@@ -26,7 +26,8 @@ class TokenizerTrainOptions:
     """Learn a byte-level BPE vocabulary from text and write it as tokenizer.json."""
 
     input: tuple[str, ...]
-    """Files, folders or globs of .txt, .jsonl, .json and .parquet (.gz, .zst, .bz2, .xz too)."""
+    """Files, folders or globs of .txt, .jsonl, .json and .parquet (.gz, .zst, .bz2, .xz too), or
+    their URLs: s3://, gs://, hf://, https:// and others."""
     output: Path = Path("tokenizer.json")
     """File to write."""
     vocab_size: int = 8192

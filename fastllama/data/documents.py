@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from fastllama.data.readers import read_file, size_of
 from fastllama.data.records import MAX_DOCUMENT_MB, list_fields
+from fastllama.data.trees import InputFile
 from fastllama.printable import one_line, printable, shortened
 
 MAX_FIELDS = 1000
@@ -59,7 +59,7 @@ class Malformed:
 
 
 def read_documents(
-    files: Sequence[Path],
+    files: Sequence[InputFile],
     field: str = "text",
     start: Position = START,
     max_document_mb: int = MAX_DOCUMENT_MB,
@@ -73,8 +73,9 @@ def read_documents(
 
     Raises:
         ValueError: the input was read from its beginning to its end and has no document, unless it
-            `may_be_empty`, or `max_document_mb` is not positive.
-        OSError: a file cannot be opened, or the disk fails.
+            `may_be_empty`, `max_document_mb` is not positive, or a file behind a URL is gone,
+            changed or may not be read.
+        OSError: a file cannot be opened, or the disk or the network fails.
     """
     if max_document_mb < 1:
         raise ValueError(f"--max-document-mb {max_document_mb} is not a positive number")

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastllama.data.remote_files import RemoteFile, path_of
+from fastllama.data.trees import MAGIC, Disk, InputFile, RemoteTree, Tree
 from fastllama.printable import printable, shortened
+from fastllama.urls import is_url
 
 TEXTS = (".txt", ".json", ".jsonl", ".ndjson")
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
@@ -54,7 +57,7 @@ class LeftOut:
 class InputFiles:
     """The files to read, absolute and sorted, and the entries left out, by reason."""
 
-    paths: list[Path] = field(default_factory=list)
+    paths: list[InputFile] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
 
     def leave_out(self, path: str, reason: str) -> None:
@@ -73,94 +76,98 @@ class InputFiles:
 
 
 def find_files(inputs: Sequence[str]) -> InputFiles:
-    """The files in `inputs` (files, folders, glob patterns), each once.
+    """The files in `inputs` (files, folders, glob patterns, on the disk or URLs), each once.
 
     Folders are searched recursively, through links too, each folder once. Folders and patterns give
-    only visible files with a suffix in `SUFFIXES`.
+    only visible files with a suffix in `SUFFIXES`. Files on the disk come first. Those behind URLs
+    are in the order that their names would have on a disk.
 
     Raises:
         ValueError: an input gives no file, is a file with another suffix, or cannot be read.
+        OSError: the network fails.
     """
-    found: set[Path] = set()
+    found: set[InputFile] = set()
     files = InputFiles()
     for value in inputs:
-        matches = [Path(path).absolute() for path in _files_of(value, files)]
+        scheme, _, rest = value.partition("://") if is_url(value) else ("", "", "")
+        tree: Tree = Disk() if scheme in ("", "file") else RemoteTree()
+        path = rest if scheme == "file" else value
+        matches = [tree.file(match) for match in _files_of(path, tree, files)]
         if not matches:
             left_out = files.describe_left_out()
             raise ValueError(
-                f"input '{_shown(value)}' matches no file: name files, folders or patterns "
-                f"with one of the suffixes {KNOWN_SUFFIXES}"
+                f"input '{_shown(value)}' matches no file{tree.problem}: name files, folders or "
+                f"patterns with one of the suffixes {KNOWN_SUFFIXES}"
                 + (f"; left out: {left_out}" if left_out else "")
             )
         found.update(matches)
-    unique: dict[str, Path] = {}
-    for path in sorted(found):
-        unique.setdefault(os.path.realpath(path), path)
+    unique: dict[str, InputFile] = {}
+    # As paths are sorted: folder by folder.
+    for file in sorted(
+        found, key=lambda file: (isinstance(file, RemoteFile), str(file).split("/"))
+    ):
+        unique.setdefault(os.path.realpath(file) if isinstance(file, Path) else file.url, file)
     files.paths = list(unique.values())
     return files
 
 
-def _files_of(value: str, files: InputFiles) -> Iterator[str]:
-    if "://" in value and not _mode(value):
-        raise ValueError(
-            f"cannot read {_shown(value)}: fastllama reads local files; download it, or mount it"
-        )
-    path = value if _mode(value) else os.path.expanduser(value)
-    mode = _mode(path)
+def _files_of(value: str, tree: Tree, files: InputFiles) -> Iterator[str]:
+    path = value if tree.mode(value) else os.path.expanduser(value)
+    mode = tree.mode(path)
     if stat.S_ISREG(mode):
-        _check_named_file(path)
+        _check_named_file(path, tree)
         yield path
     elif stat.S_ISDIR(mode):
-        if not os.access(path, os.R_OK | os.X_OK):
+        if not tree.can_read(path):
             raise ValueError(
                 f"cannot read the folder {_shown(path)}: permission denied; change its permissions"
             )
-        yield from _files_below(path, files)
+        yield from _files_below(path, tree, files)
     elif mode:
         raise ValueError(
             f"cannot read {_shown(path)}: it is {_SPECIAL[stat.S_IFMT(mode)]}, not a file; "
             "write its text to a file first, because an interrupted command reads it again"
         )
     else:
-        for match in _matches(path, files):
-            if stat.S_ISDIR(_mode(match)):
-                yield from _files_below(match, files)
-            elif _is_usable(match, files):
+        for match in _matches(path, tree, files):
+            if stat.S_ISDIR(tree.mode(match)):
+                yield from _files_below(match, tree, files)
+            elif _is_usable(match, tree, files):
                 yield match
 
 
-def _check_named_file(path: str) -> None:
+def _check_named_file(path: str, tree: Tree) -> None:
     if not _has_known_suffix(path):
         raise ValueError(
             f"cannot read {_shown(path)}: its suffix is not {KNOWN_SUFFIXES}; "
             "convert it (`dataset.to_parquet` does for .arrow), or unpack it first"
         )
-    if not os.access(path, os.R_OK):
+    if not tree.can_read(path):
         raise ValueError(f"cannot read {_shown(path)}: permission denied; change its permissions")
 
 
-def _files_below(top: str, files: InputFiles) -> Iterator[str]:
-    for folder, names in _folders_below(top, files):
+def _files_below(top: str, tree: Tree, files: InputFiles) -> Iterator[str]:
+    for folder, names in _folders_below(top, tree, files):
         metadata = _dataset_metadata(names)
         for name in names:
             path = os.path.join(folder, name)
             if name in metadata:
                 files.leave_out(path, METADATA)
-            elif not stat.S_ISDIR(_mode(path)) and _is_usable(path, files):
+            elif not stat.S_ISDIR(tree.mode(path)) and _is_usable(path, tree, files):
                 yield path
 
 
-def _folders_below(top: str, files: InputFiles) -> Iterator[tuple[str, list[str]]]:
+def _folders_below(top: str, tree: Tree, files: InputFiles) -> Iterator[tuple[str, list[str]]]:
     """Yield `top` and each visible folder below it once, with the visible names in it, sorted."""
     searched = set()
-    waiting = [(top, os.path.realpath(top))]
+    waiting = [(top, tree.target(top))]
     while waiting:
         folder, target = waiting.pop()
         if target in searched:
             files.leave_out(folder, SEARCHED_BEFORE)
             continue
         searched.add(target)
-        names = _names_in(folder, files)
+        names = _names_in(folder, tree, files)
         if any(marks.issubset(names) for marks in _DATA_FOLDERS):
             files.leave_out(folder, DATA_FOLDER)
             continue
@@ -171,10 +178,8 @@ def _folders_below(top: str, files: InputFiles) -> Iterator[tuple[str, list[str]
         yield folder, visible
         for name in reversed(visible):
             path = os.path.join(folder, name)
-            if stat.S_ISDIR(_mode(path)):
-                is_link = os.path.islink(path)
-                target_of = os.path.realpath(path) if is_link else os.path.join(target, name)
-                waiting.append((path, target_of))
+            if stat.S_ISDIR(tree.mode(path)):
+                waiting.append((path, tree.target(path, target)))
 
 
 def _dataset_metadata(names: Sequence[str]) -> set[str]:
@@ -183,19 +188,16 @@ def _dataset_metadata(names: Sequence[str]) -> set[str]:
     return {"dataset_dict.json"} | ({"dataset_info.json", "state.json"} if has_arrow else set())
 
 
-def _names_in(folder: str, files: InputFiles) -> list[str]:
-    try:
-        if os.access(folder, os.R_OK | os.X_OK):
-            return sorted(os.listdir(folder))
-    except OSError:
-        pass
-    files.leave_out(folder, UNREADABLE)
-    return []
+def _names_in(folder: str, tree: Tree, files: InputFiles) -> list[str]:
+    names = tree.names(folder)
+    if names is None:
+        files.leave_out(folder, UNREADABLE)
+    return names or []
 
 
-def _is_usable(path: str, files: InputFiles) -> bool:
+def _is_usable(path: str, tree: Tree, files: InputFiles) -> bool:
     """Whether to read `path`, found in a folder or by a pattern. If not, leave it out."""
-    mode = _mode(path)
+    mode = tree.mode(path)
     reason = ""
     if not mode:
         reason = BROKEN_LINK
@@ -203,54 +205,46 @@ def _is_usable(path: str, files: InputFiles) -> bool:
         reason = NOT_A_FILE
     elif not _has_known_suffix(path):
         reason = ARROW if path.endswith(".arrow") else OTHER_SUFFIX
-    elif not os.access(path, os.R_OK):
+    elif not tree.can_read(path):
         reason = UNREADABLE
     if reason:
         files.leave_out(path, reason)
     return not reason
 
 
-def _matches(pattern: str, files: InputFiles) -> list[str]:
+def _matches(pattern: str, tree: Tree, files: InputFiles) -> list[str]:
     """Paths that match a glob pattern. Unlike `glob.glob`, `**` enters each folder once."""
-    parts = [part for part in pattern.split("/") if part]
+    start, parts = tree.split(pattern)
     while parts and parts[-1] == "**":  # Everything below: the folder itself means the same.
         parts.pop()
-    found = ["/" if pattern.startswith("/") else "."] if pattern else []
+    found = [start] if pattern and tree.mode(start) else []
     for part in parts:
-        found = [below for path in found for below in _step(path, part, files)]
+        found = [below for path in found for below in _step(path, part, tree, files)]
         found = list(dict.fromkeys(found))
     only_folders = pattern.endswith("/")
-    return [path for path in found if not only_folders or stat.S_ISDIR(_mode(path))]
+    return [path for path in found if not only_folders or stat.S_ISDIR(tree.mode(path))]
 
 
-def _step(folder: str, part: str, files: InputFiles) -> list[str]:
+def _step(folder: str, part: str, tree: Tree, files: InputFiles) -> list[str]:
     """Paths in `folder` that fit one part of a pattern. Only a leading dot fits hidden names."""
-    if not stat.S_ISDIR(_mode(folder)):
+    if not stat.S_ISDIR(tree.mode(folder)):
         return []
     if part == "**":
-        return [below for below, _ in _folders_below(folder, files)]
+        return [below for below, _ in _folders_below(folder, tree, files)]
     literal = os.path.join(folder, part)  # A name may contain the characters of a pattern.
-    found = [literal] if os.path.lexists(literal) else []
-    if any(character in part for character in "*?["):
+    found = [literal] if tree.has_name(literal) else []
+    if any(character in part for character in MAGIC):
         found += [
             os.path.join(folder, name)
-            for name in _names_in(folder, files)
+            for name in _names_in(folder, tree, files)
             if fnmatch.fnmatchcase(name, part) and (part[0] == "." or name[0] != ".")
         ]
     return found
 
 
 def _has_known_suffix(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
+    return path_of(path).lower().endswith(SUFFIXES)
 
 
 def _shown(path: str, limit: int = 300) -> str:
     return shortened(printable(path), limit)
-
-
-def _mode(path: str) -> int:
-    """The mode of the file that `path` leads to, or 0 if there is none."""
-    try:
-        return os.stat(path).st_mode
-    except (OSError, ValueError):  # Among others: a link in a circle, a name too long or with NUL.
-        return 0

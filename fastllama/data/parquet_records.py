@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +17,8 @@ from fastllama.data.decompression import (
     is_damage,
 )
 from fastllama.data.records import EMPTY, NoText, Record, missing_field, too_long
+from fastllama.data.remote_files import RemoteFile
+from fastllama.data.trees import InputFile
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 2**27
@@ -25,11 +26,10 @@ MAX_ROWS_PER_BYTE = 1000
 """A file may declare this many rows per byte, or 10 million. Each row costs time, even if null."""
 
 
-def read_parquet(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[Record]:
+def read_parquet(path: InputFile, field: str, skip: int, max_bytes: int) -> Iterator[Record]:
     """Yield the records of the rows after the first `skip`."""
-    size = path.stat().st_size
-    # A name that is not UTF-8 must reach Arrow as bytes.
-    with pa.OSFile(os.fsencode(path)) as source, _open(source) as file:
+    with _source(path) as source, _open(source) as file:
+        size = source.size()
         metadata = file.metadata
         rows = _check_rows(metadata, size)
         problem = _check_column(file.schema_arrow, field)
@@ -75,6 +75,12 @@ def _read_groups(
         if row != end:
             held = row - end + group_rows
             raise DamagedInputError(f"row group {group} holds {held:,} of its {group_rows:,} rows")
+
+
+def _source(path: InputFile) -> pa.NativeFile:
+    if isinstance(path, RemoteFile):
+        return pa.PythonFile(path.open(), "r")
+    return pa.OSFile(os.fsencode(path))  # A name that is not UTF-8 must reach Arrow as bytes.
 
 
 def _open(source: pa.NativeFile, **options: Any) -> pq.ParquetFile:

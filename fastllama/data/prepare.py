@@ -47,6 +47,7 @@ from fastllama.data.prepare_state import (
     restore_progress,
 )
 from fastllama.data.records import MAX_DOCUMENT_MB
+from fastllama.data.remote_files import RemoteFile, check_unchanged
 from fastllama.data.shards import SplitWriter
 from fastllama.data.text_loss import TextLoss
 from fastllama.data.tokenizer import (
@@ -56,6 +57,7 @@ from fastllama.data.tokenizer import (
     save_tokenizer,
     vocabulary_size,
 )
+from fastllama.data.trees import InputFile
 from fastllama.printable import printable, shortened
 
 BATCH_CHARACTERS = 4_000_000
@@ -102,10 +104,11 @@ class Job:
 
         Raises:
             ValueError: a file is gone or was changed.
+            OSError: the network fails.
         """
-        for path, recorded in zip(
-            self.files.paths[first : last + 1], self.inputs[first : last + 1], strict=True
-        ):
+        paths = self.files.paths[first : last + 1]
+        check_unchanged(path for path in paths if isinstance(path, RemoteFile))
+        for path, recorded in zip(paths, self.inputs[first : last + 1], strict=True):
             if _describe_input(path) != recorded:
                 raise ValueError(
                     f"the input file {shortened(printable(path), 300)} was changed while it was "
@@ -199,12 +202,14 @@ def prepare(
             raise
 
 
-def _describe_input(path: Path) -> InputRecord:
-    """An input file as `job.json` records it.
+def _describe_input(path: InputFile) -> InputRecord:
+    """An input file as `job.json` records it, or one behind a URL as it was when it was found.
 
     Raises:
         ValueError: the file is gone.
     """
+    if isinstance(path, RemoteFile):
+        return printable(path), path.size, path.version
     try:
         status = path.stat()
     except OSError as error:

@@ -42,8 +42,11 @@ from fastllama.typed_json import DamagedFileError, read_json
 JOB_FILE = "job.json"
 PROGRESS_FILE = "progress.json"
 PROGRESS_VERSION = 3
-InputRecord = tuple[str, int, int]
-"""Path, size in bytes and time of modification in nanoseconds of an input file."""
+InputRecord = tuple[str, int, int | str]
+"""Path, size in bytes and time of modification in nanoseconds of an input file.
+
+Of a file behind a URL, the last is its version.
+"""
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 

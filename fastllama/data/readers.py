@@ -17,6 +17,8 @@ from fastllama.data.files import COMPRESSIONS
 from fastllama.data.json_records import read_json, read_json_lines
 from fastllama.data.parquet_records import read_parquet
 from fastllama.data.records import EMPTY, OTHER_ENCODING, NoText, Record, too_long
+from fastllama.data.remote_files import RemoteFile
+from fastllama.data.trees import InputFile
 from fastllama.printable import printable
 
 _GIT_LFS = b"version https://git-lfs.github.com/"
@@ -44,11 +46,12 @@ MAX_NUL_SHARE = 0.1
 """Text may hold the character U+0000. UTF-16 without a mark holds it at every second byte."""
 
 
-def read_file(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[Record]:
+def read_file(path: InputFile, field: str, skip: int, max_bytes: int) -> Iterator[Record]:
     """Yield the records of one file after the first `skip`. An unreadable rest is the last one.
 
     Raises:
-        OSError: the file cannot be opened, or the disk fails.
+        ValueError: a file behind a URL is gone, was changed or may not be read.
+        OSError: the file cannot be opened, or the disk or the network fails.
     """
     number = skip
     with _open(path) as raw:
@@ -58,7 +61,7 @@ def read_file(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[Rec
                 yield record
         except DAMAGE as error:
             if isinstance(error, OSError) and not is_damage(error):
-                raise _named(error, path) from error
+                raise (_named(error, path) if isinstance(path, Path) else error) from error
             size = size_of(path)
             what = "the rest of the file" if number else "the file"
             lost = error.records if isinstance(error, DamagedInputError) else 1
@@ -69,15 +72,19 @@ def read_file(path: Path, field: str, skip: int, max_bytes: int) -> Iterator[Rec
             yield Record(number + 1, NoText(reason, records=lost, ends_file=True), size)
 
 
-def size_of(path: Path) -> int:
+def size_of(path: InputFile) -> int:
     """The size of a file in bytes; raise an OSError that names it."""
+    if isinstance(path, RemoteFile):
+        return path.size
     try:
         return path.stat().st_size
     except OSError as error:
         raise _named(error, path) from error
 
 
-def _open(path: Path) -> io.BufferedReader:
+def _open(path: InputFile) -> io.BufferedReader:
+    if isinstance(path, RemoteFile):
+        return path.open()
     try:
         return open(path, "rb")
     except OSError as error:
@@ -92,7 +99,7 @@ def _named(error: OSError, path: Path) -> OSError:
 
 
 def _records(
-    raw: io.BufferedReader, path: Path, field: str, skip: int, max_bytes: int
+    raw: io.BufferedReader, path: InputFile, field: str, skip: int, max_bytes: int
 ) -> Iterator[Record]:
     name = path.name.lower()
     if raw.peek(len(_GIT_LFS)).startswith(_GIT_LFS):

@@ -98,12 +98,6 @@ def test_each_file_is_found_once(tree: Path) -> None:
     assert [path.resolve() for path in find_files(inputs).paths] == [tree / "b.txt"]
 
 
-@pytest.mark.parametrize("name", ["https://example.org/a.jsonl", "s3://bucket/*.parquet"])
-def test_urls_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="fastllama reads local files; download it, or mount it"):
-        find_files([name])
-
-
 def test_input_order_is_irrelevant(tree: Path) -> None:
     inputs = [str(tree / "b.txt"), str(tree / "a")]
     assert find_files(inputs).paths == find_files(inputs[::-1]).paths
