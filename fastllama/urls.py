@@ -61,8 +61,9 @@ def file_system(url: str) -> tuple[AbstractFileSystem, str]:
     if "::" in url:
         raise ValueError(f"cannot use {shown(url)}: '::' chains URLs; name one URL")
     try:
-        # A cached listing would hide that a file has changed.
-        return fsspec.url_to_fs(url, use_listings_cache=False)
+        # Of a disk, other file systems make no folders. A cached listing would hide changes.
+        options = {"auto_mkdir": True} if scheme == "file" else {"use_listings_cache": False}
+        return fsspec.url_to_fs(url, **options)
     except ImportError:
         library, extra = _EXTRAS.get(scheme.lower(), ("", ""))
         needed = f"{library}: pip install 'fastllama[{extra}]'"
@@ -79,7 +80,10 @@ def file_system(url: str) -> tuple[AbstractFileSystem, str]:
 
 
 def patiently(
-    url: str, access: Callable[[AbstractFileSystem, str], Result], verb: str = "read"
+    url: str,
+    access: Callable[[AbstractFileSystem, str], Result],
+    verb: str = "read",
+    remedy: str = "check the network, and run the same command again",
 ) -> Result:
     """Call `access` with the file system and the path of `url`, again after a failure.
 
@@ -98,7 +102,7 @@ def patiently(
             if pause is None:
                 failure = OSError(
                     f"cannot {verb} {shown(url)}: {len(PAUSES_S) + 1} tries failed, the last with "
-                    f"{_words(error)}; check the network, and run the same command again"
+                    f"{_words(error)}; {remedy}"
                 )
                 failure.errno = getattr(error, "errno", None) or errno.EIO
                 raise failure from error

@@ -42,6 +42,7 @@ from fastllama.checkpoints.folder import (
     remove_old,
 )
 from fastllama.checkpoints.reading import first_failure
+from fastllama.checkpoints.remote import CheckpointUploader
 from fastllama.checkpoints.state import TrainProgress
 from fastllama.config import Config
 from fastllama.planning.out_of_memory import is_out_of_memory
@@ -54,6 +55,7 @@ FILE_BYTES = 128 * 2**20
 While PyTorch's writer serialises a file, it holds two copies in memory and Python's global lock, so
 training launches no kernel.
 """
+UPLOAD_STEP_S = 10.0
 
 
 class CheckpointWriter:
@@ -66,10 +68,12 @@ class CheckpointWriter:
         identity: dict[str, Any],
         device: torch.device,
         report: Callable[[str], None],
+        uploader: CheckpointUploader | None = None,
     ) -> None:
         """Save into `folder`; call `report` with one sentence for each checkpoint, saved or failed.
 
-        `identity` holds the options that a resumed run may not change.
+        `identity` holds the options that a resumed run may not change. `uploader`, which only the
+        main process has, gets each complete checkpoint.
         """
         self.saved_step: int | None = None
         """The update of the last complete checkpoint."""
@@ -83,6 +87,7 @@ class CheckpointWriter:
         # PyTorch's own timeout, because ranks may finish their files minutes apart.
         self._group = dist.new_group(backend="gloo")
         self._is_main = dist.get_rank() == 0
+        self._uploader = uploader
 
     def save(self, tensors: dict[str, Tensor], progress: TrainProgress) -> None:
         """Wait for the previous save, copy the tensors to host memory, and start writing them.
@@ -130,6 +135,15 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
+    def finish_uploads(self) -> None:
+        """Wait for the last upload, and report if it failed."""
+        uploader = self._uploader
+        # In short steps: an upload may take longer than a collective may wait.
+        while not all(self._on_each(lambda: uploader is None or uploader.wait(UPLOAD_STEP_S))):
+            pass
+        if uploader is not None and uploader.failure:
+            self._report(f"{uploader.failure}; resume the run, or copy the checkpoint yourself.")
+
     def _run(
         self, staged: dict[str, Tensor] | OSError, progress: TrainProgress, seconds: float
     ) -> None:
@@ -146,6 +160,8 @@ class CheckpointWriter:
             self._report(f"saved {final} ({seconds:.2f} s staged, {written:.2f} s written)")
             # All ranks wait: torchrun ends all of them when the first one exits.
             self._on_main(lambda: self._tidy(final))
+            if self._uploader is not None:
+                self._uploader.upload(final)
         except OSError as error:
             if self._is_main:
                 with contextlib.suppress(OSError):
@@ -262,6 +278,8 @@ class CheckpointWriter:
         # The staged copy is valid, whatever ended the run.
         if self._thread is not None:
             self._thread.join()
+        if self._uploader is not None:
+            self._uploader.wait()
 
 
 def complete(

@@ -288,6 +288,9 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep; older ones are removed."""
     keep_every_tokens: int = 0
     """Also keep, for good, the first checkpoint at or after each multiple of this; 0 keeps none."""
+    upload: str = ""
+    """URL of a folder for copies, such as s3://bucket/runs; or empty. A run folder without
+    checkpoints resumes from the newest copy in URL/NAME, NAME being the name of the run folder."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,11 @@ def validate_values(config: Config) -> None:
     _validate_model(config.model)
     _validate_optimizer(config)
     _validate_skipped_steps(config.training)
+    if (upload := config.checkpoint.upload) and "://" not in upload:
+        raise ValueError(
+            f"checkpoint.upload = {upload!r} is not a URL; give one such as s3://bucket/runs, or "
+            "for a folder file:///path."
+        )
     if config.training.init_moments and not config.training.init_from:
         raise ValueError(
             "training.init_moments takes the moments of training.init_from, which is empty; give "

@@ -20,6 +20,7 @@ from fastllama.checkpoints.reading import (
     newest_checkpoint,
     read_progress,
 )
+from fastllama.checkpoints.remote import fetch_newest, remote_run, upload_options
 from fastllama.checkpoints.state import TrainProgress, TrainState
 from fastllama.config import Config, validate
 from fastllama.data.dataset import Dataset, open_dataset
@@ -171,9 +172,12 @@ def find_start(session: Session, wanted: Path | None = None) -> Start:
     Raises:
         ValueError: every whole checkpoint belongs to another run, or `wanted` or the weights of
             `training.init_from` cannot be used.
+        OSError: `checkpoint.upload` has a newer one, and the network fails.
     """
     folder, identity = session.run.checkpoints, session.identity
     is_branch = wanted is not None and wanted.parent.resolve() != folder.resolve()
+    if wanted is None and session.config.checkpoint.upload:
+        fetch_copy(session)
     if wanted is None or (is_branch and session.run.has_checkpoints):
         checkpoint, unusable = newest_checkpoint(folder, identity)
     else:
@@ -192,6 +196,17 @@ def find_start(session: Session, wanted: Path | None = None) -> Start:
         mend_latest(checkpoint)
     progress = session.world.from_main(lambda: read_progress(checkpoint))
     return Start(progress, checkpoint, unusable)
+
+
+def fetch_copy(session: Session) -> None:
+    """Download the newest checkpoint of `checkpoint.upload` if the run folder has none."""
+    world, run = session.world, session.run
+    if world.from_main(lambda: run.has_checkpoints):
+        return
+    url = remote_run(session.config, run)
+    fetched = fetch_newest(url, run.checkpoints, session.identity, session.console.print)
+    while world.from_main(lambda: next(fetched, False)):
+        pass
 
 
 def _refuse_unusable(checkpoint: Path, session: Session) -> None:
@@ -244,6 +259,11 @@ def choose_operators(session: Session) -> tuple[Operators, str]:
 def claim_run_folder(session: Session, start: Start) -> None:
     """Write options, tokenizer and environment of this session; set unusable checkpoints aside."""
     session.run.create(session.given, session.dataset.folder / "tokenizer.json")
+    if session.config.checkpoint.upload:
+        # A mistake, such as a missing permission, is told before the training. Each upload of a
+        # checkpoint does this again, so that nothing is lost with a network that fails now.
+        with suppress(OSError):
+            upload_options(session.run, session.config)
     for path, reason in start.unusable.items():
         aside = set_aside(path)
         session.console.print(f"Not using a checkpoint: {reason}. It is kept as {aside.name}.")

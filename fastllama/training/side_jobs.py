@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastllama.checkpoints.remote import CheckpointUploader
 from fastllama.checkpoints.state import TrainState
 from fastllama.checkpoints.writing import CheckpointWriter
 from fastllama.config import Config
@@ -157,7 +158,7 @@ class SideJobs:
                     plot_loss(session.run.metrics_csv, session.run.loss_plot, session.run.path.name)
 
     def finish(self) -> None:
-        """Make sure that a complete checkpoint of this update exists.
+        """Make sure that a complete checkpoint of this update exists, and try to upload it.
 
         Raises:
             OSError: the checkpoint could not be written.
@@ -169,6 +170,7 @@ class SideJobs:
             self.writer.wait()
         if self.writer.saved_step != step:
             raise OSError(f"{self.writer.failure}.")
+        self.writer.finish_uploads()
 
     def rewind(self) -> None:
         """Rewind to before the series of skipped updates that the monitor found.
@@ -191,8 +193,16 @@ def side_jobs(session: Session, state: TrainState, began: float) -> Iterator[Sid
     world, console = session.world, session.console
     monitor = UpdateMonitor(session, state.progress)
     watch = CompileWatch(session.config, world, console, began)
+    uploader = None
+    if session.config.checkpoint.upload and world.is_main:
+        uploader = CheckpointUploader(session.run, session.config, console.print)
     with CheckpointWriter(
-        session.run.checkpoints, session.config, session.identity, world.device, console.print
+        session.run.checkpoints,
+        session.config,
+        session.identity,
+        world.device,
+        console.print,
+        uploader,
     ) as writer:
         rewinder = Rewinder(session, state, writer)
         yield SideJobs(session, state, monitor, watch, writer, rewinder)

@@ -25,6 +25,7 @@ OPTIONS = """
     parallel.replicate parallel.reshard_after_forward parallel.accumulate parallel.reduce_dtype
     parallel.timeout_minutes
     checkpoint.interval_tokens checkpoint.keep_last checkpoint.keep_every_tokens
+    checkpoint.upload
     logging.log_interval logging.sample_interval logging.sample_growth logging.sample_prompt
     logging.sample_tokens logging.tensorboard
 """

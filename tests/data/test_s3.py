@@ -5,7 +5,6 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,73 +20,20 @@ from fastllama.data.prepare import prepare
 from fastllama.data.tokenizer import save_tokenizer, train_tokenizer
 from tests.cli.refusal import refusal
 from tests.data.test_documents import write_lines, write_rows
+from tests.s3_server import NEEDS_S3, Server, s3_server
 
-MISSING = [name for name in ("s3fs", "moto", "flask_cors") if find_spec(name) is None]
-pytestmark = [
-    pytest.mark.extra,
-    pytest.mark.skipif(bool(MISSING), reason=f"no {MISSING}: make test-all installs them"),
-    # boto3 and moto, about themselves.
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = NEEDS_S3
 TEXTS = [f"document {number}, of some length: " + "ab " * (number % 9) for number in range(400)]
-
-
-class Server:
-    """An S3 server. `on_request` may answer instead: (method, path) to (status, headers, body)."""
-
-    def __init__(self) -> None:
-        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-        from werkzeug.serving import make_server
-
-        moto = DomainDispatcherApplication(create_backend_app)
-        self.on_request: Callable[[str, str], tuple[str, dict[str, str], bytes] | None]
-        self.requests: list[tuple[str, str]] = []
-        self.reset()
-
-        def application(environ: Any, start_response: Any) -> Any:
-            method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-            self.requests.append((method, path))
-            answer = self.on_request(method, path)
-            if answer is None:
-                return moto(environ, start_response)
-            status, headers, body = answer
-            start_response(status, list(headers.items()))
-            return [body]
-
-        self._server = make_server("127.0.0.1", 0, application, threaded=True)
-        self.url = f"http://127.0.0.1:{self._server.port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-
-    def reset(self) -> None:
-        self.on_request = lambda method, path: None
-        self.requests.clear()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
 
 @pytest.fixture(scope="module")
 def shared_server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
+    with s3_server() as server:
+        yield server
 
 
 @pytest.fixture
 def server(shared_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    environment = {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": shared_server.url,
-        # Of botocore itself, which would wait for seconds.
-        "AWS_MAX_ATTEMPTS": "1",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr(urls, "PAUSES_S", (0.0, 0.0))
     monkeypatch.setattr(remote_files, "BLOCK_BYTES", 2000)
     yield shared_server
