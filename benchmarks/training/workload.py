@@ -78,8 +78,7 @@ def with_synthetic_data(config: Config, folder: Path) -> Config:
     dtype = np.dtype("uint16" if vocab_size <= 2**16 else "uint32")
     n_tokens = UPDATES_PER_EPOCH * config.training.tokens_per_update + 1
     folder.mkdir(parents=True)
-    progress = SplitProgress()
-    writer = SplitWriter(folder, "train", n_tokens, progress, dtype)
+    writer = SplitWriter(folder, "train", n_tokens, SplitProgress(), dtype)
     writer.append(synthetic_tokens(n_tokens, vocab_size, config.training.seed).astype(dtype))
     # The trainer requires a tokenizer file. Training never uses it.
     tokenizer = train_tokenizer([], vocab_size=260)

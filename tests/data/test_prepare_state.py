@@ -221,14 +221,19 @@ def test_recording_takes_no_longer_with_more_shards(preparation: Preparation) ->
     assert (preparation.output / "progress.json").stat().st_size < few + 100
 
 
-@pytest.mark.parametrize("lines", [b"", b"torn", bytes(80) + b"\n", b"0" * 64 + b"  mine.npy\n"])
+@pytest.mark.parametrize(
+    "lines", [b"torn", bytes(80) + b"\n", b"0" * 64 + b"  mine.npy\n", b"x" * 5000]
+)
 def test_unrecorded_lines_of_the_list_are_overwritten(
     interrupted: Preparation, tmp_path: Path, lines: bytes
 ) -> None:
     with open(interrupted.output / "train.sha256", "ab") as file:
         file.write(lines)
     interrupted.interrupt(commits=1)
-    assert lines not in (interrupted.output / "train.sha256").read_bytes() or not lines
+    written = (interrupted.output / "train.sha256").read_bytes()
+    complete = PrepareProgress.load(interrupted.output).splits["train"].complete
+    assert written.count(b"\n") == written.count(b".npy\n") == complete
+    assert written.endswith(b".npy\n")
     interrupted.run()
     interrupted.run(tmp_path / "reference")
     assert without_lock(interrupted.output) == without_lock(tmp_path / "reference")
@@ -278,6 +283,15 @@ def test_list_of_another_program_is_left_alone(preparation: Preparation) -> None
     Path(preparation.output / "validation.sha256").symlink_to("nowhere")
     with pytest.raises(ValueError, match=r"validation\.sha256 is in the way"):
         preparation.run()
+
+
+def test_list_that_was_written_but_not_recorded(preparation: Preparation, tmp_path: Path) -> None:
+    preparation.output.mkdir()
+    preparation.interrupt(commits=0)
+    (preparation.output / "train.sha256").write_text("torn")
+    preparation.run()
+    preparation.run(tmp_path / "reference")
+    assert without_lock(preparation.output) == without_lock(tmp_path / "reference")
 
 
 def test_list_replaced_by_a_link(interrupted: Preparation, tmp_path: Path) -> None:

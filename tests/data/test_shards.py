@@ -60,6 +60,26 @@ def test_reports_each_shard_before_it_exists(tmp_path: Path) -> None:
     assert shards.progress.created == 3
 
 
+def test_list_is_on_the_disk_before_it_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
+
+    def flush(path: Path) -> None:
+        flushed.append(path.read_bytes())
+
+    monkeypatch.setattr("fastllama.data.shard_list.fsync_file", flush)
+    progress = SplitProgress()
+    shards = writer(tmp_path, progress)
+    for n_tokens in (9, 4, 20):
+        shards.append(TOKENS[:n_tokens])
+        shards.sync()
+    # Nothing is complete at first.
+    assert [lines.count(b"\n") for lines in flushed] == [1, 3]
+    assert progress.list_sha256 == hashlib.sha256(flushed[-1]).hexdigest()
+    assert flushed[-1] == (tmp_path / "train.sha256").read_bytes()
+
+
 def test_resume_cuts_unrecorded_tokens(tmp_path: Path) -> None:
     progress = SplitProgress()
     shards = writer(tmp_path, progress)
