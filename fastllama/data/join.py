@@ -3,10 +3,9 @@
 The joined folder has the job of a preparation by one process, and the same streams of tokens.
 """
 
-import dataclasses
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastllama.atomic import locked
@@ -27,13 +26,14 @@ from fastllama.data.prepare_state import (
     SPLITS,
     JobRecord,
     check_tokenizer,
+    differing_settings,
     digest_of,
 )
 from fastllama.data.text_loss import TextLoss
 from fastllama.data.tokenizer import save_tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class CompletePart:
     """The content of a part's folder."""
 
@@ -132,14 +132,8 @@ def _complete_part(folder: Path, part: Part) -> CompletePart:
 def _joined_job(folder: Path, parts: Sequence[CompletePart]) -> JobRecord:
     """The job of a single process that prepares all parts."""
     first = parts[0]
-    own = {"inputs", "part"}
     for part in parts:
-        if changed := [
-            field.name
-            for field in dataclasses.fields(JobRecord)
-            if field.name not in own
-            and getattr(part.job, field.name) != getattr(first.job, field.name)
-        ]:
+        if changed := differing_settings(part.job, first.job):
             raise ValueError(
                 f"{part.folder} and {first.folder} were not prepared by the same command "
                 f"({', '.join(changed)} differ in {JOB_FILE}): delete the wrong part, and prepare "

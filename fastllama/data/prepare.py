@@ -187,7 +187,7 @@ def prepare(
     if part is not None:
         # It is never deleted again: other machines may be adding their parts.
         output.mkdir(parents=True, exist_ok=True)
-        reject_other_parts(output, part)
+        reject_other_parts(output, part, job.describe())
         output /= part.folder
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)

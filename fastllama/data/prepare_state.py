@@ -178,11 +178,14 @@ def reject_other_files(output: Path) -> None:
         raise _holds_other_files(output, present[0])
 
 
-def reject_other_parts(folder: Path, part: Part) -> None:
+def reject_other_parts(folder: Path, part: Part, job: JobRecord) -> None:
     """Raise ValueError if `folder` holds anything but parts of as many, joined or not yet.
 
-    Other machines may add their parts at the same time.
+    One other part is compared with `job`; the join compares all. Other machines may add their parts
+    at the same time.
     """
+    # Read first: of the names in it, no part is missing in the list of parts.
+    present = _visible_names(folder)
     parts = parts_in(folder)
     for other in parts:
         if other.count != part.count:
@@ -190,7 +193,16 @@ def reject_other_parts(folder: Path, part: Part) -> None:
                 f"{folder} holds part {other}, and part {part} belongs to another number of parts: "
                 "prepare as many parts as before, delete the folder, or choose another --output"
             )
-    present = _visible_names(folder)
+    for other in parts:
+        path = folder / other.folder
+        if other != part and (found := JobRecord.load(path)) is not None:
+            if changed := differing_settings(found, job):
+                raise ValueError(
+                    f"{path} was prepared by another command ({', '.join(changed)} differ from "
+                    f"{JOB_FILE}): use the same files and settings for all parts, or delete that "
+                    "folder if it is wrong"
+                )
+            break
     if not parts and JOB_FILE in present and JobRecord.load(folder) is not None:
         raise ValueError(
             f"{folder} is the data folder of a single process: choose another --output for parts, "
@@ -199,6 +211,16 @@ def reject_other_parts(folder: Path, part: Part) -> None:
     joined = {JOB_FILE, MANIFEST_FILE, TOKENIZER_FILE} if parts else set()
     if others := set(present) - joined - {other.folder for other in parts}:
         raise _holds_other_files(folder, min(others))
+
+
+def differing_settings(one: JobRecord, other: JobRecord) -> list[str]:
+    """Names of the fields in which the jobs of two parts differ, though one command makes both."""
+    return [
+        field.name
+        for field in dataclasses.fields(JobRecord)
+        if field.name not in ("inputs", "part")
+        and getattr(one, field.name) != getattr(other, field.name)
+    ]
 
 
 def _visible_names(folder: Path) -> list[str]:

@@ -15,10 +15,13 @@ from fastllama import urls
 from fastllama.data import remote_files
 from fastllama.data.documents import Document, Malformed, read_documents
 from fastllama.data.files import COMPRESSIONS, SUFFIXES, find_files
+from fastllama.data.join import join
+from fastllama.data.parts import Part
 from fastllama.data.prepare import prepare
 from fastllama.data.tokenizer import save_tokenizer, train_tokenizer
 from tests.cli.refusal import refusal
 from tests.data.test_documents import PACK, write_lines, write_rows
+from tests.data.test_join import check_equal
 from tests.object_store import ObjectStore, fail, object_store, upload
 
 TEXTS = [f"document {number}, of some length: " + "ab " * (number % 9) for number in range(40)]
@@ -341,3 +344,13 @@ def test_a_missing_library_is_named(url: str, remedy: str, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="reading") as caught:
         find_files([url])
     assert remedy in str(caught.value)
+
+
+def test_parts(corpus: Path, tmp_path: Path) -> None:
+    save_tokenizer(train_tokenizer(TEXTS, 300), tmp_path / "tokenizer.json")
+    inputs = [str(corpus / "a"), "store://bucket/corpus/a-b", "store://bucket/corpus/z"]
+    for part in (None, Part(1, 3), Part(2, 3), Part(3, 3)):
+        output = tmp_path / ("single" if part is None else "joined")
+        prepare(inputs, tmp_path / "tokenizer.json", output, shard_tokens=100, part=part)
+    join(tmp_path / "joined")
+    check_equal(tmp_path / "joined", tmp_path / "single")
