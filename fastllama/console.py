@@ -3,6 +3,13 @@
 from typing import Any
 
 import rich.console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from fastllama.printable import printable
 
@@ -21,3 +28,19 @@ class Console(rich.console.Console):
             printable(each, keep="\n\t") if isinstance(each, str) else each for each in objects
         )
         super().print(*harmless, **options)
+
+
+def token_bar(console: Console) -> Progress:
+    """A progress bar for tasks with the fields `documents`, `tokens` and `rate` (tokens/s)."""
+    return Progress(
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn(
+            "{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens, "
+            "{task.fields[rate]:,.0f} tokens/s"
+        ),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )

@@ -10,55 +10,45 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 from tokenizers import Tokenizer
 
-from fastllama.atomic import locked
-from fastllama.console import Console
+from fastllama.console import Console, token_bar
 from fastllama.data.accounting import Accounting
 from fastllama.data.documents import Document, Empty, Malformed, read_documents
 from fastllama.data.encoding import Encoder
 from fastllama.data.files import InputFiles, find_files
-from fastllama.data.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, Split
+from fastllama.data.manifest import Manifest
 from fastllama.data.notices import all_held_out, cut_words, lost_text, notices
+from fastllama.data.output_folder import (
+    check_inputs,
+    check_output,
+    complete_folder,
+    complete_manifest,
+    describe_input,
+    open_writers,
+    split_of,
+    writing_into,
+)
 from fastllama.data.parts import Part, files_of_part
 from fastllama.data.prepare_state import (
     InputRecord,
     JobRecord,
     PrepareProgress,
-    check_tokenizer,
     claim_folder,
-    delete_folder,
-    delete_progress,
-    delete_unused_shards,
     digest_of,
     discard_work,
-    record_next_shard,
-    reject_other_files,
     reject_other_parts,
-    restore_progress,
 )
 from fastllama.data.records import MAX_DOCUMENT_MB
-from fastllama.data.remote_files import RemoteFile, check_unchanged
 from fastllama.data.shards import SplitWriter
 from fastllama.data.text_loss import TextLoss
-from fastllama.data.tokenizer import (
-    end_token_id,
-    fingerprint,
-    load_tokenizer,
-    save_tokenizer,
-    vocabulary_size,
-)
-from fastllama.data.trees import InputFile
-from fastllama.printable import printable, shortened
+from fastllama.data.tokenizer import end_token_id, fingerprint, load_tokenizer
+from fastllama.printable import printable
 
 BATCH_CHARACTERS = 4_000_000
 BATCH_RECORDS = 4096
@@ -106,20 +96,7 @@ class Job:
             ValueError: a file is gone or was changed.
             OSError: the network fails.
         """
-        paths = self.files.paths[first : last + 1]
-        check_unchanged(path for path in paths if isinstance(path, RemoteFile))
-        for path, recorded in zip(paths, self.inputs[first : last + 1], strict=True):
-            if _describe_input(path) != recorded:
-                raise ValueError(
-                    f"the input file {shortened(printable(path), 300)} was changed while it was "
-                    "read: restore it with its time of modification and run the same command "
-                    "again, or delete the output folder and prepare the data again"
-                )
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The narrowest dtype for the token ids: uint16 or uint32."""
-        return np.dtype("uint16" if vocabulary_size(self.tokenizer) <= 2**16 else "uint32")
+        check_inputs(self.files.paths[first : last + 1], self.inputs[first : last + 1])
 
 
 def prepare(
@@ -163,13 +140,12 @@ def prepare(
             raise ValueError(f"{name} {value} is not a positive number")
     if workers is not None and workers > MAX_WORKERS:
         raise ValueError(f"workers {workers} is more than {MAX_WORKERS}: leave --workers out")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is not a folder: choose another --output")
+    check_output(output)
     if workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
     tokenizer = load_tokenizer(tokenizer_path)
     files = find_files(inputs)
-    records = tuple(map(_describe_input, files.paths))
+    records = tuple(map(describe_input, files.paths))
     own = slice(None) if part is None else files_of_part([size for _, size, _ in records], part)
     job = Job(
         files=replace(files, paths=files.paths[own]),
@@ -189,68 +165,26 @@ def prepare(
         output.mkdir(parents=True, exist_ok=True)
         reject_other_parts(output, part, job.describe())
         output /= part.folder
-    is_new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
-    # Before the lock, which would add a file to a folder of other files.
-    reject_other_files(output)
-    with locked(output):
-        try:
-            return _prepare_folder(output, job, strict, console)
-        except BaseException:
-            if is_new:
-                delete_folder(output)
-            raise
-
-
-def _describe_input(path: InputFile) -> InputRecord:
-    """An input file as `job.json` records it, or one behind a URL as it was when it was found.
-
-    Raises:
-        ValueError: the file is gone.
-    """
-    if isinstance(path, RemoteFile):
-        return printable(path), path.size, path.version
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ValueError(
-            f"the input file {shortened(printable(path), 300)} cannot be read any more "
-            f"({error.strerror}): restore it with its time of modification, and run the same "
-            "command again"
-        ) from None
-    # JSON holds no bytes that are not UTF-8.
-    return printable(path), status.st_size, status.st_mtime_ns
+    with writing_into(output):
+        return _prepare_folder(output, job, strict, console)
 
 
 def _prepare_folder(output: Path, job: Job, strict: bool, console: Console) -> Manifest:
     record = job.describe()
     claim_folder(output, record)
-    if (output / MANIFEST_FILE).exists():
-        manifest = Manifest.load(output)
-        manifest.check_files(output)
-        delete_progress(output)
+    if (complete := complete_manifest(output)) is not None:
         console.print(f"{output} is already complete")
-        for line in notices(manifest, job.validation_fraction, of_part=job.part is not None):
+        for line in notices(complete, job.validation_fraction, of_part=job.part is not None):
             console.print(line)
-        return manifest
-    if not check_tokenizer(output, record):
-        save_tokenizer(job.tokenizer, output / TOKENIZER_FILE)
-    progress = restore_progress(output, record)
-    dtype = job.dtype
-    writers: dict[str, SplitWriter] = {
-        name: SplitWriter(
-            output, name, job.shard_tokens, split, dtype, partial(record_next_shard, output, name)
-        )
-        for name, split in progress.splits.items()
-    }
-    delete_unused_shards(output, progress)
+        return complete
+    progress, writers = open_writers(output, record, job.tokenizer)
     started = time.monotonic()
     _encode(output, job, progress, writers, strict, console)
     job.check_inputs(0, len(job.inputs) - 1)
     if not progress.splits["train"].tokens and job.part is None:
         discard_work(output, progress)
         raise ValueError(all_held_out(progress.documents, job.validation_fraction))
-    manifest = _complete_folder(output, job, progress, writers)
+    manifest = complete_folder(output, record, job.tokenizer, progress, writers)
     splits = ", ".join(f"{split.tokens:,} {name}" for name, split in manifest.splits.items())
     console.print(
         f"{output}: {progress.documents:,} documents, {splits or 0} tokens, "
@@ -274,7 +208,7 @@ def _encode(
     encoder = Encoder(job.tokenizer, job.end_token_id, deepcopy(progress.text_loss))
     started = committed = time.monotonic()
     tokens_before = progress.tokens
-    with _progress_bar(console) as bar:
+    with token_bar(console) as bar:
         task = bar.add_task(
             "",
             total=sum(sizes),
@@ -386,57 +320,10 @@ def _append(
     ids: dict[str, list[NDArray[np.uint32]]] = {name: [] for name in writers}
     for document, document_ids in zip(documents, encoded, strict=True):
         data = document.text.encode()
-        name = _split_of(data, validation_fraction)
+        name = split_of(data, validation_fraction)
         ids[name].append(document_ids)
         writers[name].progress.documents += 1
         writers[name].progress.text_bytes += len(data)
     for name, writer in writers.items():
         if ids[name]:
             writer.append(np.concatenate(ids[name], dtype=writer.dtype, casting="same_kind"))
-
-
-def _split_of(data: bytes, validation_fraction: float) -> str:
-    """Choose the split by a hash of the text, so exact copies never fall into both splits."""
-    draw = int.from_bytes(blake2b(data, digest_size=8).digest(), "big") / 2**64
-    return "validation" if draw < validation_fraction else "train"
-
-
-def _complete_folder(
-    output: Path, job: Job, progress: PrepareProgress, writers: dict[str, SplitWriter]
-) -> Manifest:
-    for writer in writers.values():
-        if writer.progress.open_tokens:
-            writer.complete_shard()
-    manifest = Manifest(
-        dtype=job.dtype.name,
-        vocab_size=vocabulary_size(job.tokenizer),
-        end_token_id=job.end_token_id,
-        tokenizer_fingerprint=fingerprint(job.tokenizer),
-        skipped_records=progress.read.malformed,
-        # `join` adds the characters of all parts.
-        text_loss=progress.text_loss if progress.text_loss.lost or job.part else None,
-        splits={
-            name: Split(split.tokens, split.documents, split.text_bytes, tuple(writer.shards))
-            for name, writer in writers.items()
-            if (split := writer.progress).tokens
-        },
-    )
-    manifest.check_files(output)
-    manifest.save(output)
-    delete_progress(output)
-    return manifest
-
-
-def _progress_bar(console: Console) -> ProgressBar:
-    return ProgressBar(
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn(
-            "{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens, "
-            "{task.fields[rate]:,.0f} tokens/s"
-        ),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )

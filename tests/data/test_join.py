@@ -25,6 +25,7 @@ from fastllama.data.dataset import open_dataset
 from fastllama.data.files import find_files
 from fastllama.data.join import join
 from fastllama.data.manifest import JOINED_VERSION, Manifest
+from fastllama.data.output_folder import split_of
 from fastllama.data.parts import Part
 from fastllama.data.prepare import prepare
 from fastllama.data.prepare_state import JobRecord
@@ -248,7 +249,7 @@ def test_more_parts_than_files(corpus: Path, tokenizer: Path, tmp_path: Path) ->
 
 def test_held_out_documents(tokenizer: Path, tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(40)]
-    held_out = [text for text in texts if module._split_of(text.encode(), 0.5) == "validation"]
+    held_out = [text for text in texts if split_of(text.encode(), 0.5) == "validation"]
     for name, chosen in (("a", held_out), ("b", sorted({*texts} - {*held_out}))):
         lines = [json.dumps({"text": text}) for text in chosen]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
