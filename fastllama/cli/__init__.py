@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from fastllama import __version__
 from fastllama.cli import (
     data_check,
+    data_import,
     data_join,
     data_show,
     export,
@@ -38,6 +39,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("tokenizer", "train"): tokenizer_train.COMMAND,
     ("tokenizer", "repair"): tokenizer_repair.COMMAND,
     ("prepare",): prepare.COMMAND,
+    ("data", "import"): data_import.COMMAND,
     ("data", "join"): data_join.COMMAND,
     ("data", "check"): data_check.COMMAND,
     ("train",): train.COMMAND,

@@ -164,7 +164,7 @@ def _spelt(value: str, name: str, hint: Any) -> str:
         return value.capitalize()
     if _takes(hint, 1) and not _takes(hint, 1.0):
         return whole_number(value)
-    is_path = name == "input" or _takes(hint, Path())
+    is_path = name in ("input", "validation-input") or _takes(hint, Path())
     if is_path and not value:
         raise UsageError(f"--{name} is empty; name a path, or set the variable that it comes from.")
     return os.path.expanduser(value) if is_path else value

@@ -19,8 +19,7 @@ SUFFIXES = (
     *TEXTS,
     *(text + compression for text in TEXTS for compression in COMPRESSIONS),
 )
-"""Suffixes of the files that can be read, in lower case; any case is accepted."""
-KNOWN_SUFFIXES = f"{', '.join(TEXTS)} (also with {', '.join(COMPRESSIONS)}) or .parquet"
+"""Suffixes of files with documents."""
 
 HIDDEN = "hidden"
 OTHER_SUFFIX = "other suffixes"
@@ -45,6 +44,29 @@ _SPECIAL = {
 }
 
 
+@dataclass(frozen=True)
+class FileKind:
+    """Files that a command reads."""
+
+    suffixes: tuple[str, ...]
+    """In lower case; any case is accepted."""
+    known: str
+    """The suffixes as a message lists them."""
+    remedy: str
+    """What to do with a file of another suffix."""
+
+    def has(self, path: str) -> bool:
+        """Whether `path`, which may be a URL, has one of the suffixes."""
+        return path_of(path).lower().endswith(self.suffixes)
+
+
+DOCUMENTS = FileKind(
+    SUFFIXES,
+    f"{', '.join(TEXTS)} (also with {', '.join(COMPRESSIONS)}) or .parquet",
+    "convert it (`dataset.to_parquet` does for .arrow), or unpack it first",
+)
+
+
 @dataclass
 class LeftOut:
     """Entries left out for one reason: their number and the first `NAMED` of their names."""
@@ -57,6 +79,7 @@ class LeftOut:
 class InputFiles:
     """The files to read, absolute and sorted, and the entries left out, by reason."""
 
+    kind: FileKind = DOCUMENTS
     paths: list[InputFile] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
 
@@ -75,19 +98,20 @@ class InputFiles:
         return ", ".join(clauses)
 
 
-def find_files(inputs: Sequence[str]) -> InputFiles:
-    """The files in `inputs` (files, folders, glob patterns, on the disk or URLs), each once.
+def find_files(inputs: Sequence[str], kind: FileKind = DOCUMENTS) -> InputFiles:
+    """The files of `kind` in `inputs`, each once.
 
-    Folders are searched recursively, through links too, each folder once. Folders and patterns give
-    only visible files with a suffix in `SUFFIXES`. Files on the disk come first. Those behind URLs
-    are in the order that their names would have on a disk.
+    Inputs are files, folders and glob patterns, on the disk or URLs. Folders are searched
+    recursively, through links too, each folder once. Folders and patterns give only visible files
+    with a suffix of `kind`. Files on the disk come first. Those behind URLs are in the order that
+    their names would have on a disk.
 
     Raises:
         ValueError: an input gives no file, is a file with another suffix, or cannot be read.
         OSError: the network fails.
     """
     found: set[InputFile] = set()
-    files = InputFiles()
+    files = InputFiles(kind)
     for value in inputs:
         scheme, _, rest = value.partition("://") if is_url(value) else ("", "", "")
         tree: Tree = Disk() if scheme in ("", "file") else RemoteTree()
@@ -97,7 +121,7 @@ def find_files(inputs: Sequence[str]) -> InputFiles:
             left_out = files.describe_left_out()
             raise ValueError(
                 f"input '{_shown(value)}' matches no file{tree.problem}: name files, folders or "
-                f"patterns with one of the suffixes {KNOWN_SUFFIXES}"
+                f"patterns with one of the suffixes {kind.known}"
                 + (f"; left out: {left_out}" if left_out else "")
             )
         found.update(matches)
@@ -115,7 +139,7 @@ def _files_of(value: str, tree: Tree, files: InputFiles) -> Iterator[str]:
     path = value if tree.mode(value) else os.path.expanduser(value)
     mode = tree.mode(path)
     if stat.S_ISREG(mode):
-        _check_named_file(path, tree)
+        _check_named_file(path, tree, files.kind)
         yield path
     elif stat.S_ISDIR(mode):
         if not tree.can_read(path):
@@ -136,11 +160,10 @@ def _files_of(value: str, tree: Tree, files: InputFiles) -> Iterator[str]:
                 yield match
 
 
-def _check_named_file(path: str, tree: Tree) -> None:
-    if not _has_known_suffix(path):
+def _check_named_file(path: str, tree: Tree, kind: FileKind) -> None:
+    if not kind.has(path):
         raise ValueError(
-            f"cannot read {_shown(path)}: its suffix is not {KNOWN_SUFFIXES}; "
-            "convert it (`dataset.to_parquet` does for .arrow), or unpack it first"
+            f"cannot read {_shown(path)}: its suffix is not {kind.known}; {kind.remedy}"
         )
     if not tree.can_read(path):
         raise ValueError(f"cannot read {_shown(path)}: permission denied; change its permissions")
@@ -203,7 +226,7 @@ def _is_usable(path: str, tree: Tree, files: InputFiles) -> bool:
         reason = BROKEN_LINK
     elif not stat.S_ISREG(mode):
         reason = NOT_A_FILE
-    elif not _has_known_suffix(path):
+    elif not files.kind.has(path):
         reason = ARROW if path.endswith(".arrow") else OTHER_SUFFIX
     elif not tree.can_read(path):
         reason = UNREADABLE
@@ -240,10 +263,6 @@ def _step(folder: str, part: str, tree: Tree, files: InputFiles) -> list[str]:
             if fnmatch.fnmatchcase(name, part) and (part[0] == "." or name[0] != ".")
         ]
     return found
-
-
-def _has_known_suffix(path: str) -> bool:
-    return path_of(path).lower().endswith(SUFFIXES)
 
 
 def _shown(path: str, limit: int = 300) -> str:

@@ -95,8 +95,8 @@ class Manifest:
                     f"`fastllama data join {folder}`"
                 )
             raise ValueError(
-                f"{folder} has no {MANIFEST_FILE}: if `fastllama prepare` was interrupted, "
-                "run the same prepare command again to finish it"
+                f"{folder} has no {MANIFEST_FILE}: if `fastllama prepare` or `fastllama data "
+                "import` was interrupted, run the same command again to finish it"
             )
         try:
             manifest = read_checksummed(path, cls, JOINED_VERSION)

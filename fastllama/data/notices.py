@@ -30,7 +30,8 @@ def notices(
     sequence = ModelConfig().max_seq_len
     for name, split in manifest.splits.items():
         if split.tokens <= sequence:
-            more = "raise --validation-fraction" if name == "validation" else "prepare more text"
+            is_fraction = name == "validation" and validation_fraction
+            more = "raise --validation-fraction" if is_fraction else "prepare more text"
             yield (
                 f"warning: the {name} split has {split.tokens:,} tokens, and a sequence of "
                 f"{sequence:,} needs {sequence + 1:,}: {more}, or train with a smaller "

@@ -66,6 +66,9 @@ class JobRecord:
     max_document_mb: int = MAX_DOCUMENT_MB
     part: Part | None = None
     all_inputs: str | None = None  # of a part: `digest_of` the inputs of all parts
+    # Of `data import`: how its token files are read, and those of the validation split.
+    format: str | None = None
+    validation_inputs: tuple[InputRecord, ...] | None = None
 
     @classmethod
     def load(cls, output: Path) -> "JobRecord | None":

@@ -118,7 +118,7 @@ def swap_tokenizer(data: Path) -> None:
     [
         (truncate, "train-00001.npy is damaged"),
         (widen, "train-00000.npy is damaged: found uint32"),
-        (forget_manifest, "run the same prepare command again"),
+        (forget_manifest, "run the same command again"),
         (swap_tokenizer, "was not prepared with the tokenizer"),
     ],
 )

@@ -64,10 +64,10 @@ def test_version_1_has_no_checksum(folder: Path) -> None:
 def test_missing_folder_or_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere does not exist"):
         Manifest.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="run the same prepare command again"):
+    with pytest.raises(ValueError, match="run the same command again"):
         Manifest.load(tmp_path)
     os.mkfifo(tmp_path / MANIFEST_FILE)
-    with pytest.raises(ValueError, match="run the same prepare command again"):
+    with pytest.raises(ValueError, match="run the same command again"):
         Manifest.load(tmp_path)
 
 

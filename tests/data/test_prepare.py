@@ -276,7 +276,7 @@ def test_interrupted_work_is_kept(
             run(source, output)
     before = files_of(output)
     assert "progress.json" in before
-    with pytest.raises(ValueError, match="run the same prepare command again"):
+    with pytest.raises(ValueError, match="run the same command again"):
         Manifest.load(output)
     with pytest.raises(ValueError, match=r"another job \(shard_tokens differ"):
         run(source, output, shard_tokens=50)

@@ -4,10 +4,10 @@
 
 Each case copies a folder of good files, damages one of them at random, and reads the folder as the
 product does: open and check data, resume a preparation, generate, resume a training, load a recipe,
-read documents, load tokenizers. It may end with the result of the undamaged files, or with an error
-or a notice that names the file. Another result without a notice is allowed only for files that are
-the user's own. Everything else is a fault: a traceback, a hang of over 10 s, over 1 GB of memory, a
-crash of the interpreter, a change outside of the damaged folder.
+read documents and token files, load tokenizers. It may end with the result of the undamaged files,
+or with an error or a notice that names the file. Another result without a notice is allowed only
+for files that are the user's own. Everything else is a fault: a traceback, a hang of over 10 s,
+over 1 GB of memory, a crash of the interpreter, a change outside of the damaged folder.
 
 Prints each fault, and a table at the end. Exits with 1 if there was a fault. The cases of a seed
 are always the same; `--case N` runs one of them.

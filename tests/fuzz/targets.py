@@ -18,9 +18,11 @@ from fastllama.console import Console
 from fastllama.data.dataset import open_dataset
 from fastllama.data.documents import Document, Empty, Malformed, read_documents
 from fastllama.data.encoding import encode_prompt
+from fastllama.data.files import find_files
 from fastllama.data.join import join
 from fastllama.data.parts import Part
 from fastllama.data.prepare import prepare
+from fastllama.data.token_inputs import TOKEN_FILES, open_token_inputs
 from fastllama.data.tokenizer import (
     fingerprint,
     load_tokenizer,
@@ -39,6 +41,7 @@ from fastllama.train import train
 from fastllama_kernels.attention_choice import _read as read_attention_cache
 from tests.data import foreign
 from tests.data.interrupted import SHARD_TOKENS, make_preparation
+from tests.data.token_formats import WRITERS
 from tests.workspace import make_workspace
 
 TEXTS = [f"document {number}: naïve 日本 " + "ab " * number for number in range(12)]
@@ -252,8 +255,6 @@ def _make_zstd(folder: Path) -> None:
 
 
 def _read_inputs(folder: Path, beside: Path) -> object:
-    from fastllama.data.files import find_files
-
     found = find_files([str(folder)])
     print(found.describe_left_out())
     texts = []
@@ -266,6 +267,24 @@ def _read_inputs(folder: Path, beside: Path) -> object:
             case Malformed():
                 print(f"{record.where}: {record.reason}")
     return texts
+
+
+def _make_token_files(folder: Path) -> None:
+    folder.mkdir()
+    documents = [list(range(4, 4 + length)) for length in (3, 70, 0, 41)]
+    for name in ("nanoGPT", "llm.c", "datatrove, 32 bits", "npy of <i8", "Megatron of <i4"):
+        WRITERS[name](folder / name.replace(" ", "-"), documents)
+
+
+def _read_token_files(folder: Path, beside: Path) -> object:
+    """Read each file as `data import` does, which takes files of one format at a time."""
+    found = find_files([str(folder)], TOKEN_FILES).paths
+    results = []
+    for path in (path for path in found if path.suffix in (".bin", ".ds", ".npy")):
+        [file] = open_token_inputs([path], None, 300)
+        for ids, ends in file.read(300):
+            results.append((ids.tolist(), ends if ends is None else ends.tolist()))
+    return results
 
 
 def _make_tokenizers(folder: Path) -> None:
@@ -313,6 +332,7 @@ TARGETS = {
     # Whether a zstd frame has a checksum is up to the program that wrote it.
     "zstd inputs": Target(_make_zstd, _read_inputs, free=("*",), weight=2),
     "parquet inputs": Target(_make_parquet, _read_inputs, may_lack=True, weight=4),
+    "token files": Target(_make_token_files, _read_token_files, free=("*",)),
     "tokenizers": Target(_make_tokenizers, _use_tokenizers, free=("*",), weight=3),
     "attention cache": Target(_make_attention_cache, _read_attention_cache, free=("*",)),
 }
