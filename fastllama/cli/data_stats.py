@@ -1,0 +1,53 @@
+"""`fastllama data stats`."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+from fastllama.cli.command import Command
+from fastllama.cli.parsing import parse
+from fastllama.cli.streams import say
+
+
+@dataclass(frozen=True)
+class DataStatsOptions:
+    """Show the size of each split, its compression, document lengths, and most common tokens."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder written by fastllama prepare or fastllama data import."""
+    plot: Path | None = None
+    """Also draw document lengths and token counts into this .png file."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def run(args: list[str]) -> None:
+    """Read a data folder once, and print its statistics."""
+    options = parse(DataStatsOptions, args, "fastllama data stats")
+    from fastllama.console import Console
+    from fastllama.data.manifest import Manifest
+    from fastllama.data.statistics import count_tokens, report, statistics
+    from fastllama.data.statistics_plot import check_plot, plot_counts
+
+    if options.plot is not None:
+        check_plot(options.plot)
+    manifest = Manifest.load(options.folder)
+    tokenizer = manifest.open_tokenizer(options.folder)
+    counts = count_tokens(options.folder, manifest, Console(stderr=True))
+    found = statistics(manifest, tokenizer, counts)
+    if options.plot is not None:
+        plot_counts(counts, options.plot)
+    if options.json:
+        say(json.dumps({name: asdict(split) for name, split in found.items()}, indent=2))
+        return
+    for name, split in found.items():
+        say(f"{options.folder} {name}")
+        for line in report(split):
+            say(line)
+
+
+COMMAND = Command(
+    run, {"data/NAME": "show sizes, document lengths and common tokens of a data folder"}
+)
