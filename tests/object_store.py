@@ -31,6 +31,12 @@ class ObjectStore(MemoryFileSystem):
         listed = super().ls(path, detail=detail, **options)
         return [self._tagged(entry) for entry in listed] if detail else listed
 
+    def find(self, path: str, **options: Any) -> Any:
+        found = super().find(path, **options)
+        if isinstance(found, dict):
+            return {name: self._tagged(info) for name, info in found.items()}
+        return found
+
     def cat_file(self, path: str, *args: Any, **options: Any) -> bytes:
         self._request("cat", path)
         return super().cat_file(path, *args, **options)

@@ -1,6 +1,7 @@
 """An S3 server on the loopback, whose answers can fail."""
 
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -60,6 +61,8 @@ class Server:
 def s3_server() -> Iterator[Server]:
     """A server that s3fs uses, with credentials."""
     server = Server()
+    # moto keeps the buckets of earlier servers of this process.
+    urllib.request.urlopen(f"{server.url}/moto-api/reset", data=b"").close()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "AWS_ACCESS_KEY_ID": "key",

@@ -1,7 +1,6 @@
 """`fastllama data check`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
@@ -17,19 +16,19 @@ class DataCheckOptions:
     Also finds shards that the manifest does not list, and counts the documents again.
     """
 
-    folder: tyro.conf.Positional[Path]
-    """Folder written by fastllama prepare."""
+    folder: tyro.conf.Positional[str]
+    """Folder written by fastllama prepare, or its URL."""
 
 
 def run(args: list[str]) -> None:
     """Check a data folder and print its number of tokens."""
     options = parse(DataCheckOptions, args, "fastllama data check")
-    from fastllama.data.manifest import Manifest
+    from fastllama.data.dataset import open_folder
 
-    manifest = Manifest.load(options.folder)
-    manifest.check_contents(options.folder)
+    folder, manifest = open_folder(options.folder)
+    manifest.check_contents(folder)
     tokens = sum(split.tokens for split in manifest.splits.values())
-    say(f"{options.folder}: {tokens:,} tokens, every shard matches its checksum")
+    say(f"{folder}: {tokens:,} tokens, every shard matches its checksum")
     if not manifest.is_checksummed:
         say(
             "manifest.json has no checksum, because an older fastllama wrote it: its numbers of "

@@ -128,11 +128,15 @@ class DataConfig:
     """Token shards to train on."""
 
     path: str = ""
-    """Folder written by `fastllama prepare`; several are [[data.sources]] in a recipe."""
+    """Folder written by `fastllama prepare`, or its URL; several are [[data.sources]]."""
     tokenizer: str = ""
     """A tokenizer.json that the data must have been prepared with; empty accepts any."""
     prefetch: int = 4
     """Micro-batches to read ahead."""
+    cache_dir: str = ""
+    """Folder that keeps what is read of data behind URLs; empty takes ~/.cache/fastllama/data."""
+    cache_gb: float = 20.0
+    """Largest size of this folder in GB (10^9 bytes), of all processes that share it."""
     sources: tuple[DataSource, ...] = ()
     """Data folders to mix by weight, instead of `path`."""
     validation: tuple[ValidationSet, ...] = ()

@@ -106,6 +106,7 @@ _POSITIVE = (
     "optimizer.max_lr",
     "optimizer.adam_eps",
     "parallel.timeout_minutes",
+    "data.cache_gb",
 )
 _NOT_NEGATIVE = (
     "optimizer.min_lr",

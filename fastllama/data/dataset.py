@@ -11,10 +11,13 @@ from tokenizers import Tokenizer
 
 from fastllama.config import Config
 from fastllama.data.encoding import encode_prompt
-from fastllama.data.manifest import Manifest
+from fastllama.data.manifest import DataFolder, Manifest
+from fastllama.data.remote_folder import RemoteFolder
 from fastllama.data.stream import TokenStream
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
 from fastllama.data.training_data import TrainingData
+from fastllama.typed_json import DamagedFileError
+from fastllama.urls import is_url
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Source:
     """A data folder to train on."""
 
     name: str
-    folder: Path
+    folder: DataFolder
     manifest: Manifest
     stream: TokenStream
     max_epochs: float
@@ -51,7 +54,7 @@ class Dataset:
     end_token_id: int
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> DataFolder:
         """The first data folder; the tokenizer of all is in it."""
         return self.sources[0].folder
 
@@ -120,8 +123,28 @@ def open_dataset(config: Config) -> Dataset:
     return Dataset(tuple(sources), train, held_out, tokenizer, end_token_id)
 
 
-def _open_folder(value: str) -> tuple[Path, Manifest]:
-    folder = Path(os.path.expanduser(value))
+def open_folder(
+    value: str, cache_dir: str = "", cache_gb: float = 0.0
+) -> tuple[DataFolder, Manifest]:
+    """The data folder at a path or URL, and its manifest.
+
+    The options are those of `DataConfig`; without `cache_gb`, what is read behind a URL is not
+    kept.
+
+    Raises:
+        ValueError: the folder is missing, incomplete or damaged, or may not be read.
+        OSError: the network or the disk fails.
+    """
+    if is_url(value) and not value.startswith("file://"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastllama" / "data"
+        remote = RemoteFolder.open(
+            value, Path(cache_dir or cache).expanduser(), int(cache_gb * 10**9)
+        )
+        try:
+            return remote, Manifest.load(remote.local)
+        except DamagedFileError as error:
+            raise DamagedFileError(str(error).replace(str(remote.local), remote.url)) from None
+    folder = Path(os.path.expanduser(value.removeprefix("file://")))
     if value.startswith("~") and not folder.exists():
         raise ValueError(
             f"the data folder {value} is {folder}, in your home folder, and does not exist: make "
@@ -131,7 +154,7 @@ def _open_folder(value: str) -> tuple[Path, Manifest]:
 
 
 def _open_source(config: Config, path: str, name: str = "", max_epochs: float = 0.0) -> Source:
-    folder, manifest = _open_folder(path)
+    folder, manifest = open_folder(path, config.data.cache_dir, config.data.cache_gb)
     if "train" not in manifest.splits:
         raise ValueError(
             f"{folder} has no training split: prepare the data again with a smaller "
@@ -158,7 +181,7 @@ def _open_source(config: Config, path: str, name: str = "", max_epochs: float = 
 
 def _open_validation(
     config: Config, sources: list[Source]
-) -> Sequence[tuple[str, Path, Manifest, str]]:
+) -> Sequence[tuple[str, DataFolder, Manifest, str]]:
     """Name, folder, manifest and split of each validation set.
 
     Raises:
@@ -168,7 +191,7 @@ def _open_validation(
         return [(source.name, source.folder, source.manifest, "validation") for source in sources]
     found = []
     for wanted, name in zip(config.data.validation, config.data.validation_names, strict=True):
-        folder, manifest = _open_folder(wanted.path)
+        folder, manifest = open_folder(wanted.path, config.data.cache_dir, config.data.cache_gb)
         _check_same_tokens(sources[0], folder, manifest)
         split = manifest.splits.get(wanted.split)
         if split is None or split.tokens <= config.model.max_seq_len:
@@ -182,7 +205,7 @@ def _open_validation(
     return found
 
 
-def _check_same_tokens(first: Source, folder: Path, manifest: Manifest) -> None:
+def _check_same_tokens(first: Source, folder: DataFolder, manifest: Manifest) -> None:
     for what, ours, other in (
         ("tokenizer", first.manifest.tokenizer_fingerprint, manifest.tokenizer_fingerprint),
         ("end token", first.manifest.end_token_id, manifest.end_token_id),

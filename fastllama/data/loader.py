@@ -21,6 +21,9 @@ import torch
 from fastllama.data.batch import Batch, fill_batch
 from fastllama.data.training_data import TrainingData
 
+FETCHED_SEQUENCES = 128
+"""Sequences of a rank that are fetched ahead of those in the ring, where data is behind a URL."""
+
 
 class _Slot:
     """Buffers of one micro-batch on the host and the device. On the CPU both are one buffer.
@@ -83,6 +86,7 @@ class BatchLoader:
         self._data, self._seq_len = data, seq_len
         self._first = position * (data.block_len // seq_len) + rank * batch_size
         self._stride = batch_size * world_size
+        self._world_size = world_size
         self._device = device
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
@@ -129,11 +133,18 @@ class BatchLoader:
     def _read_ahead(self) -> None:
         try:
             copy_stream = self._copy_stream
+            is_remote = any(stream.is_remote for stream in self._data.streams)
+            # The last sequence to fetch, counted over all ranks.
+            n_ahead = max(self._stride, self._world_size * FETCHED_SEQUENCES)
             if copy_stream is not None:
                 # A new thread starts on GPU 0 and would create a CUDA context there.
                 torch.cuda.set_device(self._device)
-            first = self._first
+            first = ahead = self._first
             while (slot := self._free.get()) is not None:
+                while is_remote and ahead < first + n_ahead:
+                    wanted = range(ahead, ahead + slot.host.shape[1])
+                    self._data.fetch(self._data.places(wanted, self._seq_len), self._seq_len)
+                    ahead += self._stride
                 if slot.copied is not None:
                     slot.copied.synchronize()
                 numbers = range(first, first + slot.host.shape[1])

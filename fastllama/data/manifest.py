@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,8 +17,9 @@ from tokenizers import Tokenizer
 from fastllama.atomic import naming
 from fastllama.data.checksummed_json import FORMAT_VERSION, read_checksummed, write_checksummed
 from fastllama.data.parts import PART_FOLDER, parts_in
+from fastllama.data.remote_folder import RemoteFolder, RemoteTokenFile
 from fastllama.data.text_loss import TextLoss
-from fastllama.data.token_file import TokenFile
+from fastllama.data.token_file import HEADER_BYTES, TokenFile
 from fastllama.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from fastllama.typed_json import DamagedFileError
 
@@ -35,6 +37,7 @@ FileName = Annotated[
     str, Field(pattern=rf"^([^/\x00]+|{PART_FOLDER}/{SHARD_NAME})$", max_length=255)
 ]
 """A name inside the folder, or a shard in the folder of a part; never another path."""
+DataFolder = Path | RemoteFolder
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Manifest:
         content = [self.dtype, self.tokenizer_fingerprint, streams]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def check_files(self, folder: Path) -> None:
+    def check_files(self, folder: DataFolder) -> None:
         """Check the size and type of every shard in `folder`. Reads only headers.
 
         Raises:
@@ -138,7 +141,7 @@ class Manifest:
         for shard in self._shards():
             self.open_shard(folder, shard)
 
-    def check_contents(self, folder: Path) -> None:
+    def check_contents(self, folder: DataFolder) -> None:
         """Check every file of `folder` against the manifest. Reads everything.
 
         Raises:
@@ -159,7 +162,7 @@ class Manifest:
                     f"{name}, but its shards have {ends} end tokens: prepare the data again"
                 )
 
-    def open_tokenizer(self, folder: Path) -> Tokenizer:
+    def open_tokenizer(self, folder: DataFolder) -> Tokenizer:
         """The tokenizer that `folder` was prepared with.
 
         Raises:
@@ -197,18 +200,16 @@ class Manifest:
         for split in self.splits.values():
             yield from split.shards
 
-    def _check_unlisted(self, folder: Path) -> None:
+    def _check_unlisted(self, folder: DataFolder) -> None:
         listed = {shard.file for shard in self._shards()}
-        for below in ("", *(part.folder for part in parts_in(folder))):
-            for path in sorted((folder / below).iterdir()):
-                name = str(path.relative_to(folder))
-                if re.fullmatch(SHARD_NAME, path.name) and name not in listed:
-                    raise DamagedFileError(
-                        f"{path} is not listed in {MANIFEST_FILE}: move the shard away, or delete "
-                        f"{folder} and prepare the data again"
-                    )
+        for name in _names_in(folder):
+            if re.fullmatch(SHARD_NAME, os.path.basename(name)) and name not in listed:
+                raise DamagedFileError(
+                    f"{folder}/{name} is not listed in {MANIFEST_FILE}: move the shard away, or "
+                    f"delete {folder} and prepare the data again"
+                )
 
-    def _check_shard(self, folder: Path, shard: Shard) -> int:
+    def _check_shard(self, folder: DataFolder, shard: Shard) -> int:
         """Check one shard, and return its number of end tokens."""
         tokens = self.open_shard(folder, shard)
         digest = hashlib.sha256(tokens.header)
@@ -218,23 +219,30 @@ class Manifest:
             digest.update(chunk.data)
             largest = max(largest, int(chunk.max()))
             ends += int(np.count_nonzero(chunk == self.end_token_id))
-        path = folder / shard.file
+        path = tokens.path
         if digest.hexdigest() != shard.sha256:
             raise damaged(path, f"SHA-256 {digest.hexdigest()}", shard.sha256)
         if largest >= self.vocab_size:
             raise damaged(path, f"token id {largest}", f"ids below {self.vocab_size}")
         return ends
 
-    def open_shard(self, folder: Path, shard: Shard) -> TokenFile:
-        """Open a shard, and check its size and type.
+    def open_shard(self, folder: DataFolder, shard: Shard) -> TokenFile | RemoteTokenFile:
+        """Open a shard, and check its size and type. Of a URL, only its size.
 
         Raises:
             ValueError: the shard is missing or has the wrong size, shape or type.
             OSError: the disk fails.
         """
-        path = folder / shard.file
         dtype = np.dtype(self.dtype)
         expected = f"{shard.tokens} {dtype} tokens"
+        if isinstance(folder, RemoteFolder):
+            url, remote = f"{folder}/{shard.file}", folder.files.get(shard.file)
+            if remote is None:
+                raise damaged(url, "no such file", expected)
+            if remote.size != (whole := HEADER_BYTES + shard.tokens * dtype.itemsize):
+                raise damaged(url, f"{remote.size} bytes", f"{whole}")
+            return RemoteTokenFile(remote, dtype, shard.tokens, folder.cache)
+        path = folder / shard.file
         try:
             tokens = TokenFile(path)
         except OSError as error:
@@ -257,9 +265,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damaged(path: Path, found: str, expected: str) -> DamagedFileError:
+def _names_in(folder: DataFolder) -> list[str]:
+    """Files of a data folder and of the parts in it, sorted."""
+    if isinstance(folder, RemoteFolder):
+        return sorted(folder.files)
+    below = ["", *(part.folder for part in parts_in(folder))]
+    return [
+        str(path.relative_to(folder))
+        for each in below
+        for path in sorted((folder / each).iterdir())
+    ]
+
+
+def damaged(path: Path | str, found: str, expected: str) -> DamagedFileError:
     """The error for a file of a data folder that is not as `prepare` wrote it."""
     return DamagedFileError(
         f"{path} is damaged: found {found}, expected {expected}; "
-        f"restore the file, or delete {path.parent} and prepare the data again"
+        f"restore the file, or delete {os.path.dirname(path)} and prepare the data again"
     )

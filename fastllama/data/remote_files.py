@@ -14,7 +14,7 @@ from fastllama.urls import patiently, shown
 
 BLOCK_BYTES = 2**23
 """Bytes of a request. Smaller ones wait longer for answers than for data."""
-REQUESTS = 16
+REQUESTS = 32
 """Requests at a time about the state of files. Each waits for an answer, and computes nothing."""
 _VERSIONS = (
     *("ETag", "etag", "md5Hash", "blob_id"),
@@ -92,14 +92,13 @@ class RemoteFile:
             is_same = RemoteFile.find(self.url) == self
         except FileNotFoundError:
             raise ValueError(
-                f"the input file {shown(self.url)} cannot be read any more (it does not exist): "
-                "put this version back, and run the same command again"
+                f"{shown(self.url)} cannot be read any more (it does not exist): put it back, and "
+                "run the same command again"
             ) from None
         if not is_same:
             raise ValueError(
-                f"the input file {shown(self.url)} was changed while it was read: put the earlier "
-                "version back and run the same command again, or delete the output folder and "
-                "prepare the data again"
+                f"{shown(self.url)} was changed while it was read: put the earlier version back, "
+                "and run the same command again"
             )
 
 
@@ -122,7 +121,8 @@ def _fresh_info(files: AbstractFileSystem, path: str) -> dict[str, Any]:
 
 
 def _version(info: dict[str, Any]) -> str:
-    return next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+    # Some listings leave out the quotation marks of an ETag.
+    return next((str(info[key]).strip('"') for key in _VERSIONS if info.get(key)), "")
 
 
 class _Raw(io.RawIOBase):

@@ -13,8 +13,8 @@ from pydantic import ConfigDict
 from fastllama.atomic import fsync_file, fsync_folder, naming
 from fastllama.data.manifest import Count, Shard, damaged, sha256_of
 from fastllama.data.shard_list import ShardList, open_own, shard_name
+from fastllama.data.token_file import HEADER_BYTES
 
-HEADER_BYTES = 128
 CHECK_CHUNK_BYTES = 2**20
 
 

@@ -1,12 +1,14 @@
 """The shards of one split as a single stream of tokens, cut into sequences."""
 
+from collections.abc import Iterator
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastllama.data.manifest import Manifest, Shard, damaged, sha256_of
+from fastllama.data.manifest import DataFolder, Manifest, Shard, damaged, sha256_of
+from fastllama.data.remote_folder import RemoteFolder, RemoteTokenFile
+from fastllama.data.token_file import TokenFile
 
 MAX_OPEN = 64
 """Shards of a stream that are open at a time. A process may often have 1024 files open, or 256."""
@@ -19,7 +21,7 @@ class TokenStream:
     may cross shards. Threads and forked processes may read at the same time.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
+    def __init__(self, folder: DataFolder, manifest: Manifest, split: str) -> None:
         """Open each shard of `split` once, and check its size and type.
 
         Raises:
@@ -31,6 +33,8 @@ class TokenStream:
         self._stamps = {shard.file: self._open(shard).stamp for shard in self._shards}
         self._starts = np.cumsum([0] + [shard.tokens for shard in self._shards])
         self._vocab_size = manifest.vocab_size
+        self.is_remote = isinstance(folder, RemoteFolder)
+        """Whether `fetch` makes reading faster."""
         self.n_tokens = int(self._starts[-1])
 
     def n_sequences(self, seq_len: int) -> int:
@@ -44,19 +48,29 @@ class TokenStream:
             ValueError: a token id is outside of the vocabulary, or a shard was replaced.
             OSError: a shard can no longer be read.
         """
+        pieces = [self._read_shard(*span) for span in self._spans(index, seq_len)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def fetch(self, index: int, seq_len: int) -> None:
+        """Start to fetch what `read` with these arguments will need, if it is behind a URL."""
+        for shard, first, n in self._spans(index, seq_len):
+            file = self._open(shard)
+            if isinstance(file, RemoteTokenFile):
+                file.fetch(first, n)
+
+    def _spans(self, index: int, seq_len: int) -> Iterator[tuple[Shard, int, int]]:
+        """The shards of a sequence: the first token in each, and their number."""
         position, end = index * seq_len, index * seq_len + seq_len + 1
         shard = int(np.searchsorted(self._starts, position, side="right")) - 1
-        pieces = []
         while position < end:
             stop = min(end, int(self._starts[shard + 1]))
-            first = position - int(self._starts[shard])
-            pieces.append(self._read_shard(self._shards[shard], first, stop - position))
+            yield self._shards[shard], position - int(self._starts[shard]), stop - position
             position, shard = stop, shard + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _read_shard(self, shard: Shard, first: int, n: int) -> NDArray[np.integer]:
         file = self._open(shard)
-        if file.stamp != self._stamps[shard.file]:
+        # Of a URL, a file stays as it was found.
+        if isinstance(file, TokenFile) and file.stamp != self._stamps[shard.file]:
             # A copy or `touch` also changes the time, and is no reason to end a run.
             if (found := sha256_of(file.path)) != shard.sha256:
                 raise damaged(file.path, f"SHA-256 {found}", shard.sha256)

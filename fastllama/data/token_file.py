@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from fastllama.atomic import naming
 
+HEADER_BYTES = 128
+"""Bytes before the tokens in the shards that `fastllama prepare` writes."""
 MAX_HEADER_BYTES = 4096
 # NumPy's own parser evaluates the header as Python, and fails in many ways on a damaged one.
 HEADER = re.compile(

@@ -95,6 +95,11 @@ class TrainingData:
         for place in places:
             yield self.streams[place.source].read(place.sequence, seq_len)
 
+    def fetch(self, places: Sequence[Place], seq_len: int) -> None:
+        """Start to fetch the tokens at `places` that are behind URLs."""
+        for place in places:
+            self.streams[place.source].fetch(place.sequence, seq_len)
+
     def _locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source, and block of its stream, at each of the `positions`."""
         sources, blocks = np.empty_like(positions), np.empty_like(positions)

@@ -14,9 +14,11 @@ import pytest
 import fastllama.data.prepare as module
 from fastllama import urls
 from fastllama.data import remote_files
+from fastllama.data.dataset import open_folder
 from fastllama.data.documents import Document, read_documents
 from fastllama.data.files import find_files
 from fastllama.data.prepare import prepare
+from fastllama.data.stream import TokenStream
 from fastllama.data.tokenizer import save_tokenizer, train_tokenizer
 from tests.cli.refusal import refusal
 from tests.data.test_documents import write_lines, write_rows
@@ -84,7 +86,7 @@ def test_prepare_gives_the_same_shards(corpus: Path) -> None:
     assert inputs[1] == [
         "s3://bucket/corpus/b.jsonl",
         (corpus / "b.jsonl").stat().st_size,
-        f'"{tag}"',
+        tag,
     ]
 
 
@@ -100,6 +102,22 @@ def test_web_servers(corpus: Path, server: Server, monkeypatch: pytest.MonkeyPat
     assert texts(f"{server.url}/b.jsonl?download=true") == TEXTS[150:300]
     with pytest.raises(ValueError, match="its suffix is not"):
         texts(f"{server.url}/folder/")
+
+
+def test_data_folders(corpus: Path, server: Server, tmp_path: Path) -> None:
+    run(corpus, "data", str(corpus))
+    folder = tmp_path / "data"
+    files, _ = urls.file_system("s3://bucket")
+    files.put(f"{folder}/", "bucket/data/", recursive=True)
+    remote, manifest = open_folder("s3://bucket/data/", str(tmp_path / "cache"), 1.0)
+    streams = [TokenStream(each, manifest, "train") for each in (folder, remote)]
+    for index in range(0, streams[0].n_sequences(100), 3):
+        streams[1].fetch(index + 1, 100)
+        assert streams[1].read(index, 100).tolist() == streams[0].read(index, 100).tolist()
+    manifest.check_contents(remote)
+    files.rm_file("bucket/data/train-00001.npy")
+    with pytest.raises(ValueError, match=r"s3://bucket/data/train-00001.npy is damaged: found no"):
+        open_folder("s3://bucket/data")[1].check_files(open_folder("s3://bucket/data")[0])
 
 
 BUSY = ("503 Slow Down", {}, b"<Error><Code>SlowDown</Code><Message>Slow down</Message></Error>")
