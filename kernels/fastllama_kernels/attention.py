@@ -2,8 +2,9 @@
 
 Shapes: q (B, T, H, K); k, v (B, S, G, K), H a multiple of G; out (B, T, H, K). The causal mask is
 aligned to the end: query t sees keys 0 to S - T + t. `cu_seqlens` marks packed documents: a query
-then sees only the keys of its own document. It is (B, n_docs + 1) int32 and holds the position
-where each document of a sequence starts, padded with S.
+then sees only the keys of its own document, and T == S. As in FlashAttention it is flat, (n_docs +
+1,) int32, and counts over all B * T tokens: where each document starts, then B * T, which may be
+repeated to reach a fixed length. Every sequence starts a document.
 Saved for backward: q, k, v, out and the softmax statistics, by PyTorch.
 Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Ainslie et al. 2023 for the groups,
 https://arxiv.org/abs/2305.13245.
@@ -32,12 +33,21 @@ def attention_reference(
     Any device and float dtype. For the arguments see `attention`.
     """
     n_queries, n_keys = q_BTHK.shape[1], k_BSGK.shape[1]
+    if cu_seqlens is not None and n_queries != n_keys:
+        raise ValueError(
+            f"cu_seqlens packs documents of as many queries as keys, not {n_queries} and {n_keys}."
+        )
     group = q_BTHK.shape[2] // k_BSGK.shape[2]
     if group > 1:
         k_BSGK, v_BSGK = (x.repeat_interleave(group, dim=2) for x in (k_BSGK, v_BSGK))
     mask = None
     if cu_seqlens is not None or (causal and n_queries not in (1, n_keys)):
-        mask = _mask(n_queries, n_keys, causal, cu_seqlens, q_BTHK.device)
+        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q_BTHK.device)
+        if causal:
+            mask = mask.tril(diagonal=n_keys - n_queries)
+        if cu_seqlens is not None:
+            starts_BT = document_starts(cu_seqlens, len(q_BTHK) * n_queries).view(-1, n_queries)
+            mask = mask & (starts_BT[:, None, :, None] == starts_BT[:, None, None, :])
     out_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),
@@ -66,11 +76,14 @@ def attention(
         k_BSGK: keys, same dtype; H is a multiple of G.
         v_BSGK: values, same dtype.
         causal: hide later keys; query t then sees keys 0 to S - T + t.
-        cu_seqlens: (B, n_docs + 1) int32, the start of each packed document, padded with S;
-            None means one document per sequence.
+        cu_seqlens: (n_docs + 1,) int32, the start of each packed document among the B * T tokens,
+            padded with B * T; None means one document per sequence.
 
     Returns:
         (B, T, H, K) in the dtype of `q`.
+
+    Raises:
+        ValueError: `cu_seqlens` with T != S.
     """
     if cu_seqlens is None and q_BTHK.shape[1] == k_BSGK.shape[1] > 1:
         return attention_reference(q_BTHK, k_BSGK, v_BSGK, causal=causal)
@@ -107,10 +120,10 @@ def attention_by_matmuls(
     PyTorch's flash kernel for CPUs multiplies small tiles. Whole matmuls over blocks of queries are
     faster, and torch.compile fuses what is between them. A block reads no keys behind its last
     query. The softmax is saved for the backward, 2 B H T^2 bytes at most in bfloat16. Other calls
-    than T == S > 1, causal, without `cu_seqlens`, run as `attention`.
+    than T == S > 1, causal, run as `attention`.
     """
     B, T, H, K = q_BTHK.shape
-    if cu_seqlens is not None or not causal or not k_BSGK.shape[1] == T > 1:
+    if not causal or not k_BSGK.shape[1] == T > 1:
         return attention(q_BTHK, k_BSGK, v_BSGK, causal=causal, cu_seqlens=cu_seqlens)
     group = H // k_BSGK.shape[2]
     if group > 1:
@@ -118,54 +131,30 @@ def attention_by_matmuls(
     q, k, v = (x.transpose(1, 2).reshape(B * H, T, K) for x in (q_BTHK, k_BSGK, v_BSGK))
     wide = accumulation_dtype(q)
     positions = torch.arange(T, device=q.device)
+    first_XT1 = None
+    if cu_seqlens is not None:
+        # First key that a query sees, within its sequence, for each of the X = B * H heads.
+        starts_BT = document_starts(cu_seqlens, B * T).view(B, T)
+        first_XT1 = (starts_BT - starts_BT[:, :1]).repeat_interleave(H, dim=0).unsqueeze(-1)
+        # Mixed dtypes compare more slowly.
+        positions = positions.to(first_XT1.dtype)
     blocks = []
     for start in range(0, T, BLOCK):
         end = min(start + BLOCK, T)
         scores = (q[:, start:end] @ k[:, :end].mT).to(wide) * K**-0.5
         hidden = positions[start:end, None] < positions[:end]
+        if first_XT1 is not None:
+            hidden = hidden | (positions[:end] < first_XT1[:, start:end])
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
         blocks.append(weights @ v[:, :end])
     return torch.cat(blocks, dim=1).view(B, H, T, K).transpose(1, 2)
 
 
-def flatten_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> Tensor:
-    """Concatenate the document boundaries of all sequences, for variable-length kernels.
+def document_starts(cu_seqlens: Tensor, n_tokens: int) -> Tensor:
+    """Return the first token of every token's document, (n_tokens,) in the dtype of `cu_seqlens`.
 
-    The shape is static and no value is read back to the host. Padding, and the boundary between
-    two sequences, therefore remain as documents of length 0.
-
-    Args:
-        cu_seqlens: (B, n_docs + 1) int32, padded with T.
-        n_tokens: T.
-
-    Returns:
-        (B * (n_docs + 1),) int32, from 0 to B * T.
+    Tokens are counted over all sequences, as in `cu_seqlens`. No value is read back to the host.
     """
-    offsets_B = torch.arange(
-        0,
-        len(cu_seqlens) * n_tokens,
-        n_tokens,
-        dtype=cu_seqlens.dtype,
-        device=cu_seqlens.device,
-    )
-    return (cu_seqlens + offsets_B[:, None]).flatten()
-
-
-def _mask(
-    n_queries: int,
-    n_keys: int,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    device: torch.device,
-) -> Tensor:
-    """True where a query sees a key; (T, S), or (B, 1, T, S) with `cu_seqlens`."""
-    mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-    if causal:
-        mask = mask.tril(diagonal=n_keys - n_queries)
-    if cu_seqlens is None:
-        return mask
-    positions = torch.arange(n_keys, dtype=cu_seqlens.dtype, device=device)
-    positions = positions.expand(len(cu_seqlens), n_keys).contiguous()
-    document_BS = torch.searchsorted(cu_seqlens.contiguous(), positions, right=True)
-    document_BT = document_BS[:, n_keys - n_queries :]
-    return mask & (document_BT[:, None, :, None] == document_BS[:, None, None, :])
+    tokens = torch.arange(n_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    # Of documents of length 0, which start at the same token, the last is found.
+    return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1]

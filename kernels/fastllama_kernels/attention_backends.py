@@ -5,9 +5,9 @@
 | flash-attn-3 | PyTorch SDPA over FlashAttention 3       | varlen_attn over the same     |
 | flash-attn-4 | PyTorch SDPA over FlashAttention 4, CuTe | varlen_attn over the same     |
 | flash-attn-2 | flash_attn_func                          | flash_attn_varlen_func        |
-| cudnn        | PyTorch SDPA, cuDNN                      | as flash                      |
+| cudnn        | PyTorch SDPA, cuDNN                      | as flash; never chosen        |
 | flash        | PyTorch SDPA, its own FlashAttention 2   | varlen_attn over the same     |
-| matmul       | attention_by_matmuls, on a CPU           | as reference                  |
+| matmul       | attention_by_matmuls, on a CPU           | the same, with a mask         |
 | reference    | attention                                | attention, with a mask        |
 
 SDPA is pinned to one kernel: an unsupported shape raises an error and never runs on a slower
@@ -44,7 +44,6 @@ from fastllama_kernels.attention import (
     attention,
     attention_by_matmuls,
     attention_without_cudnn,
-    flatten_cu_seqlens,
 )
 
 Attention = Callable[..., Tensor]
@@ -69,6 +68,8 @@ class AttentionShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    n_documents: int | None = None
+    """Documents that `cu_seqlens` has room for; None if documents are not kept apart."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def fused_attention(dense: Dense, packed: Packed) -> Attention:
 
     Args:
         dense: maps (q (B, T, H, K), k, v (B, T, G, K), causal) to (B, T, H, K).
-        packed: maps (q (N, H, K), k, v (N, G, K), flat cu_seqlens, T, causal) to (N, H, K).
+        packed: maps (q (N, H, K), k, v (N, G, K), cu_seqlens, T, causal) to (N, H, K).
     """
 
     def fused(
@@ -112,8 +113,7 @@ def fused_attention(dense: Dense, packed: Packed) -> Attention:
             out_BTHK = dense(q_BTHK, k_BSGK, v_BSGK, causal)
         else:
             q_NHK, k_NGK, v_NGK = (x.flatten(0, 1) for x in (q_BTHK, k_BSGK, v_BSGK))
-            flat_cu_seqlens = flatten_cu_seqlens(cu_seqlens, n_queries)
-            out_NHK = packed(q_NHK, k_NGK, v_NGK, flat_cu_seqlens, n_queries, causal)
+            out_NHK = packed(q_NHK, k_NGK, v_NGK, cu_seqlens, n_queries, causal)
             out_BTHK = out_NHK.unflatten(0, (batch_size, n_queries))
         out: Tensor = _ContiguousGradient.apply(out_BTHK)
         return out
@@ -155,7 +155,7 @@ def pinned_sdpa(kernel: SDPBackend) -> Attention:
         q_NHK: Tensor,
         k_NGK: Tensor,
         v_NGK: Tensor,
-        flat_cu_seqlens: Tensor,
+        cu_seqlens: Tensor,
         max_seqlen: int,
         causal: bool,
     ) -> Tensor:
@@ -166,8 +166,8 @@ def pinned_sdpa(kernel: SDPBackend) -> Attention:
                 q_NHK,
                 k_NGK,
                 v_NGK,
-                flat_cu_seqlens,
-                flat_cu_seqlens,
+                cu_seqlens,
+                cu_seqlens,
                 max_seqlen,
                 max_seqlen,
                 window_size=window,
@@ -214,7 +214,7 @@ def _load_flash_attn_2() -> Attention:
         q_NHK: Tensor,
         k_NGK: Tensor,
         v_NGK: Tensor,
-        flat_cu_seqlens: Tensor,
+        cu_seqlens: Tensor,
         max_seqlen: int,
         causal: bool,
     ) -> Tensor:
@@ -222,8 +222,8 @@ def _load_flash_attn_2() -> Attention:
             q_NHK,
             k_NGK,
             v_NGK,
-            flat_cu_seqlens,
-            flat_cu_seqlens,
+            cu_seqlens,
+            cu_seqlens,
             max_seqlen,
             max_seqlen,
             causal=causal,
@@ -323,6 +323,25 @@ def _pytorch_unsupported_reason(
     return f"PyTorch refuses it ({reasons or 'without a reason'})"
 
 
+def _cudnn_unsupported_reason(shape: AttentionShape) -> str | None:
+    if shape.n_documents is not None:
+        return "it does not keep packed documents apart"
+    return _sdpa_unsupported_reason(shape, max_head_dim=128, can_use=can_use_cudnn_attention)
+
+
+def _flash_attn_4_unsupported_reason(shape: AttentionShape) -> str | None:
+    return _package_unsupported_reason(
+        shape,
+        majors=range(9, 11),
+        # With wider heads a document of length 0 ends the process, in release 4.0.0b13
+        # (https://github.com/Dao-AILab/flash-attention/issues/2562).
+        max_head_dim=256 if shape.n_documents is None else 128,
+        module="flash_attn.cute.interface",
+        attribute="_flash_attn_fwd",
+        remedy="pip install flash-attn-4",
+    )
+
+
 BACKENDS = (
     Backend(
         "flash-attn-3",
@@ -338,14 +357,7 @@ BACKENDS = (
     ),
     Backend(
         "flash-attn-4",
-        partial(
-            _package_unsupported_reason,
-            majors=range(9, 11),
-            max_head_dim=256,
-            module="flash_attn.cute.interface",
-            attribute="_flash_attn_fwd",
-            remedy="pip install flash-attn-4",
-        ),
+        _flash_attn_4_unsupported_reason,
         partial(_load_sdpa, SDPBackend.FLASH_ATTENTION, flash="FA4"),
     ),
     Backend(
@@ -362,7 +374,7 @@ BACKENDS = (
     ),
     Backend(
         "cudnn",
-        partial(_sdpa_unsupported_reason, max_head_dim=128, can_use=can_use_cudnn_attention),
+        _cudnn_unsupported_reason,
         partial(_load_sdpa, SDPBackend.CUDNN_ATTENTION),
     ),
     Backend(

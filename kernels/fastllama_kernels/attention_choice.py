@@ -31,6 +31,7 @@ __all__ = ["AttentionChoice", "AttentionShape", "attention_operator", "choose_at
 
 WARM_UPS, MEASUREMENTS = 3, 11
 CHECKED_TOKENS = 256
+CHECKED_DOCUMENTS = 20
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
 
 
@@ -184,7 +185,11 @@ def _key(shape: AttentionShape, candidates: Sequence[Backend]) -> str:
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability(shape.device)
         device = f"{torch.cuda.get_device_name(shape.device)} sm_{major}{minor}"
-    sizes = {name: str(size) for name, size in vars(shape).items() if name != "device"}
+    sizes = {
+        name: str(size)
+        for name, size in vars(shape).items()
+        if name != "device" and size is not None
+    }
     parts = [device, f"torch {torch.__version__}", f"cudnn {torch.backends.cudnn.version()}"]
     parts += [f"{package} {_version(package)}" for package in PACKAGES]
     parts += ["of " + " ".join(backend.name for backend in candidates)]
@@ -246,11 +251,17 @@ def _measure(
 
 def _accuracy_failure(operator: Attention, shape: AttentionShape) -> str | None:
     """Compare one short sequence with float32; describe the first gross error, if any."""
-    small = replace(shape, batch_size=1, seq_len=min(shape.seq_len, CHECKED_TOKENS))
+    small = replace(
+        shape,
+        batch_size=1,
+        seq_len=min(shape.seq_len, CHECKED_TOKENS),
+        n_documents=None if shape.n_documents is None else CHECKED_DOCUMENTS,
+    )
     *inputs, upstream = _random_inputs(small)
     exact = [x.detach().float().requires_grad_() for x in inputs]
-    results = _forward_backward(operator, inputs, upstream)
-    truths = _forward_backward(attention_reference, exact, upstream.float())
+    options = _options(small)
+    results = _forward_backward(operator, inputs, upstream, options)
+    truths = _forward_backward(attention_reference, exact, upstream.float(), options)
     # Rounding costs a few eps; a wrong mask, scale or head costs as much as the value.
     tolerance = 16 * torch.finfo(shape.dtype).eps
     names = ("output", "gradient of q", "gradient of k", "gradient of v")
@@ -268,9 +279,10 @@ def _determinism_failure(operator: Attention, shape: AttentionShape) -> str | No
     if not torch.are_deterministic_algorithms_enabled():
         return None
     *inputs, upstream = _random_inputs(shape)
-    first = _forward_backward(operator, inputs, upstream)
+    options = _options(shape)
+    first = _forward_backward(operator, inputs, upstream, options)
     for _ in range(WARM_UPS):
-        again = _forward_backward(operator, inputs, upstream)
+        again = _forward_backward(operator, inputs, upstream, options)
         if not all(torch.equal(x, y) for x, y in zip(first, again, strict=True)):
             return "its results differ from run to run"
     return None
@@ -289,19 +301,38 @@ def _random_inputs(shape: AttentionShape) -> list[Tensor]:
     return [*(x.detach().requires_grad_() for x in qkv), randn(shape.n_heads)]
 
 
+def _options(shape: AttentionShape) -> dict[str, Tensor]:
+    """Return the keyword arguments of a call: `cu_seqlens`, if documents are kept apart.
+
+    A quarter of the documents are of equal length, and the rest of length 0, as in training.
+    """
+    if shape.n_documents is None:
+        return {}
+    n_tokens = shape.batch_size * shape.seq_len
+    per_sequence = max(1, shape.n_documents // 4 // shape.batch_size)
+    starts = [
+        sequence * shape.seq_len + document * shape.seq_len // per_sequence
+        for sequence in range(shape.batch_size)
+        for document in range(per_sequence)
+    ]
+    starts += [n_tokens] * (shape.n_documents + 1 - len(starts))
+    return {"cu_seqlens": torch.tensor(starts, dtype=torch.int32, device=shape.device)}
+
+
 def _forward_backward(
-    operator: Attention, inputs: Sequence[Tensor], upstream: Tensor
+    operator: Attention, inputs: Sequence[Tensor], upstream: Tensor, options: dict[str, Tensor]
 ) -> list[Tensor]:
-    out = operator(*inputs)
+    out = operator(*inputs, **options)
     return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
 
 
 def _seconds(operator: Attention, shape: AttentionShape) -> float:
     """Median seconds of a forward and backward."""
     *inputs, upstream = _random_inputs(shape)
+    options = _options(shape)
 
     def run() -> None:
-        _forward_backward(operator, inputs, upstream)
+        _forward_backward(operator, inputs, upstream, options)
 
     for _ in range(WARM_UPS):
         run()

@@ -10,13 +10,14 @@ from fastllama_kernels.attention import (
     attention,
     attention_by_matmuls,
     attention_reference,
-    flatten_cu_seqlens,
+    document_starts,
 )
+from fastllama_kernels.attention_backends import Attention
 from tests.compare import DEVICE, DTYPES, assert_operator_as_exact_as, randn
 
 B, K = 2, 8
-# Two ways to pack 9 tokens; the second sequence has fewer documents, so 9 pads it.
-CU_SEQLENS = torch.tensor([[0, 2, 3, 9], [0, 5, 9, 9]], dtype=torch.int32, device=DEVICE)
+# Two ways to pack 9 tokens, 3 documents and 2, an empty one in the middle, and padding.
+CU_SEQLENS = torch.tensor([0, 2, 3, 3, 9, 14, 18, 18], dtype=torch.int32, device=DEVICE)
 
 
 def query_by_query(
@@ -31,7 +32,7 @@ def query_by_query(
             position = n_keys - n_queries + t
             visible = range(position + 1 if causal else n_keys)
             if cu_seqlens is not None:
-                bounds = cu_seqlens[b].tolist()
+                bounds = (cu_seqlens - b * n_keys).tolist()
                 begin = max(x for x in bounds if x <= position)
                 end = min(x for x in bounds if x > position)
                 visible = range(begin, min(end, visible.stop))
@@ -66,18 +67,34 @@ def test_reference_matches_softmax_over_visible_keys(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("n_queries", [9, 4, 1])
+@pytest.mark.parametrize("operator", [attention_reference, attention_by_matmuls])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_documents(dtype: torch.dtype, n_queries: int, causal: bool) -> None:
+def test_packed_documents(
+    dtype: torch.dtype, operator: Attention, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def slow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return query_by_query(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS)
 
+    # Documents begin inside of blocks of queries and go on in the next.
+    monkeypatch.setattr(sys.modules["fastllama_kernels.attention"], "BLOCK", 4)
     assert_operator_as_exact_as(
-        lambda q, k, v: attention_reference(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS),
+        lambda q, k, v: operator(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS),
         slow,
         slow,
-        qkv(n_queries, 9, (4, 2), dtype),
+        qkv(9, 9, (4, 2), dtype),
     )
+
+
+def test_documents_of_one_token_see_themselves() -> None:
+    q, k, v = qkv(1, 1, (2, 2), torch.float32)
+    cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=DEVICE)
+    assert torch.equal(attention(q, k, v, cu_seqlens=cu_seqlens), v)
+
+
+@pytest.mark.parametrize("n_queries", [1, 4])
+def test_packed_documents_are_not_decoded(n_queries: int) -> None:
+    with pytest.raises(ValueError, match=f"as many queries as keys, not {n_queries} and 9"):
+        attention(*qkv(n_queries, 9, (4, 2), torch.float32), cu_seqlens=CU_SEQLENS)
 
 
 @pytest.mark.parametrize("n_tokens", [2, 4, 11])
@@ -101,7 +118,7 @@ def test_matmuls_match_reference(
 
 @pytest.mark.parametrize(
     ("n_queries", "options"),
-    [(1, {}), (4, {}), (9, {"causal": False}), (9, {"cu_seqlens": CU_SEQLENS})],
+    [(1, {}), (4, {}), (9, {"causal": False}), (9, {"causal": False, "cu_seqlens": CU_SEQLENS})],
 )
 def test_matmuls_leave_other_calls_to_attention(n_queries: int, options: dict[str, Any]) -> None:
     inputs = qkv(n_queries, 9, (4, 2), torch.float32)
@@ -114,11 +131,12 @@ def test_single_token_sees_itself() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_tokens_see_no_other_document(causal: bool) -> None:
+@pytest.mark.parametrize("operator", [attention_reference, attention_by_matmuls])
+def test_tokens_see_no_other_document(operator: Attention, causal: bool) -> None:
     q, k, v = qkv(9, 9, (4, 2), torch.float32)
-    before = attention_reference(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS)
+    before = operator(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS)
     k[:, 2], v[:, 2] = 100.0, 100.0
-    changed = attention_reference(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS) != before
+    changed = operator(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS) != before
     positions = changed.any(dim=(2, 3))
     # Token 2 is a whole document in the first sequence; in the second its document is 0 to 4.
     assert positions[0].nonzero().flatten().tolist() == [2]
@@ -140,12 +158,7 @@ def test_gradcheck() -> None:
     )
 
 
-def test_flatten_cu_seqlens_keeps_padding_as_empty_documents() -> None:
-    flat = flatten_cu_seqlens(CU_SEQLENS, 9)
-    assert flat.dtype == torch.int32
-    assert flat.tolist() == [0, 2, 3, 9, 9, 14, 18, 18]
-
-
-def test_flatten_cu_seqlens_of_one_document_per_sequence() -> None:
-    cu_seqlens = torch.tensor([[0, 4], [0, 4], [0, 4]], dtype=torch.int32)
-    assert flatten_cu_seqlens(cu_seqlens, 4).tolist() == [0, 4, 4, 8, 8, 12]
+def test_document_starts() -> None:
+    starts = document_starts(CU_SEQLENS, 18)
+    assert starts.dtype == torch.int32
+    assert starts.tolist() == [0] * 2 + [2] + [3] * 6 + [9] * 5 + [14] * 4

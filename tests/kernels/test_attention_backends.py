@@ -36,8 +36,8 @@ from tests.kernels.gpu import host_wait_is_an_error
 
 B, K = 2, 16
 HEADS = [(4, 4), (4, 2), (3, 1)]
-# Documents of length 0 at the start, in the middle and as padding.
-CU_SEQLENS = torch.tensor([[0, 0, 2, 2, 9, 9], [0, 5, 6, 9, 9, 9]], dtype=torch.int32)
+# Two sequences of 9 tokens, with documents of length 0 at the start, in the middle and as padding.
+CU_SEQLENS = torch.tensor([0, 0, 2, 2, 9, 14, 15, 18, 18], dtype=torch.int32)
 SHAPE = AttentionShape(
     batch_size=2,
     seq_len=128,
@@ -199,10 +199,9 @@ def test_flash_attn_2_gets_the_deterministic_mode(
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("n_queries", [9, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_documents(
-    operator: Attention, dtype: torch.dtype, n_queries: int, heads: tuple[int, int], causal: bool
+    operator: Attention, dtype: torch.dtype, heads: tuple[int, int], causal: bool
 ) -> None:
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention_reference(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS)
@@ -211,7 +210,7 @@ def test_packed_documents(
         lambda q, k, v: operator(q, k, v, causal=causal, cu_seqlens=CU_SEQLENS),
         reference,
         reference,
-        qkv(n_queries, 9, heads, dtype),
+        qkv(9, 9, heads, dtype),
     )
 
 
@@ -255,8 +254,10 @@ def fail_if_called(*arguments: Any) -> Tensor:
     raise AssertionError("a kernel was called")
 
 
-@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS])
-@pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 9), (4, 9), (1, 1)])
+@pytest.mark.parametrize(
+    ("n_queries", "n_keys", "cu_seqlens"),
+    [(1, 9, None), (4, 9, None), (1, 1, None), (1, 1, torch.tensor([0, 1, 2]))],
+)
 def test_decoding_runs_on_the_reference(
     n_queries: int, n_keys: int, cu_seqlens: Tensor | None
 ) -> None:
@@ -342,8 +343,9 @@ def test_training_runs_on_the_pinned_kernel_without_a_mask(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS])
-@pytest.mark.parametrize("n_queries", [1, 4, 9])
+@pytest.mark.parametrize(
+    ("n_queries", "cu_seqlens"), [(1, None), (4, None), (9, None), (9, CU_SEQLENS)]
+)
 @pytest.mark.parametrize("pinned", [True, False])
 def test_cudnn_gets_no_mask(
     pinned: bool,
@@ -423,12 +425,11 @@ def test_compiles_in_one_graph(operator: Attention, n_queries: int, n_keys: int)
     assert_compiles(operator, qkv(n_queries, n_keys))
 
 
-@pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS])
-@pytest.mark.parametrize(("n_queries", "n_keys"), [(9, 9), (1, 9), (4, 9)])
-def test_attention_compiles_in_one_graph(
-    n_queries: int, n_keys: int, cu_seqlens: Tensor | None
-) -> None:
-    assert_compiles(attention, qkv(n_queries, n_keys), cu_seqlens=cu_seqlens)
+@pytest.mark.parametrize(
+    ("n_queries", "cu_seqlens"), [(9, None), (1, None), (4, None), (9, CU_SEQLENS)]
+)
+def test_attention_compiles_in_one_graph(n_queries: int, cu_seqlens: Tensor | None) -> None:
+    assert_compiles(attention, qkv(n_queries, 9), cu_seqlens=cu_seqlens)
 
 
 @TRACES_FUNCTIONS
@@ -563,6 +564,14 @@ def test_cudnn_does_not_support_head_dim_256() -> None:
     able = [x.name for x in FUSED if x.unsupported_reason(replace(SHAPE, head_dim=256)) is None]
     assert able == ["flash-attn-3", "flash-attn-4", "flash-attn-2", "flash"]
     assert NAMED["cudnn"].unsupported_reason(replace(SHAPE, head_dim=128)) is None
+
+
+@pytest.mark.usefixtures("hopper_with_everything")
+@pytest.mark.parametrize(("width", "unable"), [(128, {"cudnn"}), (192, {"cudnn", "flash-attn-4"})])
+def test_backends_that_do_not_keep_documents_apart(width: int, unable: set[str]) -> None:
+    packed = replace(SHAPE, head_dim=width, n_documents=16)
+    refused = {x.name for x in FUSED if x.unsupported_reason(packed) is not None}
+    assert refused == unable
 
 
 @pytest.mark.usefixtures("hopper_with_everything")
@@ -746,12 +755,12 @@ class TestOnGpu:
 
     @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
-    @pytest.mark.parametrize("ends", [[0, 0, 2, 2, 200, 200], [0, 1, 128, 129, 200, 200]])
+    @pytest.mark.parametrize("starts", [[0, 0, 2, 2, 200], [0, 1, 128, 129, 200]])
     def test_packed_documents(
-        self, backend: Backend, ends: list[int], heads: tuple[int, int], causal: bool
+        self, backend: Backend, starts: list[int], heads: tuple[int, int], causal: bool
     ) -> None:
         operator = load_or_skip(backend, seq_len=200)
-        cu_seqlens = torch.tensor([ends, [0, 200, 200, 200, 200, 200]], dtype=torch.int32)
+        cu_seqlens = torch.tensor([*starts, *[400] * 20], dtype=torch.int32)
         inputs = qkv(200, 200, heads, torch.bfloat16, "cuda", 64)
         assert_exact_on_gpu(
             operator, attention, inputs, causal=causal, cu_seqlens=cu_seqlens.cuda()
@@ -788,7 +797,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("packed", [False, True])
     def test_compiles_in_one_graph(self, backend: Backend, packed: bool) -> None:
         operator = load_or_skip(backend)
-        cu_seqlens = torch.tensor([[0, 5, 128], [0, 128, 128]], dtype=torch.int32, device="cuda")
+        cu_seqlens = torch.tensor([0, 5, 128, 256, 256], dtype=torch.int32, device="cuda")
         inputs = qkv(128, 128, (4, 2), torch.bfloat16, "cuda", 64)
         assert_exact_on_gpu(
             compiled(operator, cu_seqlens=cu_seqlens if packed else None),
@@ -799,7 +808,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("packed", [False, True])
     def test_host_never_waits(self, backend: Backend, packed: bool) -> None:
         operator = load_or_skip(backend)
-        cu_seqlens = torch.tensor([[0, 5, 128], [0, 128, 128]], dtype=torch.int32, device="cuda")
+        cu_seqlens = torch.tensor([0, 5, 128, 256, 256], dtype=torch.int32, device="cuda")
         inputs = [x.requires_grad_() for x in qkv(128, 128, (4, 2), torch.bfloat16, "cuda", 64)]
         options = {"cu_seqlens": cu_seqlens} if packed else {}
         torch.autograd.grad(operator(*inputs, **options), inputs, inputs[0].detach())

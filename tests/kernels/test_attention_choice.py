@@ -126,6 +126,10 @@ def wrong_mask(*inputs: Tensor) -> Tensor:
     return correct(*inputs, causal=False)
 
 
+def wrong_packing(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    return correct(q, k, v)
+
+
 def wrong_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return correct(q * 1.5, k, v)
 
@@ -247,10 +251,12 @@ def test_reference_if_all_fail(set_backends: SetBackends, tmp_path: Path) -> Non
     assert choice.reason.endswith("c: it is too old)")
 
 
-@pytest.mark.parametrize("seq_len", [2, 33, 1000])
+@pytest.mark.parametrize(
+    ("seq_len", "n_documents"), [(2, None), (33, None), (33, 4), (1000, None), (1000, 64)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_correct_results_pass(dtype: torch.dtype, seq_len: int) -> None:
-    shape = replace(SHAPE, dtype=dtype, seq_len=seq_len)
+def test_correct_results_pass(dtype: torch.dtype, seq_len: int, n_documents: int | None) -> None:
+    shape = replace(SHAPE, dtype=dtype, seq_len=seq_len, n_documents=n_documents)
     assert attention_choice._accuracy_failure(correct, shape) is None
 
 
@@ -270,6 +276,30 @@ def test_checks_a_short_sequence_and_times_the_full_shape() -> None:
     assert short == ((1, 256, 4, 16), (1, 256, 2, 16), (1, 256, 2, 16), torch.bfloat16)
     assert len(timed) == attention_choice.WARM_UPS + attention_choice.MEASUREMENTS
     assert set(timed) == {((2, 300, 4, 16), (2, 300, 2, 16), (2, 300, 2, 16), torch.bfloat16)}
+
+
+def test_backend_that_mixes_documents_is_skipped(
+    set_backends: SetBackends, set_times: SetTimes, tmp_path: Path
+) -> None:
+    set_backends(fake("mixing", wrong_packing), fake("a"))
+    set_times(0.1, 0.2, 0.2)
+    assert choose_attention(SHAPE, cache_folder=tmp_path).name == "mixing"
+    choice = choose_attention(replace(SHAPE, n_documents=16), cache_folder=tmp_path)
+    assert choice.name == "a"
+    assert "mixing: its output is off by" in choice.reason
+
+
+def test_times_packed_documents_of_fixed_length() -> None:
+    starts = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        starts.append(cu_seqlens.tolist())
+        return correct(q, k, v, cu_seqlens=cu_seqlens)
+
+    attention_choice._seconds(record, replace(SHAPE, seq_len=300, n_documents=16))
+    assert starts[0] == [0, 150, 300, 450, *[600] * 13]
+    attention_choice._seconds(record, replace(SHAPE, n_documents=2))
+    assert starts[-1] == [0, 33, 66]
 
 
 def test_choice_is_cached(
@@ -298,6 +328,7 @@ def test_choice_is_cached(
         {"n_kv_heads": 4},
         {"head_dim": 24},
         {"dtype": torch.float16},
+        {"n_documents": 16},
     ],
 )
 def test_each_shape_is_cached(
