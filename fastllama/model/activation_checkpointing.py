@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
 
 from fastllama.config import Config
 from fastllama.model.kv_cache import KVCache
-from fastllama.model.llama import Block, Llama
+from fastllama.model.llama import Block, Documents, Llama
 
 
 def checkpoint_activations(model: Llama, config: Config) -> None:
@@ -60,10 +60,18 @@ class CheckpointedBlock(Block):
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
         last_only: bool = False,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run both branches, as `Block.forward` does."""
         outputs: tuple[Tensor, Tensor] = checkpoint(
-            super().forward, x_BTD, stream_BTD, rotary, cache, last_only, **self.checkpoint_options
+            super().forward,
+            x_BTD,
+            stream_BTD,
+            rotary,
+            cache,
+            last_only,
+            documents,
+            **self.checkpoint_options,
         )
         return outputs
 

@@ -51,9 +51,11 @@ def random_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> Tensor:
     return torch.randint(config.vocab_size, shape, generator=generator).to(DEVICE)
 
 
-def loss_and_gradients(model: Llama, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def loss_and_gradients(
+    model: Llama, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None
+) -> dict[str, Tensor]:
     """Loss and gradients of a training step, by name; the model has no gradients afterwards."""
-    loss = model(tokens, targets)
+    loss = model(tokens, targets, cu_seqlens=cu_seqlens)
     loss.backward()
     results = {"loss": loss.detach()}
     for name, weight in model.named_parameters():

@@ -5,7 +5,6 @@ import itertools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -138,8 +137,9 @@ def measure(config: Config, world_size: int) -> tuple[dict[str, int], dict[str, 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         mesh = build_mesh("cpu", config.parallel.replicate)
-        attention: Callable[..., Tensor] = FlashAttention.apply
-        operators = dataclasses.replace(TRITON, attention=attention)
+        operators = dataclasses.replace(
+            TRITON, attention=lambda *qkv, cu_seqlens: FlashAttention.apply(*qkv)
+        )
         with META:
             model = Llama(config.model, operators)
         checkpoint_activations(model, config)
