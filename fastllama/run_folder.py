@@ -201,6 +201,7 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
         "training.tokens_per_update": config.training.tokens_per_update,
         "data.fingerprint": dataset.fingerprint(),
         "data.end_token_id": dataset.end_token_id,
+        "data.document_mask": config.data.document_mask,
         **_mixture_identity(config),
     }
 

@@ -16,6 +16,7 @@ from fastllama.checkpoints.state import TrainState
 from fastllama.config import Config
 from fastllama.data.batch import Batch
 from fastllama.data.loader import BatchLoader
+from fastllama.data.packing import Packing
 from fastllama.distributed.determinism import explained_nondeterminism
 from fastllama.distributed.fsdp import set_last_micro_batch, sum_in_matmuls, sums_in_matmuls
 from fastllama.optim.clipping import update
@@ -64,12 +65,14 @@ def sum_gradients(
         for micro_batch in range(n_micro_batches):
             is_last = micro_batch == n_micro_batches - 1
             set_last_micro_batch(state.model, is_last, config.parallel)
-            batch = next_batch()
-            if batch.sources is None:
-                micro_loss = state.model(batch.inputs, batch.targets)
+            inputs, targets, sources, cu_seqlens = next_batch()
+            if sources is None:
+                micro_loss = state.model(inputs, targets, cu_seqlens=cu_seqlens)
             else:
-                micro_loss, losses = state.model(batch.inputs, batch.targets, return_losses=True)
-                of_sources[0].index_add_(0, batch.sources, losses.float().mean(1))
+                micro_loss, losses = state.model(
+                    inputs, targets, return_losses=True, cu_seqlens=cu_seqlens
+                )
+                of_sources[0].index_add_(0, sources, losses.float().mean(1))
             micro_loss = micro_loss / n_micro_batches
             micro_loss.backward()
             loss += micro_loss.detach()
@@ -115,7 +118,7 @@ def train_step(
 
 
 def warm_up_stages(session: Session, state: TrainState) -> None:
-    """Compile what later stages need, on batches of zeros whose gradients are dropped.
+    """Compile what later stages need, on batches of one token whose gradients are dropped.
 
     A stage then begins without a pause, and one that needs too much memory fails at the start.
     """
@@ -125,10 +128,17 @@ def warm_up_stages(session: Session, state: TrainState) -> None:
         if first_step <= state.progress.step + 1:
             continue
         config = session.config.at(first_step)
-        tokens = torch.zeros(
-            config.training.batch_size, config.model.max_seq_len, dtype=torch.int64, device=device
-        )
-        batch = Batch(tokens, tokens, tokens[:, 0] if len(config.data.sources) > 1 else None)
+        shape = config.training.batch_size, config.model.max_seq_len
+        # Any token but the end token, which would begin a document each time.
+        tokens = torch.full(shape, int(session.dataset.end_token_id == 0))
+        sources = cu_seqlens = None
+        if len(config.data.sources) > 1:
+            sources = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        if (packing := Packing.of(config, session.dataset)) is not None:
+            borders = packing.cu_seqlens(torch.stack((tokens, tokens)).numpy())
+            cu_seqlens = torch.from_numpy(borders).to(device)
+        tokens = tokens.to(device)
+        batch = Batch(tokens, tokens, sources, cu_seqlens)
         # The first micro-batch of an update may run other graphs than the last.
         n_micro_batches = min(2, config.accumulation_steps(session.world.size))
         sum_gradients(session, config, state, itertools.repeat(batch).__next__, n_micro_batches)

@@ -203,6 +203,10 @@ def _may_hold(file: Path, wanted: str) -> bool:
         return True
 
 
+# Of checkpoints that are older than an option, and do not name it.
+_BEFORE_THE_OPTION = {"data.document_mask": False}
+
+
 def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
     """Return why an undamaged checkpoint does not belong to a run with `identity`, or None."""
     try:
@@ -212,9 +216,9 @@ def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
     except OSError as error:
         return f"{path / 'progress.json'} cannot be read: {error.strerror}"
     for name, value in identity.items():
-        if saved.get(name) != value:
-            trained = one_line(saved.get(name), 100)
-            return f"{path} was trained with {name} = {trained}, not {value}"
+        trained = saved.get(name, _BEFORE_THE_OPTION.get(name))
+        if trained != value:
+            return f"{path} was trained with {name} = {one_line(trained, 100)}, not {value}"
     return None
 
 

@@ -137,6 +137,9 @@ class DataConfig:
     """Folder that keeps what is read of data behind URLs; empty takes ~/.cache/fastllama/data."""
     cache_gb: float = 20.0
     """Largest size of this folder in GB (10^9 bytes), of all processes that share it."""
+    document_mask: bool = False
+    """Keep the documents of a sequence apart: attention stays inside of a document, and positions
+    restart with each."""
     sources: tuple[DataSource, ...] = ()
     """Data folders to mix by weight, instead of `path`."""
     validation: tuple[ValidationSet, ...] = ()

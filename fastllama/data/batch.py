@@ -20,6 +20,8 @@ class Batch(NamedTuple):
     """The next token of each input (B, T) int64."""
     sources: Tensor | None
     """The number of each sequence's source (B,) int64; None with one source."""
+    cu_seqlens: Tensor | None
+    """(n_documents + 1,) int32, as in `Packing.cu_seqlens`; None if documents may mix."""
 
 
 def fill_batch(sequences: Iterable[NDArray[np.integer]], out: Tensor) -> None:

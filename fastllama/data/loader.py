@@ -19,6 +19,7 @@ from typing import Self
 import torch
 
 from fastllama.data.batch import Batch, fill_batch
+from fastllama.data.packing import Packing
 from fastllama.data.training_data import TrainingData
 
 FETCHED_SEQUENCES = 128
@@ -30,9 +31,17 @@ class _Slot:
 
     `host` and `device` are inputs and targets, (2, B, T) int64. `host_sources` and
     `device_sources` are the number of each sequence's source, (B,) int64; None with one source.
+    With packing there are also (B * T + 1,) int32 for any `cu_seqlens`.
     """
 
-    def __init__(self, batch_size: int, seq_len: int, n_sources: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        seq_len: int,
+        n_sources: int,
+        device: torch.device,
+        packing: Packing | None,
+    ) -> None:
         on_cuda = device.type == "cuda"
         self.host = torch.empty(2, batch_size, seq_len, dtype=torch.int64, pin_memory=on_cuda)
         self.device = torch.empty_like(self.host, device=device) if on_cuda else self.host
@@ -42,6 +51,15 @@ class _Slot:
             self.device_sources = self.host_sources
             if on_cuda:
                 self.device_sources = torch.empty_like(self.host_sources, device=device)
+        self._packing = packing
+        if packing is not None:
+            # For a document of each token. A part of it is used, and copied.
+            size = self.host[0].numel() + 1
+            self._host_borders = torch.empty(size, dtype=torch.int32, pin_memory=on_cuda)
+            self._borders = self._host_borders
+            if on_cuda:
+                self._borders = torch.empty_like(self._host_borders, device=device)
+            self._n_borders = 0
         # The reader waits for it nearly all the time, and should not keep a core busy.
         self.copied = torch.cuda.Event(blocking=True) if on_cuda else None
         self.used = torch.cuda.Event() if on_cuda else None
@@ -50,11 +68,26 @@ class _Slot:
             # The first copy to the buffer has to wait for them.
             self.used.record(torch.cuda.current_stream(device))
 
+    def find_documents(self) -> None:
+        """Write the borders of documents to the host, if there is packing."""
+        if self._packing is not None:
+            cu_seqlens = torch.from_numpy(self._packing.cu_seqlens(self.host.numpy()))
+            self._n_borders = len(cu_seqlens)
+            self._host_borders[: self._n_borders] = cu_seqlens
+
     def copy(self) -> None:
-        """Start copying from the host to the device."""
+        """Start copying from the host to the device, on the current stream."""
         self.device.copy_(self.host, non_blocking=True)
         if self.host_sources is not None and self.device_sources is not None:
             self.device_sources.copy_(self.host_sources, non_blocking=True)
+        if self._packing is not None:
+            borders = self._host_borders[: self._n_borders]
+            self._borders[: self._n_borders].copy_(borders, non_blocking=True)
+
+    def batch(self) -> Batch:
+        """The micro-batch on the device."""
+        cu_seqlens = None if self._packing is None else self._borders[: self._n_borders]
+        return Batch(self.device[0], self.device[1], self.device_sources, cu_seqlens)
 
 
 class BatchLoader:
@@ -76,11 +109,12 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
         depth: int = 4,
+        packing: Packing | None = None,
     ) -> None:
         """Start reading at global `position`, in blocks of `data` since the run began.
 
         `seq_len` divides the length of a block. `depth` is the number of micro-batches in the ring,
-        with the one in use.
+        with the one in use. `packing` keeps documents apart.
         """
         self.wait_seconds = 0.0
         self._data, self._seq_len = data, seq_len
@@ -93,7 +127,7 @@ class BatchLoader:
         self._ready: queue.SimpleQueue[_Slot | Exception] = queue.SimpleQueue()
         self._current: _Slot | None = None
         for _ in range(depth):
-            self._free.put(_Slot(batch_size, seq_len, len(data.streams), device))
+            self._free.put(_Slot(batch_size, seq_len, len(data.streams), device, packing))
         self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
         self._thread.start()
 
@@ -114,7 +148,7 @@ class BatchLoader:
         if slot.copied is not None:
             torch.cuda.current_stream(self._device).wait_event(slot.copied)
         self._current = slot
-        return Batch(slot.device[0], slot.device[1], slot.device_sources)
+        return slot.batch()
 
     def _release(self) -> torch.cuda.Event | None:
         """Return the slot of the previous batch to the ring.
@@ -152,6 +186,7 @@ class BatchLoader:
                 fill_batch(self._data.read(places, self._seq_len), slot.host)
                 if slot.host_sources is not None:
                     slot.host_sources.numpy()[:] = [place.source for place in places]
+                slot.find_documents()
                 if slot.copied is not None and slot.used is not None and copy_stream is not None:
                     with torch.cuda.stream(copy_stream):
                         copy_stream.wait_event(slot.used)

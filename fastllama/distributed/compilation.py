@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from rich.console import Console
+from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
 
@@ -56,6 +57,10 @@ def compile_model(model: Llama, config: Config) -> None:
     # Off by itself: PyTorch does not cache a graph with a torch.autograd.Function, which may do
     # anything. The operators' functions are traced into the graph, and so into its key.
     functorch.autograd_cache_allow_custom_autograd_functions = True
+    if config.data.document_mask:
+        # Of each length of `cu_seqlens`, a block has four graphs: the first block and all others,
+        # in training and in validation. PyTorch's limit of 8 would leave a third length eager.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * 8)
     for module in [model] if config.training.compile_scope == "model" else model.blocks:
         module.compile(dynamic=False)
 

@@ -6,18 +6,25 @@ import torch
 from torch import nn
 
 from fastllama.config import Config
-from fastllama.data.batch import fill_batch
+from fastllama.data.batch import IGNORED, fill_batch
+from fastllama.data.packing import Packing
 from fastllama.data.stream import TokenStream
 from fastllama.distributed.world import World
 from fastllama.errors import SideJobFailedError
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, stream: TokenStream, config: Config, world: World) -> float:
+def validation_loss(
+    model: nn.Module,
+    stream: TokenStream,
+    config: Config,
+    world: World,
+    packing: Packing | None = None,
+) -> float:
     """Mean negative log-likelihood in nats over the first `eval_tokens` of the stream.
 
     Sequences come in the order of the stream. Every rank computes batches of one shape; the targets
-    of rows past the end are ignored.
+    of rows past the end are ignored. `packing` keeps documents apart, as in training.
 
     Raises:
         SideJobFailedError: a rank could not read a batch. Every rank computes all batches and then
@@ -37,9 +44,12 @@ def validation_loss(model: nn.Module, stream: TokenStream, config: Config, world
             fill_batch((stream.read(row, seq_len) for row in rows), batch)
         except (OSError, ValueError) as error:
             failure = f": {error}"
-            batch.zero_()
+            batch[0], batch[1] = 0, IGNORED
         inputs, targets = batch.to(world.device)
-        loss = model(inputs, targets)
+        cu_seqlens = None
+        if packing is not None:
+            cu_seqlens = torch.from_numpy(packing.cu_seqlens(batch.numpy())).to(world.device)
+        loss = model(inputs, targets, cu_seqlens=cu_seqlens)
         sums[0] += loss.double() * (len(rows) * seq_len)
     model.train()
     sums[1] = bool(failure)

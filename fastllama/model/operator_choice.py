@@ -18,8 +18,12 @@ LONGEST_BY_MATMULS = 1024
 """Context up to which attention by matmuls saves little memory beside the rest of a block."""
 
 
-def choose_attention_backend(config: Config, device: torch.device) -> AttentionChoice:
+def choose_attention_backend(
+    config: Config, device: torch.device, n_documents: int | None = None
+) -> AttentionChoice:
     """The attention backend of the run and the reason for it.
+
+    `n_documents` is the room for documents that are kept apart; None if they may mix.
 
     Raises:
         ValueError: `training.attention` names a backend that cannot run here.
@@ -38,6 +42,7 @@ def choose_attention_backend(config: Config, device: torch.device) -> AttentionC
         head_dim=model.head_width,
         dtype=getattr(torch, training.dtype),
         device=device,
+        n_documents=n_documents,
     )
     return choose_attention(shape, training.attention)
 

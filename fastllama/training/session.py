@@ -7,6 +7,7 @@ from rich.console import Console
 
 from fastllama.config import Config
 from fastllama.data.dataset import Dataset
+from fastllama.data.packing import Packing
 from fastllama.distributed.world import World
 from fastllama.run_folder import RunFolder
 
@@ -28,4 +29,9 @@ class Session:
     flight_records: str | None
     """Where NCCL's flight recorder writes, without the rank; None if it is off."""
     identity: dict[str, Any]
-    """The options that all sessions of a run share: model, seed, tokens per update, data."""
+    """The options that all sessions of a run share, as `run_identity` lists them."""
+
+    @property
+    def packing(self) -> Packing | None:
+        """How documents are kept apart; None if they may mix."""
+        return Packing.of(self.config, self.dataset)

@@ -25,6 +25,7 @@ from fastllama.checkpoints.state import TrainProgress, TrainState
 from fastllama.config import Config, validate
 from fastllama.data.dataset import Dataset, open_dataset
 from fastllama.data.loader import BatchLoader
+from fastllama.data.packing import Packing
 from fastllama.distributed.compilation import compile_model, refuse_missing_compiler
 from fastllama.distributed.compute_copies import ComputeCopies
 from fastllama.distributed.determinism import deterministic_algorithms, fix_cublas_workspace
@@ -249,9 +250,10 @@ def choose_operators(session: Session) -> tuple[Operators, str]:
     Raises:
         ValueError: `training.kernels` or `training.attention` cannot run here.
     """
-    world = session.world
+    world, packing = session.world, session.packing
     config = max(session.config.stages, key=lambda stage: stage.model.max_seq_len)
-    attention = world.from_main(lambda: choose_attention_backend(config, world.device))
+    n_documents = None if packing is None else packing.n_documents
+    attention = world.from_main(lambda: choose_attention_backend(config, world.device, n_documents))
     operators = build_operators(config, world.device, attention.name)
     return operators, f"{operators.name}; attention {attention.name}: {attention.reason}"
 
@@ -323,6 +325,7 @@ def open_loader(session: Session, state: TrainState) -> BatchLoader:
         rank=world.rank,
         world_size=world.size,
         depth=config.data.prefetch,
+        packing=Packing.of(config, session.dataset),
     )
 
 
@@ -367,6 +370,9 @@ def describe_run(session: Session, start: Start, kernels: str) -> list[str]:
         f"memory  {session.memory}",
         *describe_stages(config, dataset),
     ]
+    if session.packing is not None:
+        room = session.packing.n_documents
+        lines.append(f"mask    documents are kept apart; room for {room} in a micro-batch")
     if start.weights is not None:
         lines.append(f"weights {start.weights}")
     if on_cuda:

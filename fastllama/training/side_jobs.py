@@ -100,7 +100,9 @@ class SideJobs:
         ):
             results = {}
             for held_out in session.dataset.validation:
-                loss = validation_loss(model, held_out.stream, session.config, session.world)
+                loss = validation_loss(
+                    model, held_out.stream, session.config, session.world, session.packing
+                )
                 results[held_out.name] = loss, bits_per_byte(loss, held_out.bytes_per_token)
             self.monitor.recorder.add_validation(results)
 

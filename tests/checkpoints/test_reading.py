@@ -334,6 +334,20 @@ def edit_identity(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) ->
     write_manifest(checkpoint)
 
 
+def test_run_older_than_document_mask_resumes(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    edit_identity(newest, lambda identity: identity.pop("data.document_mask"))
+    with pytest.raises(SystemExit) as stop:
+        train("--resume", run, "--data.document-mask", "true", *more_updates(12))
+    assert stop.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"{newest} was trained with data.document_mask = False, not True" in message
+    train("--resume", run, *more_updates(12))
+    assert "resuming after update 10 of 12" in capsys.readouterr().out
+
+
 def test_run_older_than_logit_softcap_resumes(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

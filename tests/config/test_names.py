@@ -10,8 +10,8 @@ OPTIONS = """
     model.dropout model.max_seq_len
     model.tied_embeddings model.logit_softcap model.rope_scaling_factor
     model.rope_low_freq_factor model.rope_high_freq_factor model.rope_original_max_seq_len
-    data.path data.tokenizer data.prefetch data.cache_dir data.cache_gb data.sources
-    data.validation data.stages
+    data.path data.tokenizer data.prefetch data.cache_dir data.cache_gb data.document_mask
+    data.sources data.validation data.stages
     optimizer.max_lr optimizer.min_lr optimizer.schedule optimizer.warmup_iterations
     optimizer.decay_fraction optimizer.beta1 optimizer.beta2 optimizer.adam_eps
     optimizer.weight_decay optimizer.grad_clip

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastllama.data.loader import BatchLoader
 from fastllama.data.order import sequence_indices
+from fastllama.data.packing import Packing
 from fastllama.data.stream import TokenStream
 from fastllama.data.training_data import TrainingData
 from tests.data.folder import make_stream
@@ -63,10 +64,35 @@ def test_update_is_independent_of_ranks_and_batch_size(
 def test_targets_are_next_tokens(stream: TokenStream) -> None:
     with open_loader(stream) as loader:
         for _ in range(8):
-            inputs, targets, _ = loader.next()
+            inputs, targets, sources, cu_seqlens = loader.next()
+            assert sources is None
+            assert cu_seqlens is None
             assert (inputs.dtype, inputs.shape) == (torch.int64, (2, T))
             assert torch.equal(targets, inputs + 1)
             assert torch.equal(inputs, inputs[:, :1] + torch.arange(T))
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_borders_of_documents(
+    stream: TokenStream, monkeypatch: pytest.MonkeyPatch, on_cuda: bool
+) -> None:
+    if on_cuda:
+        Cuda(monkeypatch)
+    device = torch.device("cuda" if on_cuda else "cpu")
+    # Token i has id i, so one sequence has an end token.
+    packing = Packing(end_token_id=16, n_documents=2)
+    lengths = set()
+    with open_loader(stream, device=device, packing=packing, depth=2) as loader:
+        for _ in range(8):
+            inputs, targets, _, cu_seqlens = loader.next()
+            assert cu_seqlens is not None
+            expected = packing.cu_seqlens(torch.stack((inputs, targets)).numpy())
+            # Long enough for the reader to fill every free slot.
+            time.sleep(0.01)
+            assert cu_seqlens.tolist() == expected.tolist()
+            lengths.add(len(cu_seqlens))
+    # The batch with three documents has a longer one.
+    assert lengths == {3, 7}
 
 
 def test_start_at_position(stream: TokenStream) -> None:
@@ -78,7 +104,7 @@ def test_start_at_position(stream: TokenStream) -> None:
 def test_batch_in_use_is_not_overwritten(stream: TokenStream, depth: int) -> None:
     with open_loader(stream, depth=depth) as loader:
         for _ in range(6):
-            inputs, targets, _ = loader.next()
+            inputs, targets, *_ = loader.next()
             copies = inputs.clone(), targets.clone()
             # Long enough for the reader to fill every free slot.
             time.sleep(0.02)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig
+from fastllama.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
 from fastllama.distributed import compilation
 from fastllama.distributed.compilation import FIRST_UPDATE_MINUTES, CompileWatch, compile_model
 from fastllama.distributed.world import World, distributed
@@ -46,6 +47,28 @@ def test_compile_scope(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Llama(MODEL, REFERENCE)
     compile_model(model, Config(training=TrainingConfig(compile_scope=scope)))  # type: ignore[arg-type]
     assert compiled == ([model] if scope == "model" else list(model.blocks))
+
+
+# PyTorch warns about its own code.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_length_of_packed_documents_is_compiled(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Llama(MODEL, REFERENCE)
+    model.init_weights(seed=0)
+    for block in model.blocks:
+        monkeypatch.setattr(block, "compile", partial(block.compile, backend="eager"))
+    tokens = torch.arange(16).view(2, 8)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compile_model(model, Config(data=DataConfig(document_mask=masked)))
+        before = counters["stats"]["unique_graphs"]
+        for length in (3, 9, 17):
+            model(tokens, cu_seqlens=torch.tensor([0, 8, *[16] * (length - 2)]))
+        # Of the first block, and of the other.
+        assert counters["stats"]["unique_graphs"] - before == (3 * 2 if masked else 1)
+    torch._dynamo.reset()
 
 
 # PyTorch warns about its own code.

@@ -8,6 +8,7 @@ import torch
 from triton import knobs
 
 from fastllama.config import Config, ModelConfig, TrainingConfig
+from fastllama.model import operator_choice
 from fastllama.model.operator_choice import build_operators, choose_attention_backend
 from fastllama_kernels.attention_backends import BACKENDS
 from tests.runs import losses, train
@@ -50,6 +51,17 @@ def test_attention_on_a_cpu(compiles: bool, max_seq_len: int, expected: str) -> 
         model=ModelConfig(max_seq_len=max_seq_len), training=TrainingConfig(compile=compiles)
     )
     assert choose_attention_backend(config, ON_CPU).name == expected
+
+
+def test_packed_documents_belong_to_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    monkeypatch.setattr(
+        operator_choice, "choose_attention", lambda shape, wanted: shapes.append(shape)
+    )
+    config = Config(training=TrainingConfig(compile=False))
+    for n_documents in (None, 64):
+        choose_attention_backend(config, ON_CPU, n_documents)
+    assert [shape.n_documents for shape in shapes] == [None, 64]
 
 
 def test_attention_option_lists_every_backend() -> None:
