@@ -312,3 +312,12 @@ def test_one_source_trains_like_its_path(workspace: Workspace, tmp_path: Path) -
     train(workspace.recipe, "--run-dir", tmp_path / "path", *options)
     train(tmp_path / "one.toml", "--run-dir", tmp_path / "source", *options)
     assert losses(tmp_path / "path") == losses(tmp_path / "source")
+
+
+def test_stages_with_documents_kept_apart(recipe: Path, tmp_path: Path) -> None:
+    options = ("--data.document-mask", "true", *EVERY_UPDATE)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(recipe, "--run-dir", whole, *options)
+    train("--resume", whole / "checkpoints" / "step-00000003", "--run-dir", resumed)
+    expected = losses(whole)
+    assert losses(resumed) == {step: expected[step] for step in range(4, 11)}
