@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastllama.data.mixture import MAX_PERIOD, Mixture
@@ -13,6 +13,7 @@ numbers = st.floats(1e-3, 1e3)
 several = st.lists(decimals, min_size=1, max_size=8) | st.lists(numbers, min_size=1, max_size=4)
 
 
+@settings(max_examples=60, deadline=None)
 @given(several.filter(any), st.integers(0, 10**15))
 def test_every_prefix_is_within_one_sequence_of_the_weights(
     weights: list[float], start: int

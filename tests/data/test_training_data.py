@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastllama.data.order import sequence_indices
@@ -62,6 +62,7 @@ def runs(draw: st.DrawFn) -> tuple[TrainingData, list[tuple[int, int, int, int]]
     return make_data(n_blocks, weights), sessions
 
 
+@settings(max_examples=60, deadline=None)
 @given(runs())
 def test_every_token_once_in_each_epoch(
     run: tuple[TrainingData, list[tuple[int, int, int, int]]],
@@ -85,6 +86,7 @@ def test_every_token_once_in_each_epoch(
         assert times[whole_epochs] == (stream.n_blocks - rest) * BLOCK
 
 
+@settings(max_examples=60, deadline=None)
 @given(runs(), st.data())
 def test_places_do_not_depend_on_where_reading_starts(
     run: tuple[TrainingData, list[tuple[int, int, int, int]]], draw: st.DataObject
@@ -98,6 +100,7 @@ def test_places_do_not_depend_on_where_reading_starts(
     assert [place for part in parts for place in part] == whole
 
 
+@settings(max_examples=60, deadline=None)
 @given(runs())
 def test_stages_are_within_one_block_of_their_weights(
     run: tuple[TrainingData, list[tuple[int, int, int, int]]],
