@@ -325,7 +325,7 @@ def _pytorch_unsupported_reason(
 
 def _cudnn_unsupported_reason(shape: AttentionShape) -> str | None:
     if shape.n_documents is not None:
-        return "it does not keep packed documents apart"
+        return "it has no kernel for packed documents"
     return _sdpa_unsupported_reason(shape, max_head_dim=128, can_use=can_use_cudnn_attention)
 
 

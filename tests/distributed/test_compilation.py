@@ -65,8 +65,9 @@ def test_any_length_of_packed_documents_is_compiled(
         compile_model(model, Config(data=DataConfig(document_mask=masked)))
         before = counters["stats"]["unique_graphs"]
         for length in (3, 9, 17):
-            model(tokens, cu_seqlens=torch.tensor([0, 8, *[16] * (length - 2)]))
-        # Of the first block, and of the other.
+            for second in (3, 8):
+                model(tokens, cu_seqlens=torch.tensor([0, second, 8, *[16] * (length - 2)]))
+        # Of the first block and of the other; other documents of one length share them.
         assert counters["stats"]["unique_graphs"] - before == (3 * 2 if masked else 1)
     torch._dynamo.reset()
 

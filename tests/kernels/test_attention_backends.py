@@ -568,7 +568,7 @@ def test_cudnn_does_not_support_head_dim_256() -> None:
 
 @pytest.mark.usefixtures("hopper_with_everything")
 @pytest.mark.parametrize(("width", "unable"), [(128, {"cudnn"}), (192, {"cudnn", "flash-attn-4"})])
-def test_backends_that_do_not_keep_documents_apart(width: int, unable: set[str]) -> None:
+def test_backends_without_packed_documents(width: int, unable: set[str]) -> None:
     packed = replace(SHAPE, head_dim=width, n_documents=16)
     refused = {x.name for x in FUSED if x.unsupported_reason(packed) is not None}
     assert refused == unable

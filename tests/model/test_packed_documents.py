@@ -24,7 +24,6 @@ from tests.kernels.small_model import GROUPED, loss_and_gradients, random_tokens
 from tests.kernels.test_attention_backends import fake_varlen_attn
 from tests.model.test_activation_checkpointing import BACKEND as PARTITIONED
 
-SLOW = pytest.mark.slow
 B, T, LENGTH = 2, 8, 20
 """Sequences, their tokens, and the fixed length of cu_seqlens."""
 
@@ -114,7 +113,9 @@ def test_as_if_alone(operators: Operators, dtype: torch.dtype, starts: list[int]
     assert_packed_as_apart(operators, dtype, starts)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=SLOW)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_as_if_alone_on_triton(dtype: torch.dtype) -> None:
     assert_packed_as_apart(TRITON, dtype, [3, 3, 4, 8, 8, 14])
 
@@ -124,7 +125,7 @@ def test_as_if_alone_on_kernels_of_variable_length(flash: Operators, starts: lis
     assert_packed_as_apart(flash, torch.float32, starts)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(starts=st.lists(st.integers(0, B * T), max_size=LENGTH - B - 1))
 def test_any_documents(starts: list[int]) -> None:
     """In float64, where nothing but a wrong mask or position is off by 1e-10."""
@@ -157,7 +158,7 @@ def model_with(operators: Operators, mode: str, *, compile: bool = False) -> Lla
 
 
 def assert_close(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
@@ -165,14 +166,15 @@ def test_activation_checkpointing(mode: str) -> None:
     assert_close(updates(model_with(REFERENCE, mode)), updates(model_with(REFERENCE, "none")))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("operators", "mode", "backend"),
     [
         (REFERENCE, "selective", PARTITIONED),
-        pytest.param(REFERENCE, "full", PARTITIONED, marks=SLOW),
-        pytest.param(TRITON, "selective", PARTITIONED, marks=SLOW),
-        pytest.param(CPU, "none", "inductor", marks=SLOW),
+        (REFERENCE, "full", PARTITIONED),
+        (TRITON, "selective", PARTITIONED),
+        (CPU, "none", "inductor"),
     ],
     ids=lambda x: getattr(x, "name", x),
 )
