@@ -138,7 +138,7 @@ class DataConfig:
     cache_gb: float = 20.0
     """Largest size of this folder in GB (10^9 bytes), of all processes that share it."""
     document_mask: bool = False
-    """Keep the documents of a sequence apart: attention stays in each, and positions restart."""
+    """Keep the documents of a sequence apart: a token sees only its own document."""
     sources: tuple[DataSource, ...] = ()
     """Data folders to mix by weight, instead of `path`."""
     validation: tuple[ValidationSet, ...] = ()

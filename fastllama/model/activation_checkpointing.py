@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
 
 from fastllama.config import Config
 from fastllama.model.kv_cache import KVCache
-from fastllama.model.llama import Block, Documents, Llama
+from fastllama.model.llama import Block, Llama
 
 
 def checkpoint_activations(model: Llama, config: Config) -> None:
@@ -60,7 +60,7 @@ class CheckpointedBlock(Block):
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
         last_only: bool = False,
-        documents: Documents | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run both branches, as `Block.forward` does."""
         outputs: tuple[Tensor, Tensor] = checkpoint(
@@ -70,7 +70,7 @@ class CheckpointedBlock(Block):
             rotary,
             cache,
             last_only,
-            documents,
+            cu_seqlens,
             **self.checkpoint_options,
         )
         return outputs

@@ -17,7 +17,6 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +26,6 @@ from fastllama.config import ModelConfig
 from fastllama.model.kv_cache import KVCache
 from fastllama.model.rotary import rotary_tables
 from fastllama_kernels import Operators, linear
-from fastllama_kernels.attention import document_starts
-
-
-class Documents(NamedTuple):
-    """Documents packed into the sequences of a batch."""
-
-    cu_seqlens: Tensor
-    """(n_docs + 1,) int32, as `Operators.attention` takes them."""
-    positions_BT: Tensor
-    """Position of each token in its document, int64."""
-
-    @classmethod
-    def of(cls, cu_seqlens: Tensor, tokens_BT: Tensor) -> "Documents":
-        """Count the positions of `tokens`; nothing waits for the device."""
-        starts_N = document_starts(cu_seqlens, tokens_BT.numel())
-        positions_N = torch.arange(len(starts_N), device=starts_N.device)
-        return cls(cu_seqlens, (positions_N - starts_N).view(tokens_BT.shape))
 
 
 class Linear(nn.Linear):
@@ -96,7 +78,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
         last_only: bool = False,
-        documents: Documents | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Add `x` to the residual stream and attend; return (this branch's output, the stream)."""
         qkv_BTE, stream_BTD = self.operators.add_rms_norm_linear(
@@ -107,9 +89,8 @@ class Attention(nn.Module):
             self.qkv.weight,
             self.qkv.main_grad,
         )
-        cu_seqlens, positions_BT = (None, None) if documents is None else documents
         q_BTHK, k_BSGK, v_BSGK = self.operators.rope(
-            qkv_BTE, *rotary, self.n_heads, self.n_kv_heads, positions_BT
+            qkv_BTE, *rotary, self.n_heads, self.n_kv_heads
         )
         if cache is not None:
             k_BSGK, v_BSGK = cache.extend(self.layer, k_BSGK, v_BSGK)
@@ -163,14 +144,14 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
         last_only: bool = False,
-        documents: Documents | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run both branches; return (output to add, stream), (B, T, D) each.
 
         `rotary` is (cos, sin), (T, R) each. The first block gets no stream: `x` becomes it. With
         `last_only` the results are those of the last position, (B, 1, D).
         """
-        x_BTD, stream_BTD = self.attention(x_BTD, stream_BTD, rotary, cache, last_only, documents)
+        x_BTD, stream_BTD = self.attention(x_BTD, stream_BTD, rotary, cache, last_only, cu_seqlens)
         x_BTD, stream_BTD = self.mlp(x_BTD, stream_BTD)
         return x_BTD, stream_BTD
 
@@ -272,19 +253,19 @@ class Llama(nn.Module):
             last_only: compute only the logits of the last position, (B, 1, V).
             return_losses: also return the loss of each target, (B, T) float32, without a gradient.
             cu_seqlens: (n_docs + 1,) int32, the start of each packed document among the B * T
-                tokens, padded with B * T. Attention stays inside of a document, and positions
-                restart with it. Not together with `cache`. None means one document per sequence.
+                tokens, padded with B * T; not together with `cache`. Attention stays inside of a
+                document. Its rotary part depends on distances only, so positions need no restart.
+                None means one document per sequence.
         """
         # First, since torch.compile leaves it out and begins its graph behind it.
         x_BTD, stream_BTD = self.embedding(tokens_BT), None
         start = 0 if cache is None else cache.length
         positions = slice(start, start + tokens_BT.shape[1])
         rotary = self.cos_PR[positions], self.sin_PR[positions]
-        documents = None if cu_seqlens is None else Documents.of(cu_seqlens, tokens_BT)
         for layer, block in enumerate(self.blocks, start=1):
             # Of the last block, no other position is read again.
             last = last_only and layer == len(self.blocks)
-            x_BTD, stream_BTD = block(x_BTD, stream_BTD, rotary, cache, last, documents)
+            x_BTD, stream_BTD = block(x_BTD, stream_BTD, rotary, cache, last, cu_seqlens)
         if cache is not None:
             cache.length = positions.stop
         x_BTD = self.norm(x_BTD, stream_BTD)

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -189,19 +188,6 @@ def test_other_documents_recompile_nothing(operators: Operators, mode: str, back
     # Of the first block, and of all others.
     assert counters["stats"]["unique_graphs"] == 2
     torch._dynamo.reset()
-
-
-def test_positions_restart() -> None:
-    """The angles between tokens of a document do not show where its positions start."""
-    found = []
-
-    def record(*arguments: Any) -> tuple[Tensor, ...]:
-        found.append(arguments[-1].tolist())
-        return REFERENCE.rope(*arguments)
-
-    model = small_model(GROUPED, dataclasses.replace(REFERENCE, rope=record))
-    model(random_tokens(GROUPED, B, T), cu_seqlens=cu_seqlens_of([1, 4, 4, 14]))
-    assert found == [[[0, 0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 0, 1]]] * GROUPED.n_layers
 
 
 def test_no_documents_is_the_causal_mask() -> None:
