@@ -36,8 +36,8 @@ from fastllama.urls import patiently
 
 MANIFEST = "manifest.json"
 HIDDEN = "passed-over-manifest.json"
-TRANSFERS = 8
-"""Files that are sent or fetched at a time."""
+TRANSFERS = 4
+"""Files that are sent or fetched at a time. Some libraries hold whole files in memory."""
 
 
 def remote_run(config: Config, run: RunFolder) -> str:

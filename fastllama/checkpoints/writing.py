@@ -136,7 +136,9 @@ class CheckpointWriter:
             raise error
 
     def finish_uploads(self) -> None:
-        """Wait for the last upload, and report if it failed."""
+        """Wait for the last upload, and report if it failed. All ranks call it together."""
+        if not self._config.checkpoint.upload:
+            return
         uploader = self._uploader
         # In short steps: an upload may take longer than a collective may wait.
         while not all(self._on_each(lambda: uploader is None or uploader.wait(UPLOAD_STEP_S))):

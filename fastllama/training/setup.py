@@ -177,7 +177,7 @@ def find_start(session: Session, wanted: Path | None = None) -> Start:
     """
     folder, identity = session.run.checkpoints, session.identity
     is_branch = wanted is not None and wanted.parent.resolve() != folder.resolve()
-    if wanted is None and session.config.checkpoint.upload:
+    if session.config.checkpoint.upload and (wanted is None or is_branch):
         fetch_copy(session)
     if wanted is None or (is_branch and session.run.has_checkpoints):
         checkpoint, unusable = newest_checkpoint(folder, identity)

@@ -101,6 +101,17 @@ def test_a_fresh_machine_goes_on_with_the_same_bits(
     assert "has done all of its 10 updates" in capsys.readouterr().out
 
 
+def test_a_branch_goes_on_from_its_own_copies(
+    workspace: Workspace, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upload, _ = uploader(trained_run)
+    upload.upload(trained_run / "checkpoints" / STEP_10)
+    assert upload.wait(60)
+    branch, start = tmp_path / "run", trained_run / "checkpoints" / STEP_5
+    train("--resume", start, "--run-dir", branch, *UPLOAD)
+    assert f"{branch} has done all of its 10 updates" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_ranks(workspace: Workspace, tmp_path: Path) -> None:
     def launched(run: Path, *options: object) -> None:
