@@ -15,8 +15,8 @@ from fastllama.cli.streams import say
 class DataStatsOptions:
     """Show the size of each split, its compression, document lengths, and most common tokens."""
 
-    folder: tyro.conf.Positional[Path]
-    """Folder written by fastllama prepare or fastllama data import."""
+    folder: tyro.conf.Positional[str]
+    """Folder written by fastllama prepare or fastllama data import, or its URL."""
     plot: Path | None = None
     """Also draw document lengths and token counts into this .png file."""
     json: bool = False
@@ -27,15 +27,15 @@ def run(args: list[str]) -> None:
     """Read a data folder once, and print its statistics."""
     options = parse(DataStatsOptions, args, "fastllama data stats")
     from fastllama.console import Console
-    from fastllama.data.manifest import Manifest
+    from fastllama.data.dataset import open_folder
     from fastllama.data.statistics import count_tokens, report, statistics
     from fastllama.data.statistics_plot import check_plot, plot_counts
 
     if options.plot is not None:
         check_plot(options.plot)
-    manifest = Manifest.load(options.folder)
-    tokenizer = manifest.open_tokenizer(options.folder)
-    counts = count_tokens(options.folder, manifest, Console(stderr=True))
+    folder, manifest = open_folder(options.folder)
+    tokenizer = manifest.open_tokenizer(folder)
+    counts = count_tokens(folder, manifest, Console(stderr=True))
     found = statistics(manifest, tokenizer, counts)
     if options.plot is not None:
         plot_counts(counts, options.plot)
@@ -43,7 +43,7 @@ def run(args: list[str]) -> None:
         say(json.dumps({name: asdict(split) for name, split in found.items()}, indent=2))
         return
     for name, split in found.items():
-        say(f"{options.folder} {name}")
+        say(f"{folder} {name}")
         for line in report(split):
             say(line)
 

@@ -4,14 +4,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from fastllama.console import Console, token_bar
-from fastllama.data.manifest import CHECK_CHUNK_TOKENS, Manifest, damaged
+from fastllama.data.manifest import CHECK_CHUNK_TOKENS, DataFolder, Manifest, damaged
 from fastllama.data.tokenizer_variants import description, is_byte_level, unknown_id
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -96,7 +95,9 @@ class SplitStatistics:
         return self.text_bytes / self.tokens
 
 
-def count_tokens(folder: Path, manifest: Manifest, console: Console) -> dict[str, TokenCounts]:
+def count_tokens(
+    folder: DataFolder, manifest: Manifest, console: Console
+) -> dict[str, TokenCounts]:
     """Read all shards of `folder` once, and count the tokens of each split.
 
     Raises:
@@ -185,7 +186,7 @@ def report(split: SplitStatistics) -> Iterator[str]:
         yield f"  {token.id:>8} {share:8.3%}  {token.text!r}"
 
 
-def _chunks(folder: Path, manifest: Manifest, split: str) -> Iterator[NDArray[np.integer]]:
+def _chunks(folder: DataFolder, manifest: Manifest, split: str) -> Iterator[NDArray[np.integer]]:
     for shard in manifest.splits[split].shards:
         file = manifest.open_shard(folder, shard)
         for start in range(0, shard.tokens, CHECK_CHUNK_TOKENS):

@@ -190,7 +190,7 @@ def test_failures_name_the_url(folder: Path, tmp_path: Path) -> None:
     assert len(stream.read(20, 16)) == 17
 
 
-def test_training_and_data_check(
+def test_training_and_commands(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     upload(workspace.data, URL)
@@ -207,6 +207,10 @@ def test_training_and_data_check(
     assert capsys.readouterr().out.startswith(
         f"{URL}: 20,279 tokens, every shard matches its check"
     )
+    main(["data", "stats", URL])
+    remote = capsys.readouterr().out
+    main(["data", "stats", str(workspace.data)])
+    assert remote == capsys.readouterr().out.replace(str(workspace.data), URL)
 
 
 def drop(store: ObjectStore, name: str) -> None:
