@@ -38,6 +38,8 @@ _CREDENTIALS = {
 _OTHER_CREDENTIALS = "give its library credentials that may use it"
 _TRY_AGAIN = (408, 425, 429)
 """HTTP statuses from 400 to 499 after which another try may succeed."""
+_OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)
+"""Errors of the disk that a file is fetched to, or sent from."""
 
 
 def is_url(value: str) -> bool:
@@ -91,13 +93,15 @@ def patiently(
         FileNotFoundError: there is nothing at `url`.
         ValueError: another mistake, which the next try would repeat: no permission, no credentials,
             or a request that the server rejects.
-        OSError: the last try failed. Its errno is set, as that of a failing disk.
+        OSError: the last try failed, or the disk of this machine. Its errno is set.
     """
     files, path = file_system(url)
     for pause in (*PAUSES_S, None):
         try:
             return access(files, path)
         except Exception as error:  # The libraries behind fsspec share no base class.
+            if isinstance(error, OSError) and error.errno in _OF_THIS_MACHINE:
+                raise
             _raise_mistake(error, url, verb)
             if pause is None:
                 failure = OSError(

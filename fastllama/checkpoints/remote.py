@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,19 +145,22 @@ class CheckpointUploader:
     def _remove_old(self, newest: Path) -> None:
         """Keep of the older checkpoints those that the run keeps; hide later ones.
 
-        Later ones are of updates that the run has gone back behind.
+        Later ones are of updates that the run has gone back behind. What failed uploads of older
+        ones left is removed too.
         """
-        there = list_checkpoints(self._url)
-        names = sorted(name for name in there if name <= newest.name)
-        paths = [Path(name) for name in names]
+        there = _list_folders(self._url)
+        complete = (name for name, files in there.items() if MANIFEST in files)
+        paths = [Path(name) for name in sorted(complete) if name <= newest.name]
         kept = {*paths[-self._config.checkpoint.keep_last :], *permanent(paths, self._config)}
         for name, files in there.items():
             url = f"{self._url}/checkpoints/{name}"
-            if name > newest.name:
+            if HIDDEN in files and MANIFEST not in files:
+                continue
+            if name > newest.name and MANIFEST in files:
                 _hide(url)
                 self._report(f"{url} is passed over: its {MANIFEST} is now {HIDDEN}.")
-            elif Path(name) not in kept:
-                _remove(url, [MANIFEST])
+            elif name < newest.name and Path(name) not in kept:
+                _remove(url, [MANIFEST] if MANIFEST in files else [])
                 _remove(url, [file for file in files if FILE.fullmatch(file) and file != MANIFEST])
 
 
@@ -167,11 +171,7 @@ def list_checkpoints(url: str) -> dict[str, dict[str, int]]:
         ValueError: it may not be read.
         OSError: the network fails.
     """
-    found: dict[str, dict[str, int]] = {}
-    for path, size in _list_files(f"{url}/checkpoints").items():
-        folder, _, name = path.rpartition("/")
-        if NAME.fullmatch(folder):
-            found.setdefault(folder, {})[name] = size
+    found = _list_folders(url)
     return {name: found[name] for name in sorted(found, reverse=True) if MANIFEST in found[name]}
 
 
@@ -196,6 +196,8 @@ def fetch_newest(
             damage = yield from _fetch(source, sizes, aside, identity)
         except (ValueError, OSError):
             remove_files(aside)
+            with suppress(OSError):
+                folder.rmdir()
             raise
         if damage is None:
             make_way(folder / name)
@@ -243,6 +245,16 @@ def _fetch(
     return None
 
 
+def _list_folders(url: str) -> dict[str, dict[str, int]]:
+    """Folders of checkpoints, complete or not: the sizes of their files by name."""
+    found: dict[str, dict[str, int]] = {}
+    for path, size in _list_files(f"{url}/checkpoints").items():
+        folder, _, name = path.rpartition("/")
+        if NAME.fullmatch(folder):
+            found.setdefault(folder, {})[name] = size
+    return found
+
+
 def _list_files(url: str) -> dict[str, int]:
     """Sizes of the files below `url`, by their paths from there."""
 
@@ -273,12 +285,14 @@ def _get(url: str, path: Path) -> None:
 
 
 def _remove(url: str, names: Sequence[str]) -> None:
-    def remove(files: AbstractFileSystem, folder: str) -> None:
-        present = [path for name in names if files.exists(path := f"{folder}/{name}")]
-        if present:
-            files.rm(present)
+    """Remove files of a checkpoint. Some may be gone: by a try that failed later."""
 
-    patiently(url, remove, verb="write", remedy="check the network")
+    def remove(files: AbstractFileSystem, folder: str) -> None:
+        if names:
+            files.rm([f"{folder}/{name}" for name in names])
+
+    with suppress(FileNotFoundError):
+        patiently(url, remove, verb="write", remedy="check the network")
 
 
 def _hide(checkpoint: str) -> None:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from fastllama.atomic import naming, report_once
+from fastllama.atomic import report_once
 from fastllama.data.remote_files import REQUESTS, RemoteFile
 
 BLOCK_BYTES = 2**18
@@ -42,8 +42,7 @@ class BlockCache:
         self._wanted: queue.SimpleQueue[tuple[RemoteFile, int, Future[bytes]]] = queue.SimpleQueue()
         # At the first block, sweep: an earlier run may have had a larger bound.
         self._written = max_bytes
-        with naming(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for number in range(REQUESTS):
             # The threads of an executor would hold up the exit of a failed run.
             threading.Thread(target=self._work, name=f"fetch-{number}", daemon=True).start()

@@ -11,7 +11,6 @@ import pytest
 from safetensors.torch import load_file
 
 from fastllama import urls
-from fastllama.checkpoints.folder import complete_checkpoints
 from fastllama.checkpoints.reading import find_damage
 from fastllama.checkpoints.remote import CheckpointUploader, fetch_newest, list_checkpoints
 from fastllama.config import CheckpointConfig, Config, TrainingConfig
@@ -207,6 +206,24 @@ def test_a_permanent_checkpoint_is_uploaded_later(run: Path, store: ObjectStore)
     assert len(reports) == 2
 
 
+def test_what_failed_uploads_left_is_removed(run: Path, store: ObjectStore) -> None:
+    upload, _ = uploader(run)
+    ObjectStore.on_request = lambda kind, path: refuse_manifest(kind, path)
+    upload.upload(run / "checkpoints" / STEP_5)
+    assert upload.wait(60)
+    assert len(copied(store, STEP_5)) > 1
+    ObjectStore.on_request = None
+    upload.upload(run / "checkpoints" / STEP_10)
+    assert upload.wait(60)
+    assert whole(store) == [STEP_10]
+    assert copied(store, STEP_5) == {}
+
+
+def refuse_manifest(kind: str, path: str) -> None:
+    if kind == "put" and path.endswith("manifest.json"):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
 def test_later_copies_are_passed_over(run: Path, store: ObjectStore) -> None:
     upload, reports = uploader(run)
     for name in (STEP_10, STEP_5):
@@ -214,7 +231,9 @@ def test_later_copies_are_passed_over(run: Path, store: ObjectStore) -> None:
         assert upload.wait(60)
     assert whole(store) == [STEP_5]
     assert reports[-1].startswith(f"{URL}/run/checkpoints/{STEP_10} is passed over: its manifest")
-    # Nothing of it is lost.
+    # Nothing of it is lost, by later checkpoints either.
+    upload.upload(saved(run, 12)[0])
+    assert upload.wait(60)
     names = {path.name for path in (run / "checkpoints" / STEP_10).iterdir()}
     assert copied(store, STEP_10).keys() == names - {"manifest.json"} | {
         "passed-over-manifest.json"
@@ -268,7 +287,7 @@ def test_a_copy_of_another_run_is_refused(
     assert stop.value.code == 2
     assert "is of another run: " in (error := capsys.readouterr().err)
     assert "training.seed = 1337, not 5; keep that value to resume it, or choose" in error
-    assert complete_checkpoints(tmp_path / "x/run/checkpoints") == []
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_training_goes_on_without_its_copies(

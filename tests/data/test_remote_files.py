@@ -290,12 +290,18 @@ def test_nothing_half_read_is_recorded(job: Path) -> None:
         ("zip://x.txt::store://bucket/a.zip", "'::' chains URLs; name one URL"),
     ],
 )
-def test_mistakes(
-    store: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str, problem: str
-) -> None:
+def test_mistakes(store: ObjectStore, url: str, problem: str) -> None:
     store.pipe_file("/bucket/README.md", b"x")
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        find_files([url])
+
+
+def test_a_mistake_ends_the_command(
+    store: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "tokenizer.json"
-    assert problem in refusal(capsys, "tokenizer", "train", "--input", url, "--output", output)
+    command = ("tokenizer", "train", "--input", "store://bucket/none", "--output", output)
+    assert "matches no file (it does not exist)" in refusal(capsys, *command)
     assert not output.exists()
 
 
@@ -328,6 +334,12 @@ def test_refusals_of_a_server_are_not_repeated(
     assert problem in str(caught.value)
     assert "store://bucket/x.txt" in str(caught.value)
     assert len(requests) == 1
+
+
+def test_a_full_disk_is_no_failure_of_the_network(store: ObjectStore) -> None:
+    ObjectStore.on_request = fail(1, lambda: OSError(28, "No space left on device"), "info")
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device$"):
+        urls.patiently("store://bucket/x.txt", lambda files, path: files.info(path))
 
 
 @pytest.mark.parametrize(

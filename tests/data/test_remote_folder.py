@@ -1,5 +1,6 @@
 """Data folders behind URLs: the tokens are those of the same folder on a disk."""
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from fastllama.data import block_cache
 from fastllama.data.block_cache import BlockCache
 from fastllama.data.dataset import open_folder
 from fastllama.data.loader import BatchLoader
-from fastllama.data.manifest import Manifest
+from fastllama.data.manifest import DataFolder, Manifest
 from fastllama.data.remote_files import RemoteFile
 from fastllama.data.stream import TokenStream
 from fastllama.data.training_data import TrainingData
@@ -213,6 +214,10 @@ def test_training_and_commands(
     assert remote == capsys.readouterr().out.replace(str(workspace.data), URL)
 
 
+def check(folder: DataFolder, manifest: Manifest) -> None:
+    manifest.check_contents(folder)
+
+
 def drop(store: ObjectStore, name: str) -> None:
     store.rm_file(f"/bucket/data/{name}")
 
@@ -246,7 +251,6 @@ def add(store: ObjectStore, name: str) -> None:
 def test_data_check_finds_damage(
     folder: Path,
     store: ObjectStore,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     change: Any,
@@ -255,9 +259,9 @@ def test_data_check_finds_damage(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     change(store, name)
-    message = refusal(capsys, "data", "check", URL)
-    assert problem in message
-    assert str(tmp_path) not in message
+    with pytest.raises(ValueError, match=re.escape(problem)) as caught:
+        check(*open_folder(URL))
+    assert str(tmp_path) not in str(caught.value)
 
 
 @pytest.mark.parametrize(
