@@ -57,10 +57,11 @@ def compile_model(model: Llama, config: Config) -> None:
     # Off by itself: PyTorch does not cache a graph with a torch.autograd.Function, which may do
     # anything. The operators' functions are traced into the graph, and so into its key.
     functorch.autograd_cache_allow_custom_autograd_functions = True
-    if config.data.document_mask:
-        # Of each length of `cu_seqlens`, a block has four graphs: the first block and all others,
-        # in training and in validation. PyTorch's limit of 8 would leave a third length eager.
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * 8)
+    # Of each shape, a block has four graphs: the first block and all others, in training and in
+    # validation. PyTorch's limit of 8 would leave a third shape eager. Shapes are those of stages,
+    # with up to 8 lengths of `cu_seqlens`.
+    n_shapes = len(config.stages) * (8 if config.data.document_mask else 1)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * n_shapes)
     for module in [model] if config.training.compile_scope == "model" else model.blocks:
         module.compile(dynamic=False)
 

@@ -18,7 +18,7 @@ from fastllama.model.llama import Llama
 from fastllama.model.rotary import rotary_tables
 from tests.cli.refusal import refusal
 from tests.ranks import launch
-from tests.runs import losses, train
+from tests.runs import losses, train, train_in_child
 from tests.workspace import Workspace
 
 EVERY_UPDATE = ("--checkpoint.interval-tokens", 256, "--checkpoint.keep-last", 20)
@@ -321,3 +321,18 @@ def test_stages_with_documents_kept_apart(recipe: Path, tmp_path: Path) -> None:
     train("--resume", whole / "checkpoints" / "step-00000003", "--run-dir", resumed)
     expected = losses(whole)
     assert losses(resumed) == {step: expected[step] for step in range(4, 11)}
+
+
+@pytest.mark.slow  # Compiles three shapes.
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_later_stages_are_compiled_before_the_first_update(
+    recipe: Path, tmp_path: Path, scope: str
+) -> None:
+    # Sequences of 32, of 64, and of 16 tokens.
+    options = ("--data.stages.1.max-seq-len", 16, "--data.stages.1.batch-size", 4)
+    compiled = ("--training.compile", "true", "--training.compile-scope", scope)
+    # In a process of its own, which has no graphs yet.
+    child = train_in_child(recipe, "--run-dir", tmp_path / "run", *options, *compiled)
+    assert child.returncode == 0, child.stderr
+    assert "graphs compiled" in child.stdout
+    assert "more graphs" not in child.stdout
