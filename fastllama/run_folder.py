@@ -202,19 +202,18 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
         "data.fingerprint": dataset.fingerprint(),
         "data.end_token_id": dataset.end_token_id,
         "data.document_mask": config.data.document_mask,
-        **_mixture_identity(config),
+        **_order_identity(config),
     }
 
 
-def _mixture_identity(config: Config) -> dict[str, Any]:
-    """Weights and stages, where there are any. JSON has lists, and no tuples."""
-    data = config.to_dict()["data"]
-    identity: dict[str, Any] = {}
-    if data["sources"]:
-        identity["data.sources.weight"] = [source["weight"] for source in data["sources"]]
-    if data["stages"]:
-        identity["data.stages"] = data["stages"]
-    return identity
+def _order_identity(config: Config) -> dict[str, Any]:
+    """What decides the data order besides the data. JSON has lists, and no tuples."""
+    stages = [
+        [stage.start_tokens, changed.model.max_seq_len, changed.model.theta]
+        for stage, changed in zip(config.data.stages, config.stages[1:], strict=True)
+    ]
+    weights = [[start, list(each)] for start, each in config.weights] if config.is_mixture else []
+    return {"data.stages": stages, "data.weights": weights}
 
 
 def resolved_toml(config: Config) -> str:

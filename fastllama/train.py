@@ -48,17 +48,18 @@ def sum_gradients(
     state: TrainState,
     next_batch: Callable[[], Batch],
     n_micro_batches: int,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor | None]:
     """Run the model forward and backward over the micro-batches of an update in the stage `config`.
 
     Returns:
-        The mean loss, a float32 scalar on the device. Of several sources also a list of one tensor,
-        float32 (sources,): the sum over each source's sequences of their mean loss.
+        The mean loss, a float32 scalar on the device. Of a mixture also the sum over each source's
+        sequences of their mean loss, float32 (sources,).
     """
     world = session.world
     loss = torch.zeros((), device=world.device)
-    n_sources = len(config.data.sources)
-    of_sources = [torch.zeros(n_sources, device=world.device)] if n_sources > 1 else []
+    of_sources = None
+    if config.is_mixture:
+        of_sources = torch.zeros(len(config.data.sources), device=world.device)
     if sums_in_matmuls(config, world):
         sum_in_matmuls(state.model)
     with state.computing():
@@ -66,13 +67,13 @@ def sum_gradients(
             is_last = micro_batch == n_micro_batches - 1
             set_last_micro_batch(state.model, is_last, config.parallel)
             inputs, targets, sources, cu_seqlens = next_batch()
-            if sources is None:
+            if sources is None or of_sources is None:
                 micro_loss = state.model(inputs, targets, cu_seqlens=cu_seqlens)
             else:
                 micro_loss, losses = state.model(
                     inputs, targets, return_losses=True, cu_seqlens=cu_seqlens
                 )
-                of_sources[0].index_add_(0, sources, losses.float().mean(1))
+                of_sources.index_add_(0, sources, losses.float().mean(1))
             micro_loss = micro_loss / n_micro_batches
             micro_loss.backward()
             loss += micro_loss.detach()
@@ -107,7 +108,8 @@ def train_step(
     n_micro_batches = config.accumulation_steps(world.size)
     loss, of_sources = sum_gradients(session, config, state, loader.next, n_micro_batches)
     stopping = torch.full((), float(stop.requested), device=world.device)
-    means = world.mean(torch.cat((torch.stack((loss, stopping)), seconds, *of_sources)))
+    scalars = [torch.stack((loss, stopping)), seconds]
+    means = world.mean(torch.cat(scalars if of_sources is None else [*scalars, of_sources]))
     loss, stopping = means[:2]
     norm, skipped = update(state.optimizer, loss, config.optimizer.grad_clip, state.spikes)
     if state.average is not None:
@@ -123,7 +125,7 @@ def warm_up_stages(session: Session, state: TrainState) -> None:
     A stage then begins without a pause, and one that needs too much memory fails at the start.
     """
     device = session.world.device
-    for stage in session.config.data.stages:
+    for number, stage in enumerate(session.config.data.stages):
         first_step = session.config.first_step(stage)
         if first_step <= state.progress.step + 1:
             continue
@@ -132,16 +134,18 @@ def warm_up_stages(session: Session, state: TrainState) -> None:
         # Any token but the end token, which would begin a document each time.
         tokens = torch.full(shape, int(session.dataset.end_token_id == 0))
         sources = cu_seqlens = None
-        if len(config.data.sources) > 1:
+        if config.is_mixture:
             sources = torch.zeros(shape[0], dtype=torch.int64, device=device)
         if (packing := Packing.of(config, session.dataset)) is not None:
             borders = packing.cu_seqlens(torch.stack((tokens, tokens)).numpy())
             cu_seqlens = torch.from_numpy(borders).to(device)
         tokens = tokens.to(device)
-        batch = Batch(tokens, tokens, sources, cu_seqlens)
+        # Not the same tensor twice: torch.compile would make graphs for this case only.
+        batch = Batch(tokens, tokens.clone(), sources, cu_seqlens)
         # The first micro-batch of an update may run other graphs than the last.
         n_micro_batches = min(2, config.accumulation_steps(session.world.size))
-        sum_gradients(session, config, state, itertools.repeat(batch).__next__, n_micro_batches)
+        with explained_out_of_memory(config, f"in the warm-up of data.stages.{number}"):
+            sum_gradients(session, config, state, itertools.repeat(batch).__next__, n_micro_batches)
         state.optimizer.zero_grad()
 
 

@@ -204,7 +204,11 @@ def _may_hold(file: Path, wanted: str) -> bool:
 
 
 # Of checkpoints that are older than an option, and do not name it.
-_BEFORE_THE_OPTION = {"data.document_mask": False}
+_BEFORE_THE_OPTION: dict[str, Any] = {
+    "data.document_mask": False,
+    "data.stages": [],
+    "data.weights": [],
+}
 
 
 def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
@@ -218,7 +222,8 @@ def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
     for name, value in identity.items():
         trained = saved.get(name, _BEFORE_THE_OPTION.get(name))
         if trained != value:
-            return f"{path} was trained with {name} = {one_line(trained, 100)}, not {value}"
+            now = one_line(value, 100)
+            return f"{path} was trained with {name} = {one_line(trained, 100)}, not {now}"
     return None
 
 

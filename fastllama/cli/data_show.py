@@ -69,8 +69,10 @@ def run(args: list[str]) -> None:
         if options.rank in (None, each.rank)
     ]
     shown = seen[: options.limit or None]
+    # After a rewind, a position does not tell its update.
+    what = f"update {step} of " if options.step is not None else ""
     lines = [
-        f"update {step} of {folder.path}: positions {end - per_update} to {end - 1}, "
+        f"{what}{folder.path}: positions {end - per_update} to {end - 1}, "
         f"{len(seen)} sequences of {config.at(step).model.max_seq_len} tokens"
     ]
     for each in shown:

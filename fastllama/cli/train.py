@@ -114,7 +114,12 @@ def print_config(config: Config) -> None:
     from fastllama.distributed.world import world_size
     from fastllama.planning.bound import ASSUMED_RATES, bound
     from fastllama.planning.flops import flops_per_token, n_parameters
-    from fastllama.planning.memory import describe_choice, plan_memory, possible_choices
+    from fastllama.planning.memory import (
+        describe_choice,
+        largest_stage,
+        plan_memory,
+        possible_choices,
+    )
     from fastllama.run_folder import resolved_toml
 
     validate(config, world_size())
@@ -124,10 +129,13 @@ def print_config(config: Config) -> None:
     print(f"# feed-forward width     {model.ffn_width}")
     print(f"# head_dim               {model.head_width}")
     print(f"# updates                {config.n_updates:,}")
-    print(f"# accumulation steps     {config.accumulation_steps(world_size())}")
+    for stage in config.stages:
+        print(
+            f"# accumulation steps     {stage.accumulation_steps(world_size())}{_shape_of(stage)}"
+        )
     print(f"# GFLOP/token, causal    {flops_per_token(model, causal=True) / 1e9:.3f}")
     print(f"# GFLOP/token, PaLM      {flops_per_token(model, causal=False) / 1e9:.3f}")
-    for choice in possible_choices(config, world_size()):
+    for choice in possible_choices(largest_stage(config, world_size()), world_size()):
         gibibytes = plan_memory(choice, world_size()).total / 2**30
         print(f"# GiB/device             {gibibytes:.1f}: {describe_choice(choice, world_size())}")
     print(f"# memory                 {explain_memory(config)}")
@@ -136,6 +144,13 @@ def print_config(config: Config) -> None:
         most = bound(model, per_device, rates).tokens_per_second
         print(f"# bound on one {device}      {most:,.0f} tok/s, assumed rates")
     require_stdout()
+
+
+def _shape_of(stage: Config) -> str:
+    """The micro-batch of a stage; empty in a run without stages."""
+    if not stage.data.stages:
+        return ""
+    return f" of {stage.training.batch_size} x {stage.model.max_seq_len}"
 
 
 def explain_memory(config: Config) -> str:

@@ -344,6 +344,25 @@ class Config:
         """Positions of the data order in one update; each is a longest sequence."""
         return self.training.tokens_per_update // self.longest_seq_len
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the run has several sources."""
+        return len(self.data.sources) > 1
+
+    @property
+    def weights(self) -> list[tuple[int, tuple[float, ...]]]:
+        """Weights of the sources by the position from which they hold."""
+        base = tuple(source.weight for source in self.data.sources) or (1.0,)
+        return [(0, base)] + [
+            (self.first_position(stage), stage.weights)
+            for stage in self.data.stages
+            if stage.weights
+        ]
+
+    def first_position(self, stage: Stage) -> int:
+        """The position at which a stage begins in a run that never rewinds."""
+        return (self.first_step(stage) - 1) * self.positions_per_update
+
     def first_step(self, stage: Stage) -> int:
         """The first update of a stage, counted from 1."""
         return math.ceil(stage.start_tokens / self.training.tokens_per_update) + 1

@@ -3,8 +3,6 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from fastllama.config.options import Config, DataConfig, ModelConfig, TrainingConfig
@@ -19,9 +17,6 @@ def validate(config: Config, world_size: int = 1) -> None:
     validate_values(config)
     _validate_replicas(config, world_size)
     _validate_batches(config, world_size)
-    for number, stage in enumerate(config.stages[1:]):
-        with _explained(f"In data.stages.{number}"):
-            _validate_batches(stage, world_size)
 
 
 def validate_values(config: Config) -> None:
@@ -213,9 +208,9 @@ def _validate_stages(config: Config) -> None:
             )
         if first > config.n_updates:
             raise ValueError(
-                f"{name}.start_tokens = {stage.start_tokens} is at or after the end of the run, "
-                f"training.training_tokens = {config.training.training_tokens}; lower it, or leave "
-                "the stage out."
+                f"{name}.start_tokens = {stage.start_tokens} begins after the last update, "
+                f"{config.n_updates} of {config.training.tokens_per_update} tokens; lower it, or "
+                "raise training.training_tokens."
             )
         if stage.weights and len(stage.weights) != n_sources:
             raise ValueError(
@@ -238,15 +233,6 @@ def _validate_stages(config: Config) -> None:
             f"model.max_seq_len = {config.model.max_seq_len} does not divide the longest sequence "
             f"of data.stages, {config.longest_seq_len}; choose a divisor, such as a power of two."
         )
-
-
-@contextmanager
-def _explained(where: str) -> Iterator[None]:
-    """Say where a rule does not hold, in front of its sentence."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def _validate_model(model: ModelConfig) -> None:
@@ -320,17 +306,24 @@ def _validate_skipped_steps(training: TrainingConfig) -> None:
 
 
 def _validate_batches(config: Config, world_size: int) -> None:
-    training, sequence = config.training, config.model.max_seq_len
-    micro_batch = training.batch_size * sequence * world_size
-    if training.tokens_per_update % micro_batch:
-        nearest = max(1, round(training.tokens_per_update / micro_batch)) * micro_batch
-        sequences, rest = divmod(training.tokens_per_update, sequence * world_size)
+    tokens = config.training.tokens_per_update
+    micro_batches = [
+        stage.training.batch_size * stage.model.max_seq_len * world_size for stage in config.stages
+    ]
+    for number, (stage, micro_batch) in enumerate(zip(config.stages, micro_batches, strict=True)):
+        if not tokens % micro_batch:
+            continue
+        every = math.lcm(*micro_batches)
+        nearest = max(1, round(tokens / every)) * every
+        name = f"data.stages.{number - 1}" if number else "training"
+        batch_size, sequence = stage.training.batch_size, stage.model.max_seq_len
+        sequences, rest = divmod(tokens, sequence * world_size)
         smaller = ""
         if not rest:
             # Same updates, in smaller micro-batches.
-            smaller = f", or set training.batch_size = {math.gcd(training.batch_size, sequences)}"
+            smaller = f", or set {name}.batch_size = {math.gcd(batch_size, sequences)}"
         raise ValueError(
-            f"training.tokens_per_update = {training.tokens_per_update} is not a multiple of "
-            f"batch_size x max_seq_len x devices = {training.batch_size} x {sequence} x "
+            f"training.tokens_per_update = {tokens} is not a multiple of batch_size x max_seq_len "
+            f"x devices{f' of {name}' if number else ''} = {batch_size} x {sequence} x "
             f"{world_size} = {micro_batch}; the nearest that is: {nearest}{smaller}."
         )

@@ -102,7 +102,7 @@ def open_dataset(config: Config) -> Dataset:
         [source.stream for source in sources],
         block_len=config.longest_seq_len,
         seed=config.training.seed,
-        weights=_weights(config),
+        weights=config.weights,
     )
     _check_epochs(config, sources, train)
     end_token_id = first.manifest.end_token_id
@@ -217,16 +217,6 @@ def _check_same_tokens(first: Source, folder: DataFolder, manifest: Manifest) ->
             )
 
 
-def _weights(config: Config) -> list[tuple[int, tuple[float, ...]]]:
-    """Weights of the sources by the position from which they hold."""
-    base = tuple(source.weight for source in config.data.sources) or (1.0,)
-    return [(0, base)] + [
-        ((config.first_step(stage) - 1) * config.positions_per_update, stage.weights)
-        for stage in config.data.stages
-        if stage.weights
-    ]
-
-
 def _check_epochs(config: Config, sources: list[Source], train: TrainingData) -> None:
     end = config.n_updates * config.positions_per_update
     for source, epochs in zip(sources, train.epochs(end), strict=True):
@@ -239,5 +229,5 @@ def _check_epochs(config: Config, sources: list[Source], train: TrainingData) ->
         if not epochs:
             raise ValueError(
                 f"the run never reads the source {source.name}, whose weights are all 0 or too "
-                "small; leave it out, or give it a weight."
+                "small for training.training_tokens; leave it out, or give it a larger weight."
             )

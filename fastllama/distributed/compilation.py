@@ -72,6 +72,7 @@ class CompileWatch:
     def __init__(self, config: Config, world: World, console: Console, began: float) -> None:
         """`began` is the start of the run, by time.perf_counter."""
         self._config, self._world, self._console, self._began = config, world, console, began
+        self._n_before = n_compiled_graphs()
         self._warm = False
         self._validated = False
 
@@ -84,7 +85,7 @@ class CompileWatch:
         compiled = n_compiled_graphs() - before
         if not self._warm:
             self._warm = True
-            self._tell_first_update(compiled)
+            self._tell_first_update(n_compiled_graphs() - self._n_before)
         elif compiled:
             self._tell(
                 f"step {step}: torch.compile made {compiled} more graphs. This slows training, and "

@@ -27,8 +27,10 @@ def plot_loss(metrics_csv: Path, output: Path, title: str) -> None:
     axes = figure.subplots()
     axes.plot([row["tokens_total"] for row in rows], [row["loss"] for row in rows], label="loss")
     names = sorted({name for row in rows for name in row if name.startswith(VALIDATION)})
-    for name in names or ["val_loss"]:
+    for name in [*names, "val_loss"]:
         validated = [row for row in rows if name in row]
+        if name == "val_loss":  # Of sessions with one validation set.
+            validated = [row for row in validated if not row.keys() & set(names)]
         if validated:
             axes.plot(
                 [row["tokens_total"] for row in validated],

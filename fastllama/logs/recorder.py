@@ -90,6 +90,9 @@ class Recorder:
             tensorboard = self._config.logging.tensorboard
             named = named_columns(self._config.data)
             self._log = MetricsLog(self._run, last_step, tensorboard, self._console.print, named)
+        # Of updates that are set aside.
+        self._sources.take()
+        self._wait_seconds = 0.0
         self._bar.reset(self._task, completed=last_step)
 
     def start(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastllama.checkpoints.folder import complete_checkpoints
 from fastllama.checkpoints.reading import read_progress
+from fastllama.checkpoints.state import TrainProgress
 from fastllama.config import Config
 from fastllama.data.dataset import Dataset
 from fastllama.run_folder import RunFolder
@@ -49,11 +50,11 @@ def batch_positions(end_position: int, config: Config) -> tuple[int, int]:
 def end_position(run: RunFolder, config: Config, step: int) -> int:
     """Position in the data order after update `step`.
 
-    It follows from the first checkpoint at or after the update, or from the last one before it. A
-    rewind moves the positions of all updates after the checkpoint that it loads.
+    It follows from the checkpoints before and after the update. A rewind moves the positions of all
+    updates after the checkpoint that it loads.
 
     Raises:
-        ValueError: the run has not done the update, or has no checkpoint.
+        ValueError: the run has not done the update, has no checkpoint, or rewound between the two.
     """
     progress = []
     for checkpoint in complete_checkpoints(run.checkpoints):
@@ -72,8 +73,21 @@ def end_position(run: RunFolder, config: Config, step: int) -> int:
             f"{run.path} has checkpoints up to update {last}, and none of update {step}; give a "
             f"--step from 1 to {last}."
         )
-    later = min((saved for saved in progress if saved.step >= step), key=lambda saved: saved.step)
-    return later.position - (later.step - step) * config.positions_per_update
+    saved = sorted([TrainProgress(), *progress], key=lambda each: each.step)
+    before = [each for each in saved if each.step < step][-1]
+    after = next(each for each in saved if each.step >= step)
+    shifts = [each.position - each.step * config.positions_per_update for each in (before, after)]
+    interval, per_update = config.checkpoint.interval_tokens, config.training.tokens_per_update
+    removed = interval > 0 and (
+        (after.step - 1) * per_update // interval > before.step * per_update // interval
+    )
+    # A rewind moved what follows the checkpoint that it loaded: `before`, or one removed since.
+    if shifts[0] != shifts[1] and (removed or not before.step):
+        raise ValueError(
+            f"{run.path} rewound between the updates {before.step} and {after.step}, and no "
+            f"checkpoint between them tells what update {step} read; give a --position."
+        )
+    return step * config.positions_per_update + shifts[1]
 
 
 @dataclass(frozen=True)

@@ -250,8 +250,9 @@ def choose_operators(session: Session) -> tuple[Operators, str]:
     Raises:
         ValueError: `training.kernels` or `training.attention` cannot run here.
     """
-    world, packing = session.world, session.packing
+    world = session.world
     config = max(session.config.stages, key=lambda stage: stage.model.max_seq_len)
+    packing = Packing.of(config, session.dataset)
     n_documents = None if packing is None else packing.n_documents
     attention = world.from_main(lambda: choose_attention_backend(config, world.device, n_documents))
     operators = build_operators(config, world.device, attention.name)
@@ -342,7 +343,9 @@ def explained_out_of_memory(
     except (RuntimeError, TypeError, MemoryError) as error:
         if not is_out_of_memory(error) or isinstance(error, TrainingFailedError):
             raise
-        when = when if progress is None else f"in update {progress.step + 1}"
+        if progress is not None:
+            step = progress.step + 1
+            config, when = config.at(step), f"in update {step}"
         raise TrainingFailedError(out_of_memory(error, config, world_size(), when)) from None
 
 
@@ -409,15 +412,17 @@ def describe_stages(config: Config, dataset: Dataset) -> list[str]:
     for stage in config.data.stages:
         step = config.first_step(stage)
         changed = config.at(step)
-        shares = dataset.train.shares((step - 1) * config.positions_per_update)
+        shares = dataset.train.shares(config.first_position(stage))
         mixture = ", ".join(
             f"{source.name} {100 * share:.4g}%"
             for source, share in zip(dataset.sources, shares, strict=True)
         )
+        packing = Packing.of(changed, dataset)
         lines.append(
             f"stage   from update {step:,}: {changed.training.batch_size} x "
             f"{changed.model.max_seq_len}, theta {changed.model.theta:g}"
-            + (f", {mixture}" if len(dataset.sources) > 1 else "")
+            + (f", {mixture}" if config.is_mixture else "")
+            + (f", room for {packing.n_documents} documents" if packing is not None else "")
         )
     return lines
 

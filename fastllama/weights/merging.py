@@ -8,12 +8,13 @@ al. 2025 (WSM), https://arxiv.org/abs/2507.17634, with weights that follow from 
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastllama.checkpoints.reading import find_checkpoint, open_tensors, read_identity
+from fastllama.checkpoints.reading import find_checkpoint, open_tensors, read_identity, stage_config
 from fastllama.checkpoints.state import model_tensors
 from fastllama.checkpoints.weights_only import write_weights
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
@@ -47,7 +48,10 @@ def merge(paths: Sequence[Path], output: Path, shares: Sequence[float] = ()) -> 
     (run, first), *_ = found
     for other, checkpoint in found[1:]:
         _refuse_other_model(run, first, other, checkpoint)
-    config = run.load_config()
+    config = stage_config(run.load_config(), first)
+    # The average has no stages: it has the sequence length and the rotary base of its own.
+    config = replace(config, data=replace(config.data, stages=()))
+    identity = read_identity(first) | model_identity(config.model)
     with torch.device("meta"):
         shapes = model_tensors(Llama(config.model, REFERENCE))
     with ExitStack() as opened, new_run(output) as merged:
@@ -61,7 +65,7 @@ def merge(paths: Sequence[Path], output: Path, shares: Sequence[float] = ()) -> 
 
         merged.create(config, run.tokenizer)
         keep_tokenizer_model(run.tokenizer_model, merged.tokenizer_model)
-        write_weights(merged.checkpoints, shapes, average, read_identity(first))
+        write_weights(merged.checkpoints, shapes, average, identity)
     return shares
 
 
@@ -81,7 +85,10 @@ def _normalised(shares: Sequence[float], n: int) -> list[float]:
 
 def _refuse_other_model(run: RunFolder, first: Path, other: RunFolder, checkpoint: Path) -> None:
     """Raise ValueError if the average of two checkpoints is no model."""
-    here, there = (model_identity(each.load_config().model) for each in (run, other))
+    here, there = (
+        model_identity(stage_config(each.load_config(), path).model)
+        for each, path in ((run, first), (other, checkpoint))
+    )
     if name := next((name for name, value in here.items() if there[name] != value), None):
         raise ValueError(
             f"{checkpoint} has {name} = {there[name]}, and {first} has {here[name]}; only weights "

@@ -237,7 +237,7 @@ def mixed(**options: Any) -> Config:
         ),
         (
             {"stages": (Stage(3 * 2**19),)},
-            r"stages\.0\.start_tokens = 1572864 is at or after the end",
+            r"start_tokens = 1572864 begins after the last update, 3 of 524288",
         ),
         (
             {"stages": (Stage(2**19, weights=(1.0,)),)},
@@ -263,7 +263,7 @@ def mixed(**options: Any) -> Config:
         ),
         (
             {"stages": (Stage(2**19, batch_size=3),)},
-            r"In data\.stages\.0: training\.tokens_per_update = 524288 is not a multiple of",
+            r"a multiple of .* of data\.stages\.0 = 3 x 1024 x 1 .*: \d+, or set data\.stages\.0",
         ),
     ],
 )

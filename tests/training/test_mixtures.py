@@ -160,8 +160,11 @@ def test_another_mixture_does_not_resume(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for option, named in (
-        (("--data.sources.0.weight", 4), r"data.sources.weight = [3, 1], not [4.0, 1]"),
-        (("--data.stages.0.theta", 100.0), "data.stages = "),
+        (("--data.sources.0.weight", 4), "data.weights = [[0, [3, 1]], [32, [1, 9]]], not [[0, [4"),
+        (
+            ("--data.stages.0.theta", 100.0),
+            "data.stages = [[1000, 64, 500000.0], [2048, 64, 500000",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             train("--resume", finished, "--training.training-tokens", 2816, *option)
@@ -178,7 +181,8 @@ def test_data_show_prints_what_the_model_saw(
     header, *shown = printed.split("\n--- position ")
     step = 3 if place in ("--step=3", "--position=9") else 7
     first = 4 * (step - 1)
-    assert f"update {step} of {finished}: positions {first} to {first + 3}, " in header
+    what = f"update {step} of " if "step" in place else ""
+    assert header.startswith(f"{what}{finished}: positions {first} to {first + 3}, ")
     config, dataset = load_recipe(recipe), open_dataset(load_recipe(recipe))
     sources, inputs = expected_inputs(config, dataset, step)
     assert len(shown) == len(sources)
@@ -336,3 +340,37 @@ def test_later_stages_are_compiled_before_the_first_update(
     assert child.returncode == 0, child.stderr
     assert "graphs compiled" in child.stdout
     assert "more graphs" not in child.stdout
+
+
+def test_a_run_with_stages_does_not_resume_without_them(
+    finished: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    text = recipe.read_text()
+    (run / "config.toml").write_text(
+        text[: text.index("[[data.stages]]")] + text[text.index("[optimizer]") :]
+    )
+    with pytest.raises(SystemExit) as stop:
+        train("--resume", run, "--training.training-tokens", 2816)
+    assert stop.value.code == 2
+    assert "was trained with data.stages = [[1000, 64, " in capsys.readouterr().err
+
+
+def test_micro_batch_of_a_stage_may_change_on_resume(finished: Path, tmp_path: Path) -> None:
+    checkpoint, run = finished / "checkpoints" / "step-00000003", tmp_path / "run"
+    train("--resume", checkpoint, "--run-dir", run, "--data.stages.0.batch-size", 2)
+    for step, loss in losses(run).items():
+        # The same sequences, in sums of float32 over other micro-batches.
+        assert float(loss) == pytest.approx(float(losses(finished)[step]), rel=1e-4)
+
+
+def test_merged_weights_have_the_stage_of_their_checkpoints(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = finished / "checkpoints"
+    of_stage = [str(checkpoints / f"step-{step:08}") for step in (4, 9, 10)]
+    main(["merge", *of_stage[1:], "--output", str(tmp_path / "merged")])
+    model = load_run(tmp_path / "merged", torch.device("cpu")).model
+    assert (model.config.theta, model.config.max_seq_len) == (5e5, 64)
+    message = refusal(capsys, "merge", *of_stage[:2], "--output", str(tmp_path / "other"))
+    assert "only weights of one model can be averaged" in message
