@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import fastllama.train as trainer
+from fastllama.checkpoints.state import TrainProgress
 from fastllama.config import load_recipe
 from fastllama.data.dataset import open_dataset
 from fastllama.model.llama import Llama
 from fastllama.run_folder import RunFolder
+from fastllama.training import batches
 from fastllama.training.batches import batch_record, end_position
+from tests.config.with_options import with_options
 from tests.runs import make_losses_nan, rows, train, train_in_child
 from tests.workspace import Workspace
 
@@ -250,3 +254,23 @@ def inject(fault: str, is_last_rank: bool) -> None:
 
 if __name__ == "__main__":
     print(json.dumps(train_layouts(Path(sys.argv[1]), Path(sys.argv[2]))))
+
+
+def test_end_position_is_unknown_where_a_rewind_is_not_on_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Of the updates 4 and 9, and a rewind by two updates between them. Every update was saved.
+    saved = {Path("a"): TrainProgress(step=4, position=32), Path("b"): TrainProgress(9, 88)}
+    monkeypatch.setattr(batches, "complete_checkpoints", lambda folder: list(saved))
+    monkeypatch.setattr(batches, "read_progress", saved.__getitem__)
+    run = RunFolder(Path("run"))
+    config = with_options(
+        model__max_seq_len=32, training__tokens_per_update=256, checkpoint__interval_tokens=256
+    )
+    assert end_position(run, config, 3) == 24
+    with pytest.raises(ValueError, match="rewound between the updates 4 and 9, and no checkpoint"):
+        end_position(run, config, 6)
+    # Saved every five updates, the run can only have gone back to update 4.
+    config = replace(config, checkpoint=replace(config.checkpoint, interval_tokens=5 * 256))
+    saved[Path("b")] = TrainProgress(5, 56)
+    assert end_position(run, config, 5) == 56
