@@ -26,6 +26,7 @@ from fastllama.training.session import Session
 from fastllama.training.setup import (
     begin_stage,
     build_state,
+    claim_run_folder,
     explained_out_of_memory,
     find_start,
     open_loader,
@@ -219,6 +220,8 @@ def train(
         start = find_start(session, checkpoint)
         step, n_updates = start.progress.step, config.n_updates
         if step >= n_updates:
+            if not run.exists:  # Its last checkpoint has come from `checkpoint.upload` just now.
+                session.world.from_main(lambda: claim_run_folder(session, start))
             console.print(f"{run.path} has done all of its {n_updates} updates.")
             return True
         operators = start_run(session, start)

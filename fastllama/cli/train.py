@@ -67,12 +67,11 @@ def run(args: list[str]) -> None:
         report_to_torchrun(f"no failure: stopped early and saved, exit code {STOPPED}")
         sys.exit(STOPPED)
     prompt = options.config.logging.sample_prompt
-    lines = (
-        f"run     {path}",
-        f"plot    {path / 'loss.png'}",
-        f"next    fastllama generate {shlex.quote(str(path))} --prompt {shlex.quote(prompt)}",
-    )
-    console.print("\n".join(lines))
+    lines = [f"run     {path}"]
+    if (path / "loss.png").exists():
+        lines.append(f"plot    {path / 'loss.png'}")
+    generate = f"fastllama generate {shlex.quote(str(path))} --prompt {shlex.quote(prompt)}"
+    console.print("\n".join([*lines, f"next    {generate}"]))
 
 
 def parse_train(args: list[str]) -> tuple[TrainOptions, Path, Path | None]:

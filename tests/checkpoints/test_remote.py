@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from fastllama import urls
 from fastllama.checkpoints.reading import find_damage
 from fastllama.checkpoints.remote import CheckpointUploader, fetch_newest, list_checkpoints
 from fastllama.config import CheckpointConfig, Config, TrainingConfig
+from fastllama.inference.load import load_run
 from fastllama.run_folder import RunFolder
 from tests.object_store import ObjectStore, fail, object_store
 from tests.ranks import launch
@@ -94,6 +96,10 @@ def test_a_fresh_machine_goes_on_with_the_same_bits(
     assert copied(store, STEP_10) == {path.name: path.read_bytes() for path in newest.iterdir()}
     for path in (run / "config.toml", run / "tokenizer.json"):
         assert store.store[f"/bucket/runs/run/{path.name}"].getvalue() == path.read_bytes()
+    # On another fresh machine, nothing is left to train. The run folder is whole there, too.
+    train(workspace.recipe, "--run-dir", tmp_path / "other" / "run", *UPLOAD)
+    assert "has done all of its 10 updates" in capsys.readouterr().out
+    assert load_run(tmp_path / "other" / "run", torch.device("cpu")).end_token == 1
     # A run with checkpoints of its own does not look at the copies.
     ObjectStore.on_request = fail(10**6, ConnectionResetError)
     train(workspace.recipe, "--run-dir", run, *UPLOAD)

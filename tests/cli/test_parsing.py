@@ -8,7 +8,8 @@ import pytest
 
 from fastllama.cli import main
 from fastllama.cli.errors import UsageError
-from fastllama.cli.parsing import split_options, whole_number
+from fastllama.cli.parsing import parse, split_options, whole_number
+from fastllama.cli.prepare import PrepareOptions
 from fastllama.cli.train import parse_train
 from tests.cli.refusal import refusal
 from tests.workspace import Workspace
@@ -94,6 +95,21 @@ def test_whole_numbers_of_any_command(workspace: Workspace) -> None:
 def test_empty_path_is_an_error(workspace: Workspace) -> None:
     with pytest.raises(UsageError, match="--run-dir is empty; name a path"):
         parse_train([str(workspace.recipe), "--run-dir", ""])
+
+
+@pytest.mark.parametrize("command", ["run-dir", "output"])
+def test_output_is_on_a_disk(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=rf"--{command} s3://b/q is a URL; name a path on a disk"):
+        if command == "run-dir":
+            parse_train([str(workspace.recipe), "--run-dir", "s3://b/q"])
+        else:
+            parse(PrepareOptions, ["--output", "s3://b/q"], "fastllama prepare")
+    # A folder with such a name is one.
+    (tmp_path / "s3:" / "b").mkdir(parents=True)
+    assert parse_train([str(workspace.recipe), "--run-dir", "s3://b"])[1] == Path("s3:/b")
 
 
 def test_home_folder(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
