@@ -165,11 +165,8 @@ def _spelt(value: str, name: str, hint: Any) -> str:
     if _takes(hint, 1) and not _takes(hint, 1.0):
         return whole_number(value)
     is_path = name in ("input", "validation-input") or _takes(hint, Path())
-    if (
-        _takes(hint, Path())
-        and re.match(r"[A-Za-z][\w+.-]*://", value)
-        and not os.path.exists(value)
-    ):
+    is_url = re.match(r"[A-Za-z][\w+.-]*://", value) and not os.path.exists(value)
+    if is_url and _takes(hint, Path()):
         remedy = "; checkpoint.upload takes a URL for copies of checkpoints" * (name == "run-dir")
         raise UsageError(f"--{name} {value} is a URL; name a path on a disk{remedy}.")
     if is_path and not value:
