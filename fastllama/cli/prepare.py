@@ -21,13 +21,14 @@ class PrepareOptions:
 
     input: tuple[str, ...]
     """Files, folders or globs of .txt, .jsonl, .json and .parquet (.gz, .zst, .bz2, .xz too), or
-    their URLs: s3://, gs://, hf://, https:// and others."""
+    their URLs: s3://, gs://, hf://, https:// and others. Also data sets of the Hugging Face hub:
+    'hub://OWNER/NAME?config=CONFIG&split=train&revision=REVISION'."""
     tokenizer: Path
     """The tokenizer.json to encode with; any Hugging Face tokenizer works."""
     output: Path
     """Folder to write, data/NAME."""
     field: str = "text"
-    """Name of the text field in JSON and Parquet."""
+    """Name of the text field in JSON, Parquet and data sets of the hub."""
     max_document_mb: int = MAX_DOCUMENT_MB
     """Skip a record or text file of more than this many MB, and count it."""
     validation_fraction: float = 0.0

@@ -27,13 +27,14 @@ class TokenizerTrainOptions:
 
     input: tuple[str, ...]
     """Files, folders or globs of .txt, .jsonl, .json and .parquet (.gz, .zst, .bz2, .xz too), or
-    their URLs: s3://, gs://, hf://, https:// and others."""
+    their URLs: s3://, gs://, hf://, https:// and others. Also data sets of the Hugging Face hub:
+    'hub://OWNER/NAME?config=CONFIG&split=train&revision=REVISION'."""
     output: Path = Path("tokenizer.json")
     """File to write."""
     vocab_size: int = 8192
     """Size of the vocabulary, including four special tokens and 256 bytes."""
     field: str = "text"
-    """Name of the text field in JSON and Parquet."""
+    """Name of the text field in JSON, Parquet and data sets of the hub."""
     max_document_mb: int = MAX_DOCUMENT_MB
     """Skip a record or text file of more than this many MB, and count it."""
 

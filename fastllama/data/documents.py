@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fastllama.data.hub import HubShard
 from fastllama.data.readers import read_file, size_of
 from fastllama.data.records import MAX_DOCUMENT_MB, list_fields
 from fastllama.data.trees import InputFile
@@ -79,6 +80,8 @@ def read_documents(
     """
     if max_document_mb < 1:
         raise ValueError(f"--max-document-mb {max_document_mb} is not a positive number")
+    for source in {path.source for path in files if isinstance(path, HubShard)}:
+        source.check_field(field)
     documents = 0
     field_found = field_missing = False
     other_fields: dict[str, None] = {}

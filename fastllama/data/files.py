@@ -3,11 +3,12 @@
 import fnmatch
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastllama.data.remote_files import RemoteFile, path_of
+from fastllama.data.hub import find_shards, is_hub
+from fastllama.data.remote_files import path_of
 from fastllama.data.trees import MAGIC, Disk, InputFile, RemoteTree, Tree
 from fastllama.printable import printable, shortened
 from fastllama.urls import is_url
@@ -82,6 +83,8 @@ class InputFiles:
     kind: FileKind = DOCUMENTS
     paths: list[InputFile] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
+    commits: dict[str, str] = field(default_factory=dict)
+    """The commits of the hub's data sets that were named by a branch, by "OWNER/NAME@BRANCH"."""
 
     def leave_out(self, path: str, reason: str) -> None:
         entries = self.left_out.setdefault(reason, LeftOut())
@@ -98,21 +101,27 @@ class InputFiles:
         return ", ".join(clauses)
 
 
-def find_files(inputs: Sequence[str], kind: FileKind = DOCUMENTS) -> InputFiles:
+def find_files(
+    inputs: Sequence[str], kind: FileKind = DOCUMENTS, commits: Mapping[str, str] | None = None
+) -> InputFiles:
     """The files of `kind` in `inputs`, each once.
 
-    Inputs are files, folders and glob patterns, on the disk or URLs. Folders are searched
-    recursively, through links too, each folder once. Folders and patterns give only visible files
-    with a suffix of `kind`. Files on the disk come first. Those behind URLs are in the order that
-    their names would have on a disk.
+    Inputs are files, folders and glob patterns, on the disk or URLs, and data sets of the hub.
+    Folders are searched recursively, through links too, each folder once. Folders and patterns give
+    only visible files with a suffix of `kind`. Files on the disk come first. Those behind URLs are
+    in the order that their names would have on a disk. `commits` are those of an earlier call, to
+    find the same data sets again.
 
     Raises:
         ValueError: an input gives no file, is a file with another suffix, or cannot be read.
         OSError: the network fails.
     """
     found: set[InputFile] = set()
-    files = InputFiles(kind)
+    files = InputFiles(kind, commits=dict(commits or {}))
     for value in inputs:
+        if is_url(value) and is_hub(value):
+            found.update(find_shards(value, files.commits))
+            continue
         scheme, _, rest = value.partition("://") if is_url(value) else ("", "", "")
         tree: Tree = Disk() if scheme in ("", "file") else RemoteTree()
         path = rest if scheme == "file" else value
@@ -127,10 +136,8 @@ def find_files(inputs: Sequence[str], kind: FileKind = DOCUMENTS) -> InputFiles:
         found.update(matches)
     unique: dict[str, InputFile] = {}
     # As paths are sorted: folder by folder.
-    for file in sorted(
-        found, key=lambda file: (isinstance(file, RemoteFile), str(file).split("/"))
-    ):
-        unique.setdefault(os.path.realpath(file) if isinstance(file, Path) else file.url, file)
+    for file in sorted(found, key=lambda file: (not isinstance(file, Path), str(file).split("/"))):
+        unique.setdefault(os.path.realpath(file) if isinstance(file, Path) else str(file), file)
     files.paths = list(unique.values())
     return files
 

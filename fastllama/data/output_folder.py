@@ -64,7 +64,7 @@ def describe_input(path: InputFile) -> InputRecord:
     Raises:
         ValueError: the file is gone.
     """
-    if isinstance(path, RemoteFile):
+    if not isinstance(path, Path):
         return printable(path), path.size, path.version
     try:
         status = path.stat()

@@ -18,7 +18,7 @@ from fastllama.data.decompression import (
 )
 from fastllama.data.records import EMPTY, NoText, Record, missing_field, too_long
 from fastllama.data.remote_files import RemoteFile
-from fastllama.data.trees import InputFile
+from fastllama.data.trees import TreeFile
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 2**27
@@ -26,7 +26,7 @@ MAX_ROWS_PER_BYTE = 1000
 """A file may declare this many rows per byte, or 10 million. Each row costs time, even if null."""
 
 
-def read_parquet(path: InputFile, field: str, skip: int, max_bytes: int) -> Iterator[Record]:
+def read_parquet(path: TreeFile, field: str, skip: int, max_bytes: int) -> Iterator[Record]:
     """Yield the records of the rows after the first `skip`."""
     with _source(path) as source, _open(source) as file:
         size = source.size()
@@ -77,7 +77,7 @@ def _read_groups(
             raise DamagedInputError(f"row group {group} holds {held:,} of its {group_rows:,} rows")
 
 
-def _source(path: InputFile) -> pa.NativeFile:
+def _source(path: TreeFile) -> pa.NativeFile:
     if isinstance(path, RemoteFile):
         return pa.PythonFile(path.open(), "r")
     return pa.OSFile(os.fsencode(path))  # A name that is not UTF-8 must reach Arrow as bytes.

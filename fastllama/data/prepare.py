@@ -42,6 +42,7 @@ from fastllama.data.prepare_state import (
     claim_folder,
     digest_of,
     discard_work,
+    recorded_commits,
     reject_other_parts,
 )
 from fastllama.data.records import MAX_DOCUMENT_MB
@@ -87,6 +88,7 @@ class Job:
             max_document_mb=self.max_document_mb,
             part=self.part,
             all_inputs=self.all_inputs,
+            commits=self.files.commits or None,
         )
 
     def check_inputs(self, first: int, last: int) -> None:
@@ -144,7 +146,7 @@ def prepare(
     if workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
     tokenizer = load_tokenizer(tokenizer_path)
-    files = find_files(inputs)
+    files = find_files(inputs, commits=recorded_commits(output))
     records = tuple(map(describe_input, files.paths))
     own = slice(None) if part is None else files_of_part([size for _, size, _ in records], part)
     job = Job(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,6 +69,8 @@ class JobRecord:
     # Of `data import`: how its token files are read, and those of the validation split.
     format: str | None = None
     validation_inputs: tuple[InputRecord, ...] | None = None
+    # `InputFiles.commits`. The names in `inputs` hold the commits, too, so that jobs compare.
+    commits: dict[str, str] | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def load(cls, output: Path) -> "JobRecord | None":
@@ -162,6 +164,20 @@ def digest_of(inputs: Sequence[InputRecord]) -> str:
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
+def recorded_commits(output: Path) -> Mapping[str, str]:
+    """The commits of the hub's data sets that the job in `output` reads, or one of its parts.
+
+    Raises:
+        ValueError: a `job.json` is damaged.
+    """
+    if not output.is_dir():
+        return {}
+    for folder in (output, *(output / part.folder for part in parts_in(output))):
+        if (job := JobRecord.load(folder)) is not None:
+            return job.commits or {}
+    return {}
+
+
 def record_next_shard(output: Path, name: SplitName) -> None:
     """Count the next shard file of split `name` in `progress.json`, before it is created."""
     recorded = PrepareProgress.load(output)
@@ -221,7 +237,8 @@ def differing_settings(one: JobRecord, other: JobRecord) -> list[str]:
     return [
         field.name
         for field in dataclasses.fields(JobRecord)
-        if field.name not in ("inputs", "part")
+        if field.compare
+        and field.name not in ("inputs", "part")
         and getattr(one, field.name) != getattr(other, field.name)
     ]
 
@@ -250,7 +267,7 @@ def claim_folder(output: Path, job: JobRecord) -> None:
         return
     if earlier is not None:
         if has_recorded_work(output):
-            settings = [field.name for field in dataclasses.fields(job)]
+            settings = [field.name for field in dataclasses.fields(job) if field.compare]
             changed = [name for name in settings if getattr(job, name) != getattr(earlier, name)]
             raise ValueError(
                 f"{output} holds data of another job ({', '.join(changed)} differ from "

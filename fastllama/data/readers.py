@@ -14,11 +14,12 @@ from fastllama.data.decompression import (
     is_damage,
 )
 from fastllama.data.files import COMPRESSIONS
+from fastllama.data.hub import HubShard, read_shard
 from fastllama.data.json_records import read_json, read_json_lines
 from fastllama.data.parquet_records import read_parquet
 from fastllama.data.records import EMPTY, OTHER_ENCODING, NoText, Record, too_long
 from fastllama.data.remote_files import RemoteFile
-from fastllama.data.trees import InputFile
+from fastllama.data.trees import InputFile, TreeFile
 from fastllama.printable import printable
 
 _GIT_LFS = b"version https://git-lfs.github.com/"
@@ -53,6 +54,9 @@ def read_file(path: InputFile, field: str, skip: int, max_bytes: int) -> Iterato
         ValueError: a file behind a URL is gone, was changed or may not be read.
         OSError: the file cannot be opened, or the disk or the network fails.
     """
+    if isinstance(path, HubShard):
+        yield from read_shard(path, field, skip, max_bytes)
+        return
     number = skip
     with _open(path) as raw:
         try:
@@ -74,7 +78,7 @@ def read_file(path: InputFile, field: str, skip: int, max_bytes: int) -> Iterato
 
 def size_of(path: InputFile) -> int:
     """The size of a file in bytes; raise an OSError that names it."""
-    if isinstance(path, RemoteFile):
+    if not isinstance(path, Path):
         return path.size
     try:
         return path.stat().st_size
@@ -82,7 +86,7 @@ def size_of(path: InputFile) -> int:
         raise _named(error, path) from error
 
 
-def _open(path: InputFile) -> io.BufferedReader:
+def _open(path: TreeFile) -> io.BufferedReader:
     if isinstance(path, RemoteFile):
         return path.open()
     try:
@@ -99,7 +103,7 @@ def _named(error: OSError, path: Path) -> OSError:
 
 
 def _records(
-    raw: io.BufferedReader, path: InputFile, field: str, skip: int, max_bytes: int
+    raw: io.BufferedReader, path: TreeFile, field: str, skip: int, max_bytes: int
 ) -> Iterator[Record]:
     name = path.name.lower()
     if raw.peek(len(_GIT_LFS)).startswith(_GIT_LFS):

@@ -7,10 +7,12 @@ from typing import Any, Protocol
 
 from fsspec import AbstractFileSystem
 
+from fastllama.data.hub import HubShard
 from fastllama.data.remote_files import RemoteFile
 from fastllama.urls import patiently
 
-InputFile = Path | RemoteFile
+TreeFile = Path | RemoteFile
+InputFile = TreeFile | HubShard
 MAGIC = "*?["
 """Characters of a pattern."""
 
@@ -42,7 +44,7 @@ class Tree(Protocol):
     def split(self, pattern: str) -> tuple[str, list[str]]:
         """The folder where to search for a pattern, and the parts of the pattern below it."""
 
-    def file(self, path: str) -> InputFile:
+    def file(self, path: str) -> TreeFile:
         """The file at `path`."""
 
 
@@ -84,7 +86,7 @@ class Disk:
         start = "/" if pattern.startswith("/") else "."
         return start, [part for part in pattern.split("/") if part]
 
-    def file(self, path: str) -> InputFile:
+    def file(self, path: str) -> TreeFile:
         return Path(path).absolute()
 
 
@@ -138,7 +140,7 @@ class RemoteTree:
         n = next((i for i, part in enumerate(parts) if set(MAGIC) & set(part)), len(parts))
         return f"{scheme}://{'/'.join(parts[:n])}", parts[n:]
 
-    def file(self, path: str) -> InputFile:
+    def file(self, path: str) -> TreeFile:
         return RemoteFile.find(path, self._info(path))
 
     def _info(self, path: str) -> dict[str, Any] | None:
