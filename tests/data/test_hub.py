@@ -19,6 +19,7 @@ import fastllama.data.prepare as module
 from fastllama.cli import main
 from fastllama.data.documents import Document, Empty, Malformed, read_documents
 from fastllama.data.files import find_files
+from fastllama.data.hub import HubShard, HubSplit
 from fastllama.data.join import join
 from fastllama.data.parts import Part
 from fastllama.data.prepare import prepare
@@ -356,6 +357,14 @@ def test_no_network(hub: HubServer, job: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set: unset it, or name files"):
         texts("hub://owner/name")
+
+
+def test_names_of_shards_are_in_their_order() -> None:
+    split = HubSplit("owner/name", "a/b&c", "train", "f" * 40, 12, False, None)
+    names = [str(HubShard(split, number)) for number in range(12)]
+    commit = f"revision={split.commit}"
+    assert names[0] == f"hub://owner/name?config=a%2Fb%26c&split=train&{commit}#01/12"
+    assert names == sorted(names)
 
 
 @pytest.mark.parametrize(
