@@ -22,7 +22,7 @@ class PrepareOptions:
     input: tuple[str, ...]
     """Files, folders or globs of .txt, .jsonl, .json and .parquet (.gz, .zst, .bz2, .xz too), or
     their URLs: s3://, gs://, hf://, https:// and others. Also data sets of the Hugging Face hub:
-    'hub://OWNER/NAME?config=CONFIG&split=train&revision=REVISION'."""
+    'hub://OWNER/NAME?config=NAME&split=NAME'."""
     tokenizer: Path
     """The tokenizer.json to encode with; any Hugging Face tokenizer works."""
     output: Path

@@ -28,7 +28,7 @@ class TokenizerTrainOptions:
     input: tuple[str, ...]
     """Files, folders or globs of .txt, .jsonl, .json and .parquet (.gz, .zst, .bz2, .xz too), or
     their URLs: s3://, gs://, hf://, https:// and others. Also data sets of the Hugging Face hub:
-    'hub://OWNER/NAME?config=CONFIG&split=train&revision=REVISION'."""
+    'hub://OWNER/NAME?config=NAME&split=NAME'."""
     output: Path = Path("tokenizer.json")
     """File to write."""
     vocab_size: int = 8192

@@ -275,8 +275,8 @@ def _explanation(error: Exception, url: str, name: str) -> Exception:
 
 def _unreadable(error: Exception, name: str) -> str:
     return (
-        f"datasets cannot read it ({one_line(reason(error), 200)}); hf://datasets/{name} names its "
-        "files, of which fastllama skips and counts what is damaged"
+        f"datasets cannot read it ({one_line(reason(error), 200)}); of JSON, Parquet and text, "
+        f"hf://datasets/{name} reads the files themselves, and skips what is damaged"
     )
 
 
