@@ -103,7 +103,7 @@ def test_output_is_on_a_disk(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"--output s3://b/q is a URL; name a path on a disk\."):
         parse(PrepareOptions, ["--output", "s3://b/q"], "fastllama prepare")
-    with pytest.raises(UsageError, match="s3://b/q is a URL; .* checkpoint.upload takes a URL"):
+    with pytest.raises(UsageError, match=r"s3://b/q is a URL; .* checkpoint\.upload takes a URL"):
         parse_train([str(workspace.recipe), "--run-dir", "s3://b/q"])
     # A folder with such a name is one.
     (tmp_path / "s3:" / "b").mkdir(parents=True)
