@@ -33,6 +33,7 @@ _EXTRAS = {
 _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for public data, FSSPEC_S3_ANON=true",
     "gs": "use `gcloud auth application-default login`; for public data, FSSPEC_GS_TOKEN=anon",
+    "file": "change its permissions, or name another folder",
     "hf": "use `hf auth login`, or set HF_TOKEN",
 }
 _OTHER_CREDENTIALS = "give its library credentials that may use it"
@@ -134,7 +135,10 @@ def _raise_mistake(error: Exception, url: str, verb: str) -> None:
         ) from error
     is_rejected = status is not None and 400 <= status < 500 and status not in _TRY_AGAIN
     # What botocore calls a name that no bucket can have.
-    is_invalid = isinstance(error, ValueError) or type(error).__name__ == "ParamValidationError"
+    is_invalid = (
+        isinstance(error, (ValueError, NotADirectoryError))
+        or type(error).__name__ == "ParamValidationError"
+    )
     if is_rejected or is_invalid:
         raise ValueError(f"cannot {verb} {shown(url)}: {_words(error)}") from error
 

@@ -228,9 +228,10 @@ def _fetch(
         return f"{MANIFEST} does not list progress.json"
     _get(f"{source}/progress.json", aside / "progress.json")
     if difference := find_difference(aside, identity):
+        difference = difference.replace(str(aside), source)
         raise ValueError(
-            f"{source} is of another run: {difference}; keep that value to resume it, or choose "
-            "another --run-dir or --checkpoint.upload."
+            f"{difference}; keep that value to resume it, or choose another --run-dir or "
+            "--checkpoint.upload."
         )
     names = list(files)
     with ThreadPoolExecutor(TRANSFERS) as pool:
@@ -277,7 +278,10 @@ def _put(path: Path, url: str) -> None:
     try:
         patiently(url, put, verb="write", remedy="check the network")
     except FileNotFoundError as error:  # There is no such bucket.
-        raise ValueError(f"cannot write {url}: {error.strerror}") from None
+        raise ValueError(
+            f"cannot write {url}: {error.strerror}; set checkpoint.upload to a folder or bucket "
+            "where you may write"
+        ) from None
 
 
 def _get(url: str, path: Path) -> None:

@@ -16,7 +16,7 @@ import tyro
 
 from fastllama.cli.errors import UsageError
 from fastllama.cli.streams import require_stdout
-from fastllama.config import Config, known_keys, load_recipe, nearest_key
+from fastllama.config import Config, known_keys, load_recipe, missing_table, nearest_key
 from fastllama.config.recipes import has_type
 
 Options = TypeVar("Options")
@@ -117,7 +117,7 @@ def parse(
             raise
         raise UsageError(f"{unbox(printed.getvalue())}; see {prog} --help.") from None
     if unknown:
-        raise UsageError(_unknown_option(unknown[0], hints, prog))
+        raise UsageError(_unknown_option(unknown[0], hints, prog, getattr(default, "config", None)))
     return cast(Options, options)  # tyro types it like `default`, None included
 
 
@@ -206,13 +206,18 @@ def _refuse_bytes_that_are_not_utf8(args: list[str], hints: dict[str, Any]) -> N
                 ) from None
 
 
-def _unknown_option(arg: str, hints: dict[str, Any], prog: str) -> str:
-    """A sentence about an argument that is no option, with what is most likely meant."""
+def _unknown_option(arg: str, hints: dict[str, Any], prog: str, config: Config | None) -> str:
+    """A sentence about an argument that is no option, with what is most likely meant.
+
+    `config` is the configuration that the options change, if they change one.
+    """
     if not arg.startswith("-"):
         return f"{arg!r} is no option of {prog}{_with_dashes(arg)}"
     name = arg.split("=")[0]
     plain = name.lstrip("-").replace("-", "_")
-    if "model.n-embd" in hints:
+    if config is not None:
+        if problem := missing_table(plain, config):
+            return problem
         near = difflib.get_close_matches(plain.replace("_", "-"), ["run-dir", "resume"], n=1)
         if plain in RUN_OPTIONS or near:
             return f"Unknown option {name}; did you mean --{RUN_OPTIONS.get(plain) or near[0]}?"

@@ -48,6 +48,7 @@ class PrepareOptions:
 def run(args: list[str]) -> None:
     """Prepare a data folder and print the tokens of each split."""
     options = parse(PrepareOptions, args, "fastllama prepare")
+    from fastllama.data.manifest import MANIFEST_FILE
     from fastllama.data.parts import Part, part_of_array
     from fastllama.data.prepare import prepare
 
@@ -73,7 +74,7 @@ def run(args: list[str]) -> None:
     output = shlex.quote(str(options.output))
     if part is None:
         say(f"next: fastllama train CONFIG.toml --data.path {output}")
-    else:
+    elif not (options.output / MANIFEST_FILE).exists():
         say(f"next: fastllama data join {output}, when all {part.count:,} parts are complete")
 
 

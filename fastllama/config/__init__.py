@@ -3,7 +3,7 @@
 Standard library only, so that the command line answers at once.
 """
 
-from fastllama.config.names import known_keys, nearest_key
+from fastllama.config.names import known_keys, missing_table, nearest_key
 from fastllama.config.options import (
     CheckpointConfig,
     Config,
@@ -35,6 +35,7 @@ __all__ = [
     "config_from_dict",
     "known_keys",
     "load_recipe",
+    "missing_table",
     "nearest_key",
     "validate",
     "validate_values",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import typing
 
 from fastllama.config.options import Config, DataSource, Stage, ValidationSet
@@ -63,6 +64,10 @@ OTHER_NAMES = {
 """Our options by the names that other trainers and Hugging Face give them."""
 
 
+ARRAYS = {"sources": DataSource, "validation": ValidationSet, "stages": Stage}
+"""The arrays of tables in `data`, and the kind of their tables."""
+
+
 def known_keys() -> list[str]:
     """Every option as `group.field`."""
     return [
@@ -75,10 +80,30 @@ def known_keys() -> list[str]:
 def _table_keys(group: str) -> list[str]:
     """The options of a table in an array, such as `data.sources.0`."""
     array, _, number = group.rpartition(".")
-    kind = {"data.sources": DataSource, "data.validation": ValidationSet, "data.stages": Stage}
-    if not number.isdecimal() or array not in kind:
+    kind = ARRAYS.get(array.removeprefix("data."))
+    if not number.isdecimal() or kind is None:
         return []
-    return [f"{group}.{option.name}" for option in dataclasses.fields(kind[array])]
+    return [f"{group}.{option.name}" for option in dataclasses.fields(kind)]
+
+
+def missing_table(name: str, config: Config) -> str | None:
+    """A sentence about an array such as `data.stages`, or a table that it lacks; or None."""
+    found = re.match(rf"(data\.({'|'.join(ARRAYS)}))(\.\d+\b|$)", name)
+    if found is None:
+        return None
+    array, kind, number = found.groups()
+    if not number:
+        option = {"sources": "weight", "validation": "path", "stages": "max-seq-len"}[kind]
+        return (
+            f"The recipe lists the entries of {array} as [[{array}]]; --{array}.0.{option} "
+            "changes one."
+        )
+    count = len(getattr(config.data, kind))
+    if int(number[1:]) < count:
+        return None
+    last = f" {'and' if count == 2 else 'to'} {count - 1}" if count > 1 else ""
+    there = f"{count} entr{'ies' if last else 'y'}, 0{last}" if count else "no entries"
+    return f"{array} has {there}; there is no {array}{number}."
 
 
 def unknown_key(key: str, group: str | None = None) -> str:

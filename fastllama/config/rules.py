@@ -228,10 +228,13 @@ def _validate_stages(config: Config) -> None:
                 f"{config.longest_seq_len}; choose a divisor, such as a power of two."
             )
         before = first
-    if config.longest_seq_len % config.model.max_seq_len:
+    first_len, longest = config.model.max_seq_len, config.longest_seq_len
+    if longest % first_len:
+        number = [stage.max_seq_len for stage in config.data.stages].index(longest)
         raise ValueError(
-            f"model.max_seq_len = {config.model.max_seq_len} does not divide the longest sequence "
-            f"of data.stages, {config.longest_seq_len}; choose a divisor, such as a power of two."
+            f"data.stages.{number}.max_seq_len = {longest} is not a multiple of "
+            f"model.max_seq_len = {first_len}; the nearest that is: "
+            f"{round(longest / first_len) * first_len}."
         )
 
 

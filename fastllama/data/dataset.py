@@ -190,7 +190,8 @@ def _open_validation(
     if not config.data.validation:
         return [(source.name, source.folder, source.manifest, "validation") for source in sources]
     found = []
-    for wanted, name in zip(config.data.validation, config.data.validation_names, strict=True):
+    names = config.data.validation_names
+    for number, (wanted, name) in enumerate(zip(config.data.validation, names, strict=True)):
         folder, manifest = open_folder(wanted.path, config.data.cache_dir, config.data.cache_gb)
         _check_same_tokens(sources[0], folder, manifest)
         split = manifest.splits.get(wanted.split)
@@ -199,7 +200,7 @@ def _open_validation(
             raise ValueError(
                 f"{folder} has {tokens} tokens in its {wanted.split} split, less than a sequence; "
                 "prepare more text for validation, or name the other split by "
-                "data.validation.N.split."
+                f"data.validation.{number}.split."
             )
         found.append((name, folder, manifest, wanted.split))
     return found
@@ -212,8 +213,8 @@ def _check_same_tokens(first: Source, folder: DataFolder, manifest: Manifest) ->
     ):
         if ours != other:
             raise ValueError(
-                f"{folder} and {first.folder} were prepared with another {what} each; prepare one "
-                f"of them again with the {what} of the other."
+                f"{folder} and {first.folder} were prepared with different {what}s; prepare one of "
+                f"them again with the {what} of the other."
             )
 
 

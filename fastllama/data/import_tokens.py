@@ -3,6 +3,7 @@
 An interrupted import starts again: it copies numbers, and takes minutes where encoding takes hours.
 """
 
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -163,6 +164,12 @@ def _find(inputs: Sequence[str]) -> tuple[list[Path], str]:
             raise ValueError(
                 f"cannot import {shown(value)}: token files are read from a disk; download it, or "
                 "mount its bucket"
+            )
+        tokens = Path(os.path.expanduser(f"{value.removeprefix('file://')}.bin"))
+        if tokens.is_file() and not tokens.with_suffix("").exists():
+            raise ValueError(
+                f"input {shown(value)} does not exist: name {shown(str(tokens))}, whose index is "
+                "found beside it"
             )
     found = find_files(inputs, TOKEN_FILES)
     return [Path(str(file)) for file in found.paths], found.describe_left_out()

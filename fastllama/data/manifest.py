@@ -97,6 +97,16 @@ class Manifest:
                     f"{folder} holds parts that are not joined: when all of them are complete, run "
                     f"`fastllama data join {folder}`"
                 )
+            if (folder / "config.toml").is_file():
+                raise ValueError(
+                    f"{folder} is a run folder, not a data folder: name the folder that fastllama "
+                    "prepare wrote"
+                )
+            if not any((folder / name).exists() for name in ("job.json", "progress.json")):
+                raise ValueError(
+                    f"{folder} is no data folder (it has neither {MANIFEST_FILE} nor job.json): "
+                    f"encode its text with `fastllama prepare --input {folder} …`"
+                )
             raise ValueError(
                 f"{folder} has no {MANIFEST_FILE}: if `fastllama prepare` or `fastllama data "
                 "import` was interrupted, run the same command again to finish it"

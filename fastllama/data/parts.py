@@ -37,7 +37,8 @@ class Part:
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.count:
-            raise ValueError(f"part {self} does not exist: parts are numbered from 1 to N")
+            n = self.count or "N"
+            raise ValueError(f"part {self} does not exist: the parts are 1/{n} to {n}/{n}")
         if self.count > MAX_PARTS:
             raise ValueError(f"part {self} is one of more than {MAX_PARTS:,}: choose fewer parts")
 

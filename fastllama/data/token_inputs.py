@@ -81,10 +81,17 @@ class TokenInput:
         for ids in _numbers(self.path, self.dtype, self.start, self.tokens):
             if ids.min() < 0 or ids.max() >= vocab_size:
                 at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+                problem = "which is negative; -1 is often padding: remove it"
+                if ids[at] >= 0:
+                    problem = (
+                        f"and the tokenizer has {vocab_size:,} ids: name the tokenizer that the "
+                        "file was written with"
+                    )
+                    if self.format in _RAW:
+                        problem += ", or another --format"
                 raise ValueError(
                     f"{_shown(self.path)}, read as {self.format}, has token id {ids[at]} at "
-                    f"position {first + at:,}, and the tokenizer has {vocab_size:,} ids: name the "
-                    "tokenizer that the file was written with"
+                    f"position {first + at:,}, {problem}"
                 )
             if ends is None:
                 yield ids, None
@@ -402,6 +409,10 @@ def _check_owner(companion: Path, present: set[Path]) -> None:
         owner = companion.with_suffix(".bin")
     # datatrove's merger writes metadata about all files together, without a file of this name.
     if owner not in present and companion.suffix != METADATA:
+        if owner.is_file():
+            raise ValueError(
+                f"{_shown(companion)} belongs to {_shown(owner)}: name that file instead"
+            )
         raise ValueError(
             f"{_shown(companion)} belongs to {_shown(owner.name)}, which is not among the input "
             "files: name this file"

@@ -17,6 +17,7 @@ from tokenizers.trainers import BpeTrainer
 from fastllama.atomic import naming, write_atomic
 from fastllama.data.pieces import Cutter
 from fastllama.printable import one_line, printable
+from fastllama.urls import is_url
 
 SPECIAL_TOKENS = ("<SOS>", "<EOS>", "<PAD>", "<UNK>")
 END_TOKENS = ("<EOS>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
@@ -217,6 +218,10 @@ def _no_file(path: Path) -> str:
         return f"tokenizer {shown} is a folder: name its tokenizer.json"
     if path.exists():
         return f"tokenizer {shown} is not a regular file: copy it to one"
+    # Of the slashes behind a scheme, `Path` keeps one.
+    url = shown.replace(":/", ":///" if shown.startswith("file:") else "://", 1)
+    if is_url(url):
+        return f"tokenizer {url} is a URL: download it, and name the local file"
     if path.suffix != ".json" and HUB_NAME.fullmatch(shown):
         return (
             f"tokenizer {shown} does not exist. fastllama downloads nothing: for the tokenizer of "

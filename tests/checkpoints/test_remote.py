@@ -291,8 +291,8 @@ def test_a_copy_of_another_run_is_refused(
     with pytest.raises(SystemExit) as stop:
         train(workspace.recipe, "--run-dir", tmp_path / "x/run", *UPLOAD, "--training.seed", 5)
     assert stop.value.code == 2
-    assert "is of another run: " in (error := capsys.readouterr().err)
-    assert "training.seed = 1337, not 5; keep that value to resume it, or choose" in error
+    sentence = f"{URL}/run/checkpoints/{STEP_10} was trained with training.seed = 1337, not 5; keep"
+    assert f"error: {sentence} that value to resume it, or choose" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
@@ -321,6 +321,11 @@ def test_a_training_goes_on_without_its_copies(
         (URL, f"cannot write {URL}/run/config.toml: permission denied (PermissionError: Denied)"),
         ("runs", "checkpoint.upload = 'runs' is not a URL; give one such as s3://bucket/runs"),
         ("foo://runs", "fsspec knows no scheme foo://"),
+        (f"file://{__file__}", "config.toml: Not a directory"),
+        (
+            "file:///proc/nothing",
+            "; set checkpoint.upload to a folder or bucket where you may write",
+        ),
     ],
 )
 def test_mistakes_are_told_before_the_training(

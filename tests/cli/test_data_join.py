@@ -74,6 +74,8 @@ def test_commands_of_the_page(
         assert printed.err == done
     main(["data", "check", "data/mine"])
     assert "every shard matches its checksum" in capsys.readouterr().out
+    main(shlex.split(prepared[0])[1:])
+    assert "next: " not in capsys.readouterr().out
 
 
 def test_ray_of_the_page(
@@ -146,7 +148,7 @@ def test_task_of_an_array_is_a_part(
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("0/4", "part 0/4 does not exist: parts are numbered from 1 to N"),
+        ("0/4", "part 0/4 does not exist: the parts are 1/4 to 4/4"),
         ("5/4", "part 5/4 does not exist"),
         ("1/0", "part 1/0 does not exist"),
         ("1/100000", "part 1/100000 is one of more than 99,999: choose fewer parts"),

@@ -1,6 +1,16 @@
 """The names of options."""
 
-from fastllama.config import known_keys
+import pytest
+
+from fastllama.config import (
+    Config,
+    DataConfig,
+    DataSource,
+    Stage,
+    ValidationSet,
+    known_keys,
+    missing_table,
+)
 
 # Adding, renaming or removing an option changes the meaning of old runs and recipes, so this list
 # must change too.
@@ -34,3 +44,23 @@ OPTIONS = """
 
 def test_known_keys() -> None:
     assert known_keys() == OPTIONS.split()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "data.sources.2.weight",
+            "data.sources has 2 entries, 0 and 1; there is no data.sources.2.",
+        ),
+        ("data.stages.7", "data.stages has 3 entries, 0 to 2; there is no data.stages.7."),
+        ("data.validation.10.x", "data.validation has 1 entry, 0; there is no data.validation.10."),
+        ("data.sources.1.wieght", None),
+        ("data.path", None),
+        ("model.stages", None),
+    ],
+)
+def test_table_that_a_recipe_lacks(name: str, sentence: str | None) -> None:
+    sources = (DataSource("a"), DataSource("b"))
+    data = DataConfig(sources=sources, validation=(ValidationSet("c"),), stages=(Stage(),) * 3)
+    assert missing_table(name, Config(data=data)) == sentence

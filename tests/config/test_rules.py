@@ -255,7 +255,7 @@ def mixed(**options: Any) -> Config:
         ({"stages": (Stage(2**19, batch_size=0),)}, r"stages\.0\.batch_size must be at least 1"),
         (
             {"stages": (Stage(2**19, max_seq_len=1536),)},
-            r"model\.max_seq_len = 1024 does not divide the longest sequence of data\.stages, 1536",
+            r"stages\.0\.max_seq_len = 1536 is not .* model\.max_seq_len = 1024; .* that is: 2048",
         ),
         (
             {"stages": (Stage(2**19, max_seq_len=768), Stage(2**20, max_seq_len=1024))},

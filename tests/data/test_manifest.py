@@ -64,8 +64,21 @@ def test_version_1_has_no_checksum(folder: Path) -> None:
 def test_missing_folder_or_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere does not exist"):
         Manifest.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="run the same command again"):
-        Manifest.load(tmp_path)
+    no_data = r"is no data folder \(it has neither manifest\.json nor job\.json\): encode its text"
+    for other, message in (
+        ("corpus.txt", no_data),
+        ("config.toml", "is a run folder, not a data folder: name the folder that"),
+    ):
+        (tmp_path / other).touch()
+        with pytest.raises(ValueError, match=message):
+            Manifest.load(tmp_path)
+        (tmp_path / other).unlink()
+    for kept in ("job.json", "progress.json"):
+        (tmp_path / kept).touch()
+        with pytest.raises(ValueError, match="run the same command again"):
+            Manifest.load(tmp_path)
+        (tmp_path / kept).unlink()
+    (tmp_path / "job.json").touch()
     os.mkfifo(tmp_path / MANIFEST_FILE)
     with pytest.raises(ValueError, match="run the same command again"):
         Manifest.load(tmp_path)

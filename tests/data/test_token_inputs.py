@@ -95,11 +95,12 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     # Ids and the tokenizer.
     "id outside of the vocabulary": (
         lambda f: write_raw(f / "a", [[5, 6, 7, 260]]),
-        r"a\.bin, read as raw-uint16, has token id 260 at position 3, and the tokenizer has 260",
+        r"a\.bin, read as raw-uint16, has token id 260 at position 3, and the tokenizer has 260 "
+        r"ids: name the tokenizer that the file was written with, or another --format",
     ),
     "negative id": (
         lambda f: write_npy(f / "a", [[5, -1]], "<i8"),
-        r"a\.npy, read as npy, has token id -1 at position 1,",
+        r"a\.npy, read as npy, has token id -1 at position 1, which is negative; -1 is often",
     ),
     "32 bits without a header": (
         lambda f: write_raw(f / "a", [[5] * 20], "<u4"),
@@ -273,6 +274,23 @@ def test_tokenizer_without_an_end_token(tmp_path: Path) -> None:
 def test_url(tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot import s3://bucket/a\.ds: .* from a disk"):
         import_tokens(["s3://bucket/a.ds"], tokenizer, tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("mega", r"mega does not exist: name .*/mega\.bin, whose index is found beside it"),
+        ("mega.idx", r"mega\.idx belongs to /.*/mega\.bin: name that file instead"),
+        ("trove.ds.index", r"trove\.ds\.index belongs to /.*/trove\.ds: name that file instead"),
+    ],
+)
+def test_name_beside_a_token_file(
+    name: str, sentence: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    write_megatron(tmp_path / "mega", DOCUMENTS)
+    write_datatrove(tmp_path / "trove", DOCUMENTS)
+    with pytest.raises(ValueError, match=sentence):
+        import_tokens([str(tmp_path / name)], tokenizer, tmp_path / "data")
 
 
 def test_output_that_is_a_file(tokenizer: Path, tmp_path: Path) -> None:

@@ -186,6 +186,12 @@ def test_names_of_a_hub_are_explained(name: str) -> None:
         load_tokenizer(Path(name))
 
 
+@pytest.mark.parametrize("url", ["file:///x/tok.json", "https://host/a:/tok.json", "hf://o/n"])
+def test_urls_are_explained(url: str) -> None:
+    with pytest.raises(ValueError, match=f"tokenizer {url} is a URL: download it, and name the"):
+        load_tokenizer(Path(url))
+
+
 def test_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(TOKENIZER.to_str(), encoding="utf-8-sig")

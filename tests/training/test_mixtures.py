@@ -292,7 +292,20 @@ def test_sources_with_different_tokenizers(
     for option in ("--data.sources.1.path", "--data.sources.0.path"):
         with pytest.raises(SystemExit):
             train(recipe, "--run-dir", tmp_path / "run", option, tmp_path / "other")
-        assert "were prepared with another tokenizer each" in capsys.readouterr().err
+        assert "were prepared with different tokenizers;" in capsys.readouterr().err
+
+
+def test_validation_set_without_its_split(
+    recipe: Path, workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare([str(workspace.corpus)], workspace.tokenizer, tmp_path / "train-only")
+    text = recipe.read_text()
+    for path in (workspace.data, tmp_path / "train-only"):
+        text += f'[[data.validation]]\npath = "{path}"\n'
+    (tmp_path / "sets.toml").write_text(text)
+    error = refusal(capsys, "train", tmp_path / "sets.toml", "--run-dir", tmp_path / "run")
+    assert "train-only has 0 tokens in its validation split" in error
+    assert "name the other split by data.validation.1.split." in error
 
 
 def test_named_validation_sets(recipe: Path, workspace: Workspace, tmp_path: Path) -> None:
