@@ -113,7 +113,7 @@ def test_rejects_missing_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("manifest.json", r"has no manifest\.json"),
+        ("manifest.json", r"has neither manifest\.json nor job\.json"),
         ("tokenizer.json", r"tokenizer\.json is missing or damaged"),
         ("train-00001.npy", r"train-00001\.npy is damaged: found no such file"),
         ("validation-00000.npy", r"validation-00000\.npy is damaged: found no such file"),
