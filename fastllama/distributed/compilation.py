@@ -61,7 +61,8 @@ def compile_model(model: Llama, config: Config) -> None:
     # validation. PyTorch's limit of 8 would leave a third shape eager. Shapes are those of stages,
     # with up to 8 lengths of `cu_seqlens`.
     n_shapes = len(config.stages) * (8 if config.data.document_mask else 1)
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * n_shapes)
+    if n_shapes > 1:
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * n_shapes)
     for module in [model] if config.training.compile_scope == "model" else model.blocks:
         module.compile(dynamic=False)
 
@@ -82,10 +83,12 @@ class CompileWatch:
         before = n_compiled_graphs()
         with nullcontext() if self._warm else self._compiling():
             yield
-        compiled = n_compiled_graphs() - before
+        now = n_compiled_graphs()
+        compiled = now - before
         if not self._warm:
             self._warm = True
-            self._tell_first_update(n_compiled_graphs() - self._n_before)
+            # With those of the warm-up.
+            self._tell_first_update(now - self._n_before)
         elif compiled:
             self._tell(
                 f"step {step}: torch.compile made {compiled} more graphs. This slows training, and "

@@ -214,6 +214,7 @@ def test_resume_after_any_fsync_gives_same_bytes(
     assert last > 100
 
 
+@pytest.mark.slow  # Kills many processes.
 def test_resume_after_random_kills_gives_same_bytes(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "reference")
     output = tmp_path / "data"

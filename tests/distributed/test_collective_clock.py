@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllama.config import Config, ModelConfig, ParallelConfig, TrainingConfig
+from fastllama.data.batch import Batch
 from fastllama.distributed.collective_clock import CollectiveClock, HostEvent
 from fastllama.distributed.world import World, build_mesh
 from fastllama.train import train_step
@@ -92,7 +93,7 @@ def test_collectives_of_an_update(
     config = Config(model=model, training=training, parallel=parallel)
     session = bare_session(config, World(0, 8, torch.device("cpu"), build_mesh("cpu", replicate)))
     state = build_state(session, fresh_start(), REFERENCE)
-    loader = cast(Any, SimpleNamespace(next=lambda: (tokens, tokens)))
+    loader = cast(Any, SimpleNamespace(next=lambda: Batch(tokens, tokens, None, None)))
     for _ in range(2):
         with CollectiveCounter() as counter:
             train_step(session, state, loader, StopSignal())

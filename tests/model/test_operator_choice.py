@@ -102,6 +102,7 @@ def test_console_reports_kernels_and_attention(
     assert "kernels reference; attention reference: the only one" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # Interprets kernels of a training.
 @pytest.mark.skipif(not knobs.runtime.interpret, reason="needs Triton's interpreter")
 def test_triton_trains_the_same_model(workspace: Workspace, tmp_path: Path) -> None:
     for kernels in ("triton", "reference"):

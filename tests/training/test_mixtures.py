@@ -331,6 +331,7 @@ def test_one_source_trains_like_its_path(workspace: Workspace, tmp_path: Path) -
     assert losses(tmp_path / "path") == losses(tmp_path / "source")
 
 
+@pytest.mark.slow  # Two trainings.
 def test_stages_with_documents_kept_apart(recipe: Path, tmp_path: Path) -> None:
     options = ("--data.document-mask", "true", *EVERY_UPDATE)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -368,6 +369,7 @@ def test_a_run_with_stages_does_not_resume_without_them(
     assert "was trained with data.stages = [[1000, 64, " in capsys.readouterr().err
 
 
+@pytest.mark.slow  # A training.
 def test_micro_batch_of_a_stage_may_change_on_resume(finished: Path, tmp_path: Path) -> None:
     checkpoint, run = finished / "checkpoints" / "step-00000003", tmp_path / "run"
     train("--resume", checkpoint, "--run-dir", run, "--data.stages.0.batch-size", 2)
