@@ -234,15 +234,16 @@ def _fetch(
             "--checkpoint.upload."
         )
     names = list(files)
-    with ThreadPoolExecutor(TRANSFERS) as pool:
-        for first in range(0, len(names), TRANSFERS):
-            some = names[first : first + TRANSFERS]
+    for first in range(0, len(names), TRANSFERS):
+        some = names[first : first + TRANSFERS]
+        # Not around the loop: a generator that is dropped must not wait for threads.
+        with ThreadPoolExecutor(TRANSFERS) as pool:
             list(pool.map(lambda name: _get(f"{source}/{name}", aside / name), some))
-            for name, entry in describe(aside, some).items():
-                if entry != files[name]:
-                    return f"{name} is not what was written"
-                fsync_file(aside / name)
-            yield True
+        for name, entry in describe(aside, some).items():
+            if entry != files[name]:
+                return f"{name} is not what was written"
+            fsync_file(aside / name)
+        yield True
     return None
 
 

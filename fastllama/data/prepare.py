@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,7 +211,20 @@ def _encode(
     encoder = Encoder(job.tokenizer, job.end_token_id, deepcopy(progress.text_loss))
     started = committed = time.monotonic()
     tokens_before = progress.tokens
-    with token_bar(console) as bar:
+    accounting = Accounting(console.print, progress.read)
+    records = read_documents(
+        job.files.paths,
+        job.field,
+        progress.position,
+        job.max_document_mb,
+        may_be_empty=job.part is not None,
+    )
+    with (
+        # Encoding takes all cores but for moments, in which the last batch is written.
+        _prefetched(_record_batches(records)) as batches,
+        _prefetched(_encoded(batches, job, encoder, strict)) as encoded_batches,
+        token_bar(console) as bar,
+    ):
         task = bar.add_task(
             "",
             total=sum(sizes),
@@ -219,17 +233,7 @@ def _encode(
             tokens=tokens_before,
             rate=0.0,
         )
-        records = read_documents(
-            job.files.paths,
-            job.field,
-            progress.position,
-            job.max_document_mb,
-            may_be_empty=job.part is not None,
-        )
-        accounting = Accounting(console.print, progress.read)
-        batches = _prefetch(_record_batches(records))
-        # Encoding takes all cores but for moments, in which the last batch is written.
-        for batch, encoded, text_loss in _prefetch(_encoded(batches, job, encoder, strict)):
+        for batch, encoded, text_loss in encoded_batches:
             documents = list(accounting.documents(batch))
             _append(documents, encoded, job.validation_fraction, writers)
             progress.text_loss = text_loss
@@ -275,13 +279,22 @@ def _record_batches(
         yield batch
 
 
-def _prefetch(items: Iterator[T]) -> Iterator[T]:
-    """Yield `items` while a thread computes the next one."""
+@contextmanager
+def _prefetched(items: Iterator[T]) -> Iterator[Iterator[T]]:
+    """Give `items`, of which a thread computes the next one meanwhile. Wait for it on exit.
+
+    A generator that waited when it is closed would do so wherever garbage is collected, for example
+    while Python starts a thread: then both would wait for ever.
+    """
     with ThreadPoolExecutor(max_workers=1) as thread:
-        upcoming = thread.submit(next, items, None)
-        while (item := upcoming.result()) is not None:
+
+        def ahead() -> Iterator[T]:
             upcoming = thread.submit(next, items, None)
-            yield item
+            while (item := upcoming.result()) is not None:
+                upcoming = thread.submit(next, items, None)
+                yield item
+
+        yield ahead()
 
 
 def _encoded(

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -507,3 +507,17 @@ print(count() - before)
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) == 7
+
+
+def test_dropped_batches_wait_for_nothing() -> None:
+    def slow() -> Iterator[int]:
+        yield 1
+        time.sleep(0.5)
+        yield 2
+
+    with module._prefetched(slow()) as items:
+        assert next(items) == 1
+        began = time.perf_counter()
+        # As garbage collection does after an error, at any moment and in any thread.
+        items.close()  # type: ignore[attr-defined]
+        assert time.perf_counter() - began < 0.25
