@@ -4,6 +4,7 @@
 preparation reads again only the beginning of one of them. A commit of a data set never changes.
 """
 
+import logging
 import lzma
 import re
 import tempfile
@@ -138,6 +139,8 @@ def find_shards(url: str, commits: dict[str, str]) -> list[HubShard]:
         from huggingface_hub import HfApi
     except ModuleNotFoundError:
         raise ValueError("reading hub:// needs datasets: pip install 'fastllama[hub]'") from None
+    # It warns about cards without metadata, which a reader of the data set cannot change.
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
     branch = options.get("revision", "main")
     with _explained(url, name):
         revision = commits.get(f"{name}@{branch}", branch)
