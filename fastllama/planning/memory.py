@@ -332,8 +332,12 @@ def _too_large(config: Config, smallest: Config, world_size: int, available: int
     training, parallel = config.training, config.parallel
     remedies = ["use more devices"]
     if training.batch_size > 1:
-        whose = "of a stage, batch_size" if config.data.stages else "training.batch_size"
-        remedies.append(f"lower {whose} = {training.batch_size}")
+        option = (
+            "the batch_size of the largest stage,"
+            if config.data.stages
+            else "training.batch_size ="
+        )
+        remedies.append(f"lower {option} {training.batch_size}")
     if training.activation_checkpointing != "full":
         remedies.append(
             f'set training.activation_checkpointing = "full" instead of '
