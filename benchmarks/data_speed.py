@@ -128,7 +128,7 @@ def reading_rate(folder: Path, seq_len: int, batch_size: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each")
-    parser.add_argument("--copies", type=int, default=4, help="copies of the corpus")
+    parser.add_argument("--copies", type=int, default=6, help="copies of the corpus")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     tokenizer = load_tokenizer(Path(f"{ROOT / load_recipe(RECIPE).data.path}-tokenizer.json"))

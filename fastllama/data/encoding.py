@@ -2,7 +2,9 @@
 
 import itertools
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -18,46 +20,55 @@ BATCH_CHARACTERS = 6_000_000
 """Limit of the pieces that are encoded at once."""
 
 
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Token ids of some texts, and what encoding them lost and cut."""
+
+    ids: list[NDArray[np.uint32]]
+    """Of each text. The last id, and only the last, is the end token."""
+    loss: TextLoss
+    forced_cuts: int
+    """Number of cuts inside words that are longer than `PIECE_CHARACTERS`."""
+
+
 class Encoder:
     """Encodes documents with one tokenizer, in parallel and in bounded memory.
 
-    The text that the tokenizer cannot represent is added to `loss`.
+    Threads may encode at the same time.
     """
 
-    def __init__(self, tokenizer: Tokenizer, end_token_id: int, loss: TextLoss) -> None:
+    def __init__(self, tokenizer: Tokenizer, end_token_id: int) -> None:
         self._end = np.array([end_token_id], np.uint32)
         self._whole = TextEncoder(tokenizer, end_token_id)
         without_space = continuing(tokenizer)
         is_same = without_space.to_str() == tokenizer.to_str()
         self._continuing = self._whole if is_same else TextEncoder(without_space, end_token_id)
-        self._cutter = Cutter(self._continuing.words, self._continuing.ids)
-        self._meter = LossMeter(tokenizer, loss)
-        self.loss = loss
+        self._meter = LossMeter(tokenizer)
 
-    @property
-    def forced_cuts(self) -> int:
-        """Number of cuts inside a word that is longer than `PIECE_CHARACTERS`."""
-        return self._cutter.forced_cuts
-
-    def encode(self, texts: Sequence[str]) -> Iterator[NDArray[np.uint32]]:
-        """Yield the token ids of each text. The last id, and only the last, is the end token.
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """Encode each text.
 
         Raises:
             ValueError: the tokenizer cannot encode a text.
         """
-        documents = [list(self._cutter.pieces(text)) for text in texts]
-        encoded = self._encode_pieces(documents)
+        cutter = Cutter(self._continuing.words, self._continuing.ids)
+        loss = TextLoss()
+        documents = [list(cutter.pieces(text)) for text in texts]
+        encoded = self._encode_pieces(documents, loss)
+        ids = []
         for text, pieces in zip(texts, documents, strict=True):
-            ids = np.concatenate([*itertools.islice(encoded, len(pieces)), self._end])
-            if (ids[:-1] == self._end).any():
+            ids.append(np.concatenate([*itertools.islice(encoded, len(pieces)), self._end]))
+            if (ids[-1][:-1] == self._end).any():
                 raise ValueError(
                     f"the tokenizer encodes text as {self._whole.end_token!r}, which ends "
                     f"documents (the text begins {text[:40]!r}): choose another special token "
                     "with --end-token, or another tokenizer"
                 )
-            yield ids
+        return EncodedTexts(ids, loss, cutter.forced_cuts)
 
-    def _encode_pieces(self, documents: list[list[str]]) -> Iterator[NDArray[np.uint32]]:
+    def _encode_pieces(
+        self, documents: list[list[str]], loss: TextLoss
+    ) -> Iterator[NDArray[np.uint32]]:
         jobs = [
             (self._continuing if number else self._whole, piece)
             for pieces in documents
@@ -66,7 +77,7 @@ class Encoder:
         for encoder, group in itertools.groupby(jobs, key=lambda job: job[0]):
             for batch in _batches(piece for _, piece in group):
                 encoded = encoder.encode(batch)
-                self._meter.measure(batch, encoded)
+                self._meter.measure(batch, encoded, loss)
                 yield from encoded
 
 
@@ -135,7 +146,7 @@ def prompt_loss(tokenizer: Tokenizer, prompt: str, end_token_id: int) -> TextLos
     """How much of `prompt`, read as text, the tokenizer cannot represent."""
     loss = TextLoss()
     ids = encode_prompt(tokenizer, prompt, end_token_id)
-    LossMeter(tokenizer, loss).measure([prompt], [np.array(ids, np.uint32)])
+    LossMeter(tokenizer).measure([prompt], [np.array(ids, np.uint32)], loss)
     return loss
 
 
@@ -160,4 +171,5 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.uint3
         raise ValueError(
             f"the tokenizer cannot encode a text ({one_line(error, 200)}): use another tokenizer"
         ) from error
-    return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+    # NumPy alone takes three times as long to convert a list.
+    return [np.array(array("I", encoding.ids)) for encoding in encodings]

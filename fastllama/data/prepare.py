@@ -6,11 +6,12 @@ of the result. `prepare_state.py` reads and writes the record.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from fastllama.console import Console, token_bar
 from fastllama.data.accounting import Accounting
 from fastllama.data.documents import Document, Empty, Malformed, read_documents
-from fastllama.data.encoding import Encoder
+from fastllama.data.encoding import EncodedTexts, Encoder
 from fastllama.data.files import InputFiles, find_files
 from fastllama.data.manifest import Manifest
 from fastllama.data.notices import all_held_out, cut_words, lost_text, notices
@@ -48,17 +49,20 @@ from fastllama.data.prepare_state import (
 )
 from fastllama.data.records import MAX_DOCUMENT_MB
 from fastllama.data.shards import SplitWriter
-from fastllama.data.text_loss import TextLoss
 from fastllama.data.tokenizer import end_token_id, fingerprint, load_tokenizer
 from fastllama.printable import printable
 
 BATCH_CHARACTERS = 4_000_000
 BATCH_RECORDS = 4096
+ENCODED_AT_ONCE = 2
+"""Batches. The tokenizer takes all cores, but Python copies its result on one: the other cores have
+the next batch meanwhile."""
 COMMIT_SECONDS = 5.0
 MAX_WORKERS = 1024
 """Starting a thread takes milliseconds, and more threads than cores gain nothing."""
 
 T = TypeVar("T")
+R = TypeVar("R")
 Record = Document | Empty | Malformed
 
 
@@ -208,7 +212,8 @@ def _encode(
 ) -> None:
     """Append all remaining documents. Record progress every `COMMIT_SECONDS` and at the end."""
     sizes = [size for _, size, _ in job.inputs]
-    encoder = Encoder(job.tokenizer, job.end_token_id, deepcopy(progress.text_loss))
+    encoder = Encoder(job.tokenizer, job.end_token_id)
+    forced_cuts = 0
     started = committed = time.monotonic()
     tokens_before = progress.tokens
     accounting = Accounting(console.print, progress.read)
@@ -220,9 +225,9 @@ def _encode(
         may_be_empty=job.part is not None,
     )
     with (
-        # Encoding takes all cores but for moments, in which the last batch is written.
-        _prefetched(_record_batches(records)) as batches,
-        _prefetched(_encoded(batches, job, encoder, strict)) as encoded_batches,
+        _mapped(
+            partial(_encode_batch, job, encoder, strict), _record_batches(records)
+        ) as encoded_batches,
         token_bar(console) as bar,
     ):
         task = bar.add_task(
@@ -233,10 +238,13 @@ def _encode(
             tokens=tokens_before,
             rate=0.0,
         )
-        for batch, encoded, text_loss in encoded_batches:
+        for batch, encoded in encoded_batches:
+            progress.text_loss.merge(encoded.loss)
+            if strict and progress.text_loss.lost:
+                raise ValueError(f"{lost_text(progress.text_loss)}; or leave out --strict")
             documents = list(accounting.documents(batch))
-            _append(documents, encoded, job.validation_fraction, writers)
-            progress.text_loss = text_loss
+            _append(documents, encoded.ids, job.validation_fraction, writers)
+            forced_cuts += encoded.forced_cuts
             progress.position = batch[-1].next
             now = time.monotonic()
             # Before the first document there is nothing to lose. `read_documents` reports an input
@@ -254,8 +262,8 @@ def _encode(
     _commit(output, progress, writers)
     for line in accounting.summary(job.files):
         console.print(line)
-    if encoder.forced_cuts:
-        console.print(cut_words(encoder.forced_cuts))
+    if forced_cuts:
+        console.print(cut_words(forced_cuts))
 
 
 def _commit(output: Path, progress: PrepareProgress, writers: dict[str, SplitWriter]) -> None:
@@ -280,42 +288,46 @@ def _record_batches(
 
 
 @contextmanager
-def _prefetched(items: Iterator[T]) -> Iterator[Iterator[T]]:
-    """Give `items`, of which a thread computes the next one meanwhile. Wait for it on exit.
+def _mapped(function: Callable[[T], R], items: Iterator[T]) -> Iterator[Iterator[R]]:
+    """Give `function` of each item, in order. Threads read and compute the next ones meanwhile.
 
-    A generator that waited when it is closed would do so wherever garbage is collected, for example
-    while Python starts a thread: then both would wait for ever.
+    They are waited for on exit. A generator that waited when it is closed would do so wherever
+    garbage is collected, for example while Python starts a thread: then both would wait for ever.
     """
-    with ThreadPoolExecutor(max_workers=1) as thread:
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(ENCODED_AT_ONCE) as threads:
 
-        def ahead() -> Iterator[T]:
-            upcoming = thread.submit(next, items, None)
-            while (item := upcoming.result()) is not None:
-                upcoming = thread.submit(next, items, None)
-                yield item
+        def apply(read: Future[T | None]) -> R | None:
+            return None if (item := read.result()) is None else function(item)
 
-        yield ahead()
+        def results() -> Iterator[R]:
+            upcoming = deque(
+                threads.submit(apply, reader.submit(next, items, None))
+                for _ in range(ENCODED_AT_ONCE + 1)
+            )
+            while (result := upcoming.popleft().result()) is not None:
+                upcoming.append(threads.submit(apply, reader.submit(next, items, None)))
+                yield result
+
+        try:
+            yield results()
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
-def _encoded(
-    batches: Iterator[list[Record]], job: Job, encoder: Encoder, strict: bool
-) -> Iterator[tuple[list[Record], list[NDArray[np.uint32]], TextLoss]]:
-    """Yield each batch, the token ids of its documents, and the text that is lost up to its end.
+def _encode_batch(
+    job: Job, encoder: Encoder, strict: bool, batch: list[Record]
+) -> tuple[list[Record], EncodedTexts]:
+    """A batch, and its documents encoded.
 
     Raises:
         ValueError: an input file changed, the tokenizer cannot encode a document, or `strict` and a
-            record is malformed or text is lost.
+            record is malformed.
     """
-    for batch in batches:
-        # Before progress is recorded: what is read from a truncated file lacks documents.
-        job.check_inputs(batch[0].file, batch[-1].file)
-        if strict:
-            _reject_malformed(batch)
-        texts = [record.text for record in batch if isinstance(record, Document)]
-        ids = list(encoder.encode(texts))
-        if strict and encoder.loss.lost:
-            raise ValueError(f"{lost_text(encoder.loss)}; or leave out --strict")
-        yield batch, ids, deepcopy(encoder.loss)
+    # Before progress is recorded: what is read from a truncated file lacks documents.
+    job.check_inputs(batch[0].file, batch[-1].file)
+    if strict:
+        _reject_malformed(batch)
+    return batch, encoder.encode([item.text for item in batch if isinstance(item, Document)])
 
 
 def _reject_malformed(batch: list[Record]) -> None:

@@ -64,24 +64,25 @@ class TextLoss:
 
 
 class LossMeter:
-    """Adds to `loss` the text that one tokenizer cannot represent."""
+    """Measures the text that one tokenizer cannot represent."""
 
-    def __init__(self, tokenizer: Tokenizer, loss: TextLoss) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         content = description(tokenizer)
-        self._loss = loss
         self._decoder = None if is_lossless(content) else with_decoder(tokenizer)
         unknown = unknown_id(content)
         self._unknown = "" if unknown is None else str(tokenizer.id_to_token(unknown))
 
-    def measure(self, texts: Sequence[str], batch: Sequence[NDArray[np.uint32]]) -> None:
-        """Compare `texts` with what their token ids decode to."""
+    def measure(
+        self, texts: Sequence[str], batch: Sequence[NDArray[np.uint32]], loss: TextLoss
+    ) -> None:
+        """Compare `texts` with the texts that their token ids decode to, and count in `loss`."""
         if self._decoder is None:
-            self._loss.characters += sum(map(len, texts))
+            loss.characters += sum(map(len, texts))
             return
         ids = [token_ids.tolist() for token_ids in batch]
         decoded = self._decoder.decode_batch(ids, skip_special_tokens=False)
         for text, returned in zip(texts, decoded, strict=True):
-            self._loss.add(text, returned.replace(self._unknown, "") if self._unknown else returned)
+            loss.add(text, returned.replace(self._unknown, "") if self._unknown else returned)
 
 
 def _composed(text: str) -> str:

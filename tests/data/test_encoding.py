@@ -12,7 +12,6 @@ from tokenizers.pre_tokenizers import Metaspace
 
 from fastllama.data.encoding import Encoder, encode_prompt
 from fastllama.data.prepare import prepare
-from fastllama.data.text_loss import TextLoss
 from fastllama.data.tokenizer import save_tokenizer
 from tests.data import foreign
 
@@ -20,8 +19,8 @@ TEXT = "the cat </s> sat"
 
 
 def encode(tokenizer: Tokenizer, *texts: str) -> list[list[int]]:
-    encoder = Encoder(tokenizer, tokenizer.token_to_id("</s>"), TextLoss())
-    return [ids.tolist() for ids in encoder.encode(texts)]
+    encoder = Encoder(tokenizer, tokenizer.token_to_id("</s>"))
+    return [ids.tolist() for ids in encoder.encode(texts).ids]
 
 
 @pytest.mark.parametrize("kind", foreign.ALL)

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -515,9 +516,27 @@ def test_dropped_batches_wait_for_nothing() -> None:
         time.sleep(0.5)
         yield 2
 
-    with module._prefetched(slow()) as items:
+    with module._mapped(int, slow()) as items:
         assert next(items) == 1
         began = time.perf_counter()
         # As garbage collection does after an error, at any moment and in any thread.
         items.close()  # type: ignore[attr-defined]
         assert time.perf_counter() - began < 0.25
+
+
+def test_batches_are_encoded_together_and_in_order() -> None:
+    both = threading.Barrier(2, timeout=30)
+
+    def encode(number: int) -> int:
+        if number < 2:
+            both.wait()
+        # The next one fails meanwhile.
+        time.sleep(0.1 if number == 4 else 0)
+        if number == 5:
+            raise ValueError("five")
+        return number * 10
+
+    found: list[int] = []
+    with module._mapped(encode, iter(range(7))) as results, pytest.raises(ValueError, match="five"):
+        found.extend(results)
+    assert found == [0, 10, 20, 30, 40]
