@@ -1,5 +1,9 @@
-"""The console that training and `prepare` print on."""
+"""The console that training and `prepare` print on, and its Ctrl-C."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import rich.console
@@ -44,3 +48,21 @@ def token_bar(console: Console) -> Progress:
         disable=not console.is_terminal,
         transient=True,
     )
+
+
+@contextmanager
+def ctrl_c_ends_process() -> Iterator[None]:
+    """Let SIGINT end this process at once, where it leaves nothing half-written.
+
+    Python calls its handler between two steps of Python code. A call of compiled code that takes
+    minutes would hold the signal back until it returns. Only the main thread can change this; other
+    threads change nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from fastllama.atomic import naming, write_atomic
+from fastllama.console import ctrl_c_ends_process
 from fastllama.data.pieces import Cutter
 from fastllama.printable import one_line, printable
 from fastllama.urls import is_url
@@ -59,7 +60,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
     cutter = Cutter(lambda text: [word for word, _ in words.pre_tokenize_str(text)])
     pieces = (piece for text in texts for piece in cutter.pieces(text))
     parts = (part for piece in pieces for part in _cut_long_words(piece))
-    tokenizer.train_from_iterator(parts, trainer)
+    with ctrl_c_ends_process():
+        tokenizer.train_from_iterator(parts, trainer)
     return _reset_encoding_options(tokenizer)
 
 

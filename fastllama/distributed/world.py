@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastllama.config import Config
+from fastllama.console import ctrl_c_ends_process
 from fastllama.distributed.collective_clock import CollectiveClock
 from fastllama.distributed.failures import abort_process_group, failures_told, pids_of_node
 from fastllama.errors import TrainingFailedError
@@ -211,7 +212,8 @@ def _join_others(backend: str, timeout: timedelta, device_id: torch.device | Non
     if os.environ["RANK"] == "0" and world_size() > 1:
         print(f"waiting for {world_size()} processes at {address}", file=sys.stderr, flush=True)
     try:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        with ctrl_c_ends_process():
+            dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     except dist.DistStoreError as error:
         raise TrainingFailedError(
             f"Not all of the {world_size()} processes came to {address}: {one_line(error, 300)}"
