@@ -79,7 +79,11 @@ def uninterrupted(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
     return losses(run)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+# One handler takes all four.
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGUSR1", "SIGHUP")]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", *OTHERS])
 def test_signal_finishes_the_update_and_saves(
     workspace: Workspace, tmp_path: Path, uninterrupted: dict[int, str], name: str
 ) -> None:
