@@ -94,6 +94,14 @@ def test_generate_with_a_diverged_model(
         assert error.startswith("error: the logits are not finite: the model has diverged")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """The losses of a run whose side jobs all work."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(workspace.recipe, "--run-dir", run)
+    return losses(run)
+
+
 @pytest.mark.parametrize(
     ("name", "what"), [("generate_text", "sample"), ("validation_loss", "validation")]
 )
@@ -102,11 +110,10 @@ def test_side_job_that_fails_on_the_only_rank(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    undisturbed: dict[int, str],
     name: str,
     what: str,
 ) -> None:
-    train(workspace.recipe, "--run-dir", tmp_path / "undisturbed")
-
     def fail(*args: Any) -> NoReturn:
         raise RuntimeError("out of\nmemory")
 
@@ -114,7 +121,7 @@ def test_side_job_that_fails_on_the_only_rank(
     train(workspace.recipe, "--run-dir", tmp_path / "run")
     expected = f"No {what} after update 10: RuntimeError: out of memory; training continues.\n"
     assert expected in capsys.readouterr().out
-    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+    assert losses(tmp_path / "run") == undisturbed
 
 
 def test_faulty_matplotlib_is_reported_once(
