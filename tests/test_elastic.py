@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+# Half a minute on all cores. Other tests resume with one change at a time.
+pytestmark = pytest.mark.slow
+
 # Small files, so that each rank writes several, as for a larger model.
 CODE = """
 from tests import elastic

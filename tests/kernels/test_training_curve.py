@@ -67,6 +67,8 @@ def losses(
     return torch.stack(curve)
 
 
+# Six trainings. `make test` compares every operator, and the gradients of the model.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "autocast",
     [None, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
