@@ -1,13 +1,16 @@
 """Long texts: encoded in pieces, they have the ids of the whole text."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
+import fastllama.data.prepare as module
 from fastllama.data import pieces
 from fastllama.data.encoding import Encoder
 from fastllama.data.pieces import Cutter
-from fastllama.data.tokenizer import train_tokenizer
+from fastllama.data.tokenizer import save_tokenizer, train_tokenizer
 from tests.data import foreign
 
 LARGE = 10**9
@@ -86,6 +89,21 @@ def test_words_longer_than_a_piece_are_cut_and_counted(limit: Limit) -> None:
     assert encoded.forced_cuts == 4
     # A piece that continues a word gets no space before it.
     assert tokenizer.decode(encoded.ids[0][:-1].tolist()) == " " + text
+
+
+def test_prepare_counts_the_cuts_of_all_batches(
+    limit: Limit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    limit.set(1000)
+    monkeypatch.setattr(module, "BATCH_RECORDS", 1)
+    save_tokenizer(foreign.byte_level(prefix_space=True), tmp_path / "tokenizer.json")
+    record = json.dumps({"text": "the " + "acgt" * 1000})
+    (tmp_path / "long.jsonl").write_text(f"{record}\n{record}\n")
+    module.prepare([str(tmp_path / "long.jsonl")], tmp_path / "tokenizer.json", tmp_path / "data")
+    assert "were cut at 8 places" in capsys.readouterr().err
 
 
 def test_cut_is_left_out_where_a_word_would_change(limit: Limit) -> None:
