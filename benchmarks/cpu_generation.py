@@ -25,7 +25,7 @@ import torch
 from benchmarks.conditions import current_conditions
 from fastllama.inference.generate import generate_tokens
 from fastllama.inference.load import load_run
-from fastllama.inference.packing import pack_weights
+from fastllama.inference.packing import pack_model
 from fastllama.inference.sampling import Sampling
 from fastllama.weights.export import export
 
@@ -37,7 +37,7 @@ Generate = Callable[[int], list[int]]
 def of_fastllama(run: Path, dtype: str, prompt: list[int]) -> Generate:
     """`fastllama generate` without its command line."""
     loaded = load_run(run, torch.device("cpu"), dtype=dtype)  # type: ignore[arg-type]
-    pack_weights(loaded.model)
+    pack_model(loaded.model)
 
     def generate(n_new: int) -> list[int]:
         sampling = Sampling(max_new_tokens=n_new, temperature=0)

@@ -48,13 +48,13 @@ def run(args: list[str]) -> None:
     from fastllama.distributed.world import choose_device
     from fastllama.inference.generate import generate_text
     from fastllama.inference.load import load_run
-    from fastllama.inference.packing import pack_weights
+    from fastllama.inference.packing import pack_model
 
     options.sampling.validate()
     prompt = prompt_of(options)
     weights = EMA if options.ema else MODEL
     loaded = load_run(options.run, choose_device(options.device), weights, options.dtype)
-    pack_weights(loaded.model)
+    pack_model(loaded.model)
     loss = prompt_loss(loaded.tokenizer, prompt, loaded.end_token)
     if loss.lost:
         print(f"note: of the prompt, the tokenizer cannot represent {loss}", file=sys.stderr)

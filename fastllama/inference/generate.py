@@ -19,11 +19,13 @@ def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
 
     The id is -1 if a logit is not finite.
     """
-    is_finite = logits_V.isfinite().all()
+    logits_V = logits_V.float()
+    # Zero times anything else is NaN.
+    is_finite = (logits_V * 0).sum() == 0
     if sampling.temperature == 0:
         return torch.where(is_finite, logits_V.argmax(), -1)
     # On CUDA, multinomial over NaN would end the process.
-    sorted_logits, ids = logits_V.float().nan_to_num().sort(descending=True, stable=True)
+    sorted_logits, ids = logits_V.nan_to_num().sort(descending=True, stable=True)
     sorted_logits = sorted_logits[: sampling.top_k]
     # Relative to the largest, so that no temperature overflows.
     probabilities = ((sorted_logits - sorted_logits[0]) / sampling.temperature).softmax(dim=-1)

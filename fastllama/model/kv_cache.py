@@ -1,5 +1,6 @@
 """The key/value cache that decoding reads."""
 
+import torch
 from torch import Tensor
 
 
@@ -10,16 +11,19 @@ class KVCache:
         """Start empty. The first `extend` of a layer allocates `n_positions`."""
         self.length = 0
         self._n_positions = n_positions
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[int, Tensor] = {}
 
-    def extend(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Append T positions to one layer; return all of its keys and values, (B, S, G, K)."""
+    def extend(self, layer: int, kv_BTXK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Append T positions to one layer; return all of its positions, (B, S, X, K).
+
+        The X = 2G heads are keys, then values. `dtype` is that of the cache; None means that of
+        `kv`.
+        """
         if layer not in self._layers:
-            batch_size, _, *head = k_BTGK.shape
-            shape = (batch_size, self._n_positions, *head)
-            self._layers[layer] = (k_BTGK.new_empty(shape), v_BTGK.new_empty(shape))
-        end = self.length + k_BTGK.shape[1]
-        for buffer, new in zip(self._layers[layer], (k_BTGK, v_BTGK), strict=True):
-            buffer[:, self.length : end] = new
-        k_BSGK, v_BSGK = self._layers[layer]
-        return k_BSGK[:, :end], v_BSGK[:, :end]
+            batch_size, _, *heads = kv_BTXK.shape
+            self._layers[layer] = kv_BTXK.new_empty(
+                (batch_size, self._n_positions, *heads), dtype=dtype
+            )
+        n_new = kv_BTXK.shape[1]
+        self._layers[layer].narrow(1, self.length, n_new).copy_(kv_BTXK)
+        return self._layers[layer].narrow(1, 0, self.length + n_new)

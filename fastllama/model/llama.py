@@ -93,7 +93,8 @@ class Attention(nn.Module):
             qkv_BTE, *rotary, self.n_heads, self.n_kv_heads
         )
         if cache is not None:
-            k_BSGK, v_BSGK = cache.extend(self.layer, k_BSGK, v_BSGK)
+            kv_BSXK = cache.extend(self.layer, torch.cat((k_BSGK, v_BSGK), dim=2))
+            k_BSGK, v_BSGK = kv_BSXK.chunk(2, dim=2)
         if last_only:
             q_BTHK, stream_BTD = q_BTHK[:, -1:], stream_BTD[:, -1:]
         out_BTHK = self.operators.attention(q_BTHK, k_BSGK, v_BSGK, cu_seqlens=cu_seqlens)

@@ -7,7 +7,7 @@ holds versions for torch.compile on a CPU.
 
 # The functions hide the modules of the same names as attributes of this package. Import from a
 # module with `from fastllama_kernels.rope import ...`.
-from fastllama_kernels._linear import can_pack, linear, pack_weight
+from fastllama_kernels._linear import can_pack, linear, linear_add, pack_weight
 from fastllama_kernels.attention import attention
 from fastllama_kernels.cross_entropy import cross_entropy
 from fastllama_kernels.linear_cross_entropy import linear_cross_entropy
@@ -27,6 +27,7 @@ __all__ = [
     "can_pack",
     "cross_entropy",
     "linear",
+    "linear_add",
     "linear_cross_entropy",
     "pack_weight",
     "rms_norm",

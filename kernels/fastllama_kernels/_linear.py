@@ -93,7 +93,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     """A copy of `weight` (out_features, in_features) as oneDNN's matmul reads it, for `linear`.
 
     On a CPU, `F.linear` brings the weight into this order in each call. With few rows of x, as in
-    decoding, this takes longer than the matmul. No other operator takes the copy.
+    decoding, this takes longer than the matmul. Only `linear_add` takes the copy as well.
     """
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
     return packed
@@ -118,4 +118,14 @@ def linear(x: Tensor, weight: Tensor, main_grad: Tensor | None = None) -> Tensor
     if main_grad is None:
         return F.linear(x, weight)
     out = _Linear.apply(autocast_like_linear(x), autocast_like_linear(weight), main_grad)
+    return out
+
+
+def linear_add(x: Tensor, packed: Tensor, addend: Tensor) -> Tensor:
+    """Return addend + x @ weight^T (..., out_features), added before the only rounding.
+
+    `packed` is the result of `pack_weight`; `addend` has the shape and the dtype of the result.
+    There is no backward.
+    """
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, packed, None, "add")
     return out

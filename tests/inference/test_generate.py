@@ -52,6 +52,17 @@ def test_narrow_options_give_the_most_likely_token(sampling: Sampling) -> None:
     assert set(draw(sampling)) == {int(LOGITS_V.argmax())}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_give_no_token(temperature: float) -> None:
+    sampling = Sampling(temperature=temperature)
+    largest = torch.finfo(torch.float32).max
+    for value in (float("nan"), float("inf"), -float("inf"), largest, -largest):
+        logits_V = LOGITS_V.clone()
+        logits_V[V // 2 :] = value
+        is_finite = abs(value) <= largest
+        assert (set(draw(sampling, 3, logits_V)) == {-1}) != is_finite
+
+
 @pytest.mark.parametrize("k", [2, 5, V, V + 1])
 def test_top_k(k: int) -> None:
     # Flat enough that 500 draws give every token.

@@ -1,9 +1,9 @@
-"""`linear` with a weight in the order of oneDNN."""
+"""`linear` and `linear_add` with a weight in the order of oneDNN."""
 
 import pytest
 import torch
 
-from fastllama_kernels import can_pack, linear, pack_weight
+from fastllama_kernels import can_pack, linear, linear_add, pack_weight
 from tests.compare import assert_as_exact_as, randn
 
 PACKED = [
@@ -22,9 +22,13 @@ def test_packed_weight_gives_the_same_product(
     # Rows that are apart in memory, as those of a packed projection are.
     x = randn(*rows, 2 * n_in, seed=1, dtype=dtype, device="cpu")[..., :n_in]
     before = weight.clone()
-    out = linear(x, pack_weight(weight))
+    packed = pack_weight(weight)
     assert torch.equal(weight, before)
-    assert_as_exact_as(out, linear(x, weight), linear(x.double(), weight.double()))
+    plain, truth = linear(x, weight), linear(x.double(), weight.double())
+    assert_as_exact_as(linear(x, packed), plain, truth)
+    addend = randn(*plain.shape, seed=2, dtype=dtype, device="cpu")
+    expected = addend + plain, addend.double() + truth
+    assert_as_exact_as(linear_add(x, packed, addend), *expected)
 
 
 @pytest.mark.parametrize(
