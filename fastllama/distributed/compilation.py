@@ -46,7 +46,8 @@ def compile_model(model: Llama, config: Config) -> None:
     """Compile the blocks or the whole model, as `training.compile_scope` says, at the first call.
 
     FSDP2 gathers between graphs in either case. The blocks make two graphs: one of the first block
-    and one of all others. The scope "model" adds final norm and loss.
+    and one of all others. The scope "model" adds final norm and loss, and so does "block" where the
+    operators are plain PyTorch, whose loss takes many passes over the logits if it is not compiled.
 
     A second start takes its graphs from torch.compile's cache on disk.
     """
@@ -63,7 +64,10 @@ def compile_model(model: Llama, config: Config) -> None:
     n_shapes = len(config.stages) * (8 if config.data.document_mask else 1)
     if n_shapes > 1:
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * n_shapes)
-    for module in [model] if config.training.compile_scope == "model" else model.blocks:
+    modules = [model] if config.training.compile_scope == "model" else [*model.blocks]
+    if config.training.compile_scope == "block" and model.output.operators.name != "triton":
+        modules += [model.norm, model.output]
+    for module in modules:
         module.compile(dynamic=False)
 
 

@@ -23,7 +23,7 @@ from fastllama.distributed.compilation import FIRST_UPDATE_MINUTES, CompileWatch
 from fastllama.distributed.world import World, distributed
 from fastllama.errors import SideJobFailedError
 from fastllama.model.llama import Llama
-from fastllama_kernels import CPU, REFERENCE
+from fastllama_kernels import CPU, REFERENCE, TRITON, Operators
 from tests.distributed.test_world import timeouts
 from tests.runs import losses, train
 from tests.workspace import Workspace
@@ -40,13 +40,16 @@ def world() -> Iterator[World]:
         yield world
 
 
+@pytest.mark.parametrize("operators", [REFERENCE, CPU, TRITON], ids=lambda each: each.name)
 @pytest.mark.parametrize("scope", ["block", "model"])
-def test_compile_scope(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_scope(scope: str, operators: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))
-    model = Llama(MODEL, REFERENCE)
+    model = Llama(MODEL, operators)
     compile_model(model, Config(training=TrainingConfig(compile_scope=scope)))  # type: ignore[arg-type]
-    assert compiled == ([model] if scope == "model" else list(model.blocks))
+    # Kernels need no compiler.
+    behind_blocks = [] if operators is TRITON else [model.norm, model.output]
+    assert compiled == ([model] if scope == "model" else [*model.blocks, *behind_blocks])
 
 
 # PyTorch warns about its own code.
@@ -57,8 +60,8 @@ def test_any_length_of_packed_documents_is_compiled(
 ) -> None:
     model = Llama(MODEL, REFERENCE)
     model.init_weights(seed=0)
-    for block in model.blocks:
-        monkeypatch.setattr(block, "compile", partial(block.compile, backend="eager"))
+    for module in (*model.blocks, model.norm, model.output):
+        monkeypatch.setattr(module, "compile", partial(module.compile, backend="eager"))
     tokens = torch.arange(16).view(2, 8)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=1):
@@ -67,8 +70,9 @@ def test_any_length_of_packed_documents_is_compiled(
         for length in (3, 9, 17):
             for second in (3, 8):
                 model(tokens, cu_seqlens=torch.tensor([0, second, 8, *[16] * (length - 2)]))
-        # Of the first block and of the other; other documents of one length share them.
-        assert counters["stats"]["unique_graphs"] - before == (3 * 2 if masked else 1)
+        # Of the first block and of the other; other documents of one length share them. Of norm
+        # and output.
+        assert counters["stats"]["unique_graphs"] - before == (3 * 2 + 2 if masked else 3)
     torch._dynamo.reset()
 
 
