@@ -230,8 +230,8 @@ class TrainingConfig:
     compile: Literal["auto", True, False] = True
     """torch.compile the model; auto does, except on a CPU without a C++ compiler."""
     compile_scope: Literal["block", "model"] = "block"
-    """Compile the blocks, which share two graphs, or the whole model. block compiles the loss as
-    well where it is no kernel."""
+    """Compile the blocks, which share two graphs, or the whole model. block also compiles final
+    norm and loss, unless they are Triton kernels."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What a block saves: all; attention and matmuls except gate_up; or its inputs only."""
     kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"

@@ -46,8 +46,8 @@ def compile_model(model: Llama, config: Config) -> None:
     """Compile the blocks or the whole model, as `training.compile_scope` says, at the first call.
 
     FSDP2 gathers between graphs in either case. The blocks make two graphs: one of the first block
-    and one of all others. The scope "model" adds final norm and loss, and so does "block" where the
-    operators are plain PyTorch, whose loss takes many passes over the logits if it is not compiled.
+    and one of all others. Final norm and loss are compiled as well, but with the scope "block" not
+    where they are Triton kernels. In plain PyTorch the loss makes many passes over the logits.
 
     A second start takes its graphs from torch.compile's cache on disk.
     """

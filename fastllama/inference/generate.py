@@ -20,7 +20,7 @@ def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
     The id is -1 if a logit is not finite.
     """
     logits_V = logits_V.float()
-    # Zero times anything else is NaN.
+    # 0 times infinity or NaN is NaN.
     is_finite = (logits_V * 0).sum() == 0
     if sampling.temperature == 0:
         return torch.where(is_finite, logits_V.argmax(), -1)
