@@ -3,7 +3,7 @@
 Decoding a token takes hundreds of operator calls, and most of them cost more than their arithmetic.
 What saves calls:
 
-- The weight w of a norm becomes part of the projection W behind it. With scale = sqrt(D) rms(x), of
+- The weight w of a norm becomes part of the projection W behind it. With scale = sqrt(D) rms(x) of
   each row, rms_norm(x) W^T = (x / scale) (sqrt(D) w W)^T = (x (sqrt(D) w W)^T) / scale.
 - Elements j and K/2 + j of a query or key become neighbours: a complex number, which a product with
   cos + i sin rotates. Products of queries and keys do not depend on the order of the elements.
@@ -91,7 +91,7 @@ class PackedBlock(nn.Module):
         So `stream` is None, and so is the second result. `rotary` is not read, and `cu_seqlens`
         has to be None.
         """
-        # The division also makes bfloat16 float32.
+        # A bfloat16 projection over a float32 scale is float32.
         qkv_BTE = linear(x_BTD, self.qkv) / self.attention_norm.scale(x_BTD)
         qkv_BTXK = qkv_BTE.unflatten(2, (sum(self.heads), -1))
         start = 0 if cache is None else cache.length
@@ -105,7 +105,7 @@ class PackedBlock(nn.Module):
                 q_BTHK, kv_BSXK = q_BTHK.to(self.dtype), cached_BSXK
         if last_only:
             q_BTHK, x_BTD = q_BTHK[:, -1:], x_BTD[:, -1:]
-        # Of a prompt they are float32, in which PyTorch's kernel for CPUs is as fast.
+        # A prompt attends in float32, in which PyTorch's kernel for CPUs is as fast as in bfloat16.
         out_BTHK = self.attention(q_BTHK, *kv_BSXK.chunk(2, dim=2)).to(self.dtype)
         x_BTD = linear_add(out_BTHK.flatten(2), self.output, x_BTD)
         y_BTD = self.mlp_norm(x_BTD)
