@@ -89,7 +89,7 @@ def plain_loop(config: Config, data: Path, updates: int, *options: str) -> float
     return float(done.stdout)
 
 
-def trainer(config: Config, data: Path, updates: int, *options: str) -> float:
+def trainer(config: Config, data: Path, updates: int, *options: str, n_processes: int = 1) -> float:
     """Median tokens/s of `fastllama train`, with every update logged and without side jobs."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {
@@ -98,7 +98,7 @@ def trainer(config: Config, data: Path, updates: int, *options: str) -> float:
             "--training.device": "cpu",
             "--training.tokens-per-update": config.training.tokens_per_update,
             "--training.training-tokens": updates * config.training.tokens_per_update,
-            "--training.batch-size": config.training.batch_size,
+            "--training.batch-size": config.training.batch_size // n_processes,
             "--model.n-embd": config.model.n_embd,
             "--model.n-layers": config.model.n_layers,
             "--model.n-heads": config.model.n_heads,
@@ -110,7 +110,11 @@ def trainer(config: Config, data: Path, updates: int, *options: str) -> float:
             "--logging.sample-interval": 0,
             "--logging.tensorboard": "false",
         }
-        command = [sys.executable, "-m", "fastllama", "train", str(RECIPE)]
+        command = [sys.executable]
+        if n_processes > 1:
+            launcher = "torch.distributed.run", "--standalone", "--nproc-per-node"
+            command += ["-m", *launcher, str(n_processes)]
+        command += ["-m", "fastllama", "train", str(RECIPE)]
         command += [str(part) for setting in settings.items() for part in setting]
         subprocess.run([*command, *options], capture_output=True, check=True)
         with open(f"{folder}/run/metrics.csv", newline="") as file:

@@ -19,6 +19,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultReduceScatter,
 )
 
+from fastllama.distributed.gloo import GlooReduceScatter, uses_gloo
+
 
 class HostEvent:
     """A `torch.cuda.Event` of the host, where collectives block."""
@@ -61,10 +63,11 @@ class CollectiveClock:
 
     def install(self, model: nn.Module) -> None:
         """Measure all gathers and reduce-scatters of a sharded model."""
+        reduce_scatter = GlooReduceScatter() if uses_gloo() else DefaultReduceScatter()
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_all_gather(_TimedAllGather(self))
-                module.set_custom_reduce_scatter(_TimedReduceScatter(self))
+                module.set_custom_reduce_scatter(_TimedReduceScatter(self, reduce_scatter))
 
 
 class _TimedAllGather(DefaultAllGather):
@@ -77,9 +80,9 @@ class _TimedAllGather(DefaultAllGather):
 
 
 class _TimedReduceScatter(DefaultReduceScatter):
-    def __init__(self, clock: CollectiveClock) -> None:
-        self._clock = clock
+    def __init__(self, clock: CollectiveClock, reduce_scatter: DefaultReduceScatter) -> None:
+        self._clock, self._reduce_scatter = clock, reduce_scatter
 
     def __call__(self, output_tensor: Tensor, *args: Any, **options: Any) -> Any:
         with self._clock.collective(output_tensor.is_cuda):
-            return super().__call__(output_tensor, *args, **options)
+            return self._reduce_scatter(output_tensor, *args, **options)

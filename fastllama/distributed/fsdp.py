@@ -1,6 +1,6 @@
 """FSDP2: shards the model over the processes. A single one on a CPU needs no FSDP2."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import cast
@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from fastllama.config import Config, ParallelConfig
+from fastllama.distributed.gloo import uses_gloo
 from fastllama.distributed.world import World
 from fastllama.model.llama import Linear, Llama
 from fastllama.planning.memory import can_sum_in_matmuls, choose_by_memory
@@ -37,14 +38,14 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def shard_model(model: Llama, config: Config, world: World) -> None:
-    """Shard a meta-device model block by block, and allocate this process's shards.
+    """Shard a meta-device model and allocate this process's shards.
 
     Shards are float32. Parameters are gathered in `training.dtype`, gradients are reduced in
     `parallel.reduce_dtype`. `cast_forward_inputs` is off because the rotary tables are inputs of
     the blocks and must stay float32. Call `resolve_by_memory` first.
 
     A single process on a CPU gets the whole model: FSDP2 would copy weights and gradients for
-    nothing.
+    nothing. Several on CPUs share it as one group, unless parameters are freed after the forward.
     """
     if world.size == 1 and world.device.type == "cpu":
         model.to_empty(device=world.device)
@@ -58,10 +59,23 @@ def shard_model(model: Llama, config: Config, world: World) -> None:
     shard = partial(fully_shard, mesh=world.mesh, mp_policy=policy)
     reshard = config.parallel.reshard_after_forward
     assert reshard != "auto"
+    if uses_gloo() and not reshard:
+        # Gloo blocks the host, so no collective overlaps with computation: blocks in groups of
+        # their own would free nothing, and would only split the graph of torch.compile.
+        shard(model, reshard_after_forward=False)
+    else:
+        _shard_by_block(model, shard, reshard)
+    if world.size > 1:
+        world.collectives.install(model)
+    model.to_empty(device=world.device)
+
+
+def _shard_by_block(model: Llama, shard: Callable[..., object], reshard: bool) -> None:
+    """Make each block a group, so that its collectives overlap with the computation of others."""
     for block in model.blocks:
         # The backward begins with the last block: if freed, it would be gathered again at once.
         shard(block, reshard_after_forward=reshard and block is not model.blocks[-1])
-    if not config.model.tied_embeddings:
+    if not model.config.tied_embeddings:
         # The gradient of the output projection is ready first and that of the embedding last. In
         # groups of their own, all but the embedding's reduction overlaps with the backward.
         shard(model.embedding, reshard_after_forward=False)
@@ -69,9 +83,6 @@ def shard_model(model: Llama, config: Config, world: World) -> None:
     # Tied, the rest are embedding and norm; otherwise nothing is left.
     shard(model, reshard_after_forward=False)
     _prefetch_one_ahead(model)
-    if world.size > 1:
-        world.collectives.install(model)
-    model.to_empty(device=world.device)
 
 
 def _prefetch_one_ahead(model: Llama) -> None:

@@ -32,23 +32,25 @@ N_UPDATES = 50
 
 @dataclass(frozen=True)
 class Case:
-    """A mesh, and how it sums the gradients of its micro-batches."""
+    """A mesh, how it sums the gradients of its micro-batches, and whether it reshards."""
 
     replicate: int = 1
     accumulate: Literal["auto", "unsharded", "sharded"] = "auto"
+    reshard: bool = False
+    """Over gloo a model that reshards has a group of parameters a block, and otherwise one."""
 
 
 UNSHARDED, SHARDED = Case(1, "unsharded"), Case(1, "sharded")
-REPLICAS_UNSHARDED, REPLICAS_SHARDED = Case(2, "unsharded"), Case(2, "sharded")
+REPLICAS_UNSHARDED, REPLICAS_SHARDED = Case(2, "unsharded", True), Case(2, "sharded", True)
 CASES = {
-    2: (Case(), UNSHARDED, SHARDED),
+    2: (Case(), Case(reshard=True), UNSHARDED, SHARDED),
     4: (Case(), REPLICAS_UNSHARDED, REPLICAS_SHARDED, Case(4)),
 }
 """Cases to test, by number of processes."""
 
 
 def config_of(recipe: Path, case: Case) -> Config:
-    """50 updates of 8 sequences; 2 replicas also reshard."""
+    """50 updates of 8 sequences."""
     config = load_recipe(recipe)
     training = dataclasses.replace(
         config.training,
@@ -59,7 +61,7 @@ def config_of(recipe: Path, case: Case) -> Config:
     parallel = dataclasses.replace(
         config.parallel,
         replicate=case.replicate,
-        reshard_after_forward=case.replicate == 2,
+        reshard_after_forward=case.reshard,
         accumulate=case.accumulate,
         timeout_minutes=1.0,
     )
