@@ -45,9 +45,10 @@ def refuse_missing_compiler() -> None:
 def compile_model(model: Llama, config: Config) -> None:
     """Compile the blocks or the whole model, as `training.compile_scope` says, at the first call.
 
-    FSDP2 gathers between graphs, or all at once as `shard_model` says. The blocks make two graphs: one of the first block
-    and one of all others. Final norm and loss are compiled as well, but with the scope "block" not
-    where they are Triton kernels. In plain PyTorch the loss makes many passes over the logits.
+    Groups of `shard_model` are gathered between graphs. The blocks make two graphs: one of the
+    first block and one of all others. Final norm and loss are compiled as well, but with the scope
+    "block" not where they are Triton kernels. In plain PyTorch the loss makes many passes over the
+    logits.
 
     A second start takes its graphs from torch.compile's cache on disk.
     """
