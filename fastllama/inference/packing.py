@@ -54,7 +54,9 @@ class PackedNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor, stream_BTD: None = None) -> Tensor:
         """Divide `x` by its scale, (B, T, D), in the dtype of `x`."""
-        return (x_BTD / self.scale(x_BTD)).to(x_BTD.dtype)
+        # An operator of mixed dtypes would convert in a pass that is slower.
+        x32_BTD = x_BTD.float()
+        return (x32_BTD / self.scale(x32_BTD)).to(x_BTD.dtype)
 
 
 class PackedBlock(nn.Module):
@@ -91,8 +93,7 @@ class PackedBlock(nn.Module):
         So `stream` is None, and so is the second result. `rotary` is not read, and `cu_seqlens`
         has to be None.
         """
-        # A bfloat16 projection over a float32 scale is float32.
-        qkv_BTE = linear(x_BTD, self.qkv) / self.attention_norm.scale(x_BTD)
+        qkv_BTE = linear(x_BTD, self.qkv).float().div_(self.attention_norm.scale(x_BTD))
         qkv_BTXK = qkv_BTE.unflatten(2, (sum(self.heads), -1))
         start = 0 if cache is None else cache.length
         rotation_T1R = self.rotation_P1R.narrow(0, start, x_BTD.shape[1])
@@ -106,8 +107,8 @@ class PackedBlock(nn.Module):
         if last_only:
             q_BTHK, x_BTD = q_BTHK[:, -1:], x_BTD[:, -1:]
         # A prompt attends in float32, in which PyTorch's kernel for CPUs is as fast as in bfloat16.
-        out_BTHK = self.attention(q_BTHK, *kv_BSXK.chunk(2, dim=2)).to(self.dtype)
-        x_BTD = linear_add(out_BTHK.flatten(2), self.output, x_BTD)
+        out_BTHK = self.attention(q_BTHK, *kv_BSXK.chunk(2, dim=2))
+        x_BTD = linear_add(out_BTHK.flatten(2).to(self.dtype), self.output, x_BTD)
         y_BTD = self.mlp_norm(x_BTD)
         gate_BTF, up_BTF = linear(y_BTD, self.gate_up).chunk(2, dim=-1)
         return linear_add(F.silu(gate_BTF).mul_(up_BTF), self.down, x_BTD), None
