@@ -113,13 +113,15 @@ class BlockCache:
     def _sweep(self) -> None:
         """Delete the oldest blocks until an eighth of the bound is free."""
         found = []
-        for folder in os.scandir(self._folder):
-            # Another process may sweep too.
-            with suppress(OSError):
-                for entry in os.scandir(folder):
-                    if _BLOCK.fullmatch(f"{folder.name}/{entry.name}"):
-                        status = entry.stat(follow_symlinks=False)
-                        found.append((status.st_mtime_ns, status.st_size, entry.path))
+        # Another process may sweep too, so what was there may be gone.
+        with os.scandir(self._folder) as folders:
+            for folder in folders:
+                with suppress(OSError), os.scandir(folder) as entries:
+                    for entry in entries:
+                        if _BLOCK.fullmatch(f"{folder.name}/{entry.name}"):
+                            with suppress(FileNotFoundError):
+                                status = entry.stat(follow_symlinks=False)
+                                found.append((status.st_mtime_ns, status.st_size, entry.path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self._max_bytes * 7 // 8:
