@@ -10,8 +10,11 @@ Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Ainslie et al. 20
 https://arxiv.org/abs/2305.13245.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -119,8 +122,7 @@ def attention_by_matmuls(
 
     PyTorch's flash kernel for CPUs multiplies small tiles. Whole matmuls over blocks of queries are
     faster, and torch.compile fuses what is between them. A block reads no keys behind its last
-    query. The softmax is saved for the backward, 2 B H T^2 bytes at most in bfloat16. Other calls
-    than T == S > 1, causal, run as `attention`.
+    query. Other calls than T == S > 1, causal, run as `attention`.
     """
     B, T, H, K = q_BTHK.shape
     if not causal or not k_BSGK.shape[1] == T > 1:
@@ -128,26 +130,72 @@ def attention_by_matmuls(
     group = H // k_BSGK.shape[2]
     if group > 1:
         k_BSGK, v_BSGK = (x.repeat_interleave(group, dim=2) for x in (k_BSGK, v_BSGK))
-    q, k, v = (x.transpose(1, 2).reshape(B * H, T, K) for x in (q_BTHK, k_BSGK, v_BSGK))
-    wide = accumulation_dtype(q)
-    positions = torch.arange(T, device=q.device)
+    q_XTK, k_XTK, v_XTK = (x.transpose(1, 2).reshape(B * H, T, K) for x in (q_BTHK, k_BSGK, v_BSGK))
     first_XT1 = None
     if cu_seqlens is not None:
-        # First key that a query sees, within its sequence, for each of the X = B * H heads.
         starts_BT = document_starts(cu_seqlens, B * T).view(B, T)
-        first_XT1 = (starts_BT - starts_BT[:, :1]).repeat_interleave(H, dim=0).unsqueeze(-1)
-        # Mixed dtypes compare more slowly.
-        positions = positions.to(first_XT1.dtype)
-    blocks = []
-    for start in range(0, T, BLOCK):
-        end = min(start + BLOCK, T)
-        scores = (q[:, start:end] @ k[:, :end].mT).to(wide) * K**-0.5
-        hidden = positions[start:end, None] < positions[:end]
-        if first_XT1 is not None:
-            hidden = hidden | (positions[:end] < first_XT1[:, start:end])
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
-        blocks.append(weights @ v[:, :end])
-    return torch.cat(blocks, dim=1).view(B, H, T, K).transpose(1, 2)
+        first_BT = (starts_BT - starts_BT[:, :1]).int()
+        first_XT1 = first_BT.repeat_interleave(H, dim=0).unsqueeze(-1)
+    out_XTK: Tensor = _AttentionByMatmuls.apply(q_XTK, k_XTK, v_XTK, first_XT1)
+    return out_XTK.view(B, H, T, K).transpose(1, 2)
+
+
+class _AttentionByMatmuls(torch.autograd.Function):
+    """Causal attention of X = B * H heads, (X, T, K); `first_XT1` is the first key a query sees.
+
+    Saves the exponentials of the scores in the dtype of q, at most 2 X T^2 bytes in bfloat16, and
+    their sums. Matmuls read contiguous blocks, because PyTorch would copy others by itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first_XT1: Tensor | None) -> Tensor:
+        T, K = q.shape[1:]
+        wide = accumulation_dtype(q)
+        positions = torch.arange(T, dtype=torch.int32, device=q.device)
+        exps, totals, outs = [], [], []
+        for block, seen in _blocks(T):
+            scores = (q[:, block].contiguous() @ k[:, seen].contiguous().mT).to(wide) * K**-0.5
+            hidden = positions[block, None] < positions[seen]
+            if first_XT1 is not None:
+                hidden = hidden | (positions[seen] < first_XT1[:, block])
+            maximum = scores.masked_fill(hidden, -torch.inf).amax(-1, keepdim=True)
+            exp = (scores - maximum).exp().masked_fill(hidden, 0).to(q.dtype)
+            # Dividing the output is less work than dividing the exponentials.
+            total = exp.sum(-1, keepdim=True, dtype=wide)
+            outs.append(((exp @ v[:, seen].contiguous()) / total).to(q.dtype))
+            exps.append(exp)
+            totals.append(total)
+        out = torch.cat(outs, dim=1)
+        ctx.save_for_backward(q, k, v, out, *exps, *totals)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """As in FlashAttention: https://arxiv.org/abs/2205.14135, appendix B.4."""
+        q, k, v, out, *blocks = ctx.saved_tensors
+        T, K = q.shape[1:]
+        wide = accumulation_dtype(q)
+        exps, totals = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
+        dqs = []
+        dk, dv = (torch.zeros_like(x, dtype=wide) for x in (k, v))
+        for (block, seen), exp, total in zip(_blocks(T), exps, totals, strict=True):
+            dout_block = (dout[:, block].to(wide) / total).to(q.dtype)
+            delta = (dout_block.to(wide) * out[:, block].to(wide)).sum(-1, keepdim=True)
+            dsoftmax = (dout_block @ v[:, seen].contiguous().mT).to(wide)
+            dscores = (exp.to(wide) * (dsoftmax - delta) * K**-0.5).to(q.dtype)
+            dqs.append(dscores @ k[:, seen].contiguous())
+            unseen = (0, 0, 0, T - seen.stop)
+            dk = dk + F.pad((dscores.mT @ q[:, block].contiguous()).to(wide), unseen)
+            dv = dv + F.pad((exp.mT @ dout_block).to(wide), unseen)
+        return torch.cat(dqs, dim=1), dk.to(q.dtype), dv.to(q.dtype), None
+
+
+def _blocks(n_tokens: int) -> list[tuple[slice, slice]]:
+    """The queries of every block, and the keys that they may see."""
+    starts = range(0, n_tokens, BLOCK)
+    ends = [min(start + BLOCK, n_tokens) for start in starts]
+    return [(slice(start, end), slice(0, end)) for start, end in zip(starts, ends, strict=True)]
 
 
 def document_starts(cu_seqlens: Tensor, n_tokens: int) -> Tensor:

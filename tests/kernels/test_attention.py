@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllama_kernels._dtype import accumulation_dtype
 from fastllama_kernels.attention import (
     attention,
     attention_by_matmuls,
@@ -123,6 +124,23 @@ def test_matmuls_match_reference(
 def test_matmuls_leave_other_calls_to_attention(n_queries: int, options: dict[str, Any]) -> None:
     inputs = qkv(n_queries, 9, (4, 2), torch.float32)
     assert torch.equal(attention_by_matmuls(*inputs, **options), attention(*inputs, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matmuls_save_one_matrix_of_scores(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["fastllama_kernels.attention"], "BLOCK", 4)
+    inputs = [x.requires_grad_() for x in qkv(11, 11, (2, 2), dtype)]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = attention_by_matmuls(*inputs)
+    blocks = [(4, 4), (4, 8), (3, 11)]
+    n_sums = B * 2 * 11
+    n_scores = B * 2 * sum(queries * keys for queries, keys in blocks)
+    found = sum(x.nbytes for x in saved)
+    sums = n_sums * accumulation_dtype(out).itemsize
+    assert found == 4 * out.nbytes + n_scores * dtype.itemsize + sums
 
 
 def test_single_token_sees_itself() -> None:
