@@ -72,9 +72,15 @@ def linear_cross_entropy_reference(
     loss = total / valid.sum().clamp(min=1) if reduction == "mean" else total
     if not return_losses:
         return loss
-    losses, _ = _loss_and_gradient(
-        logits_NV.detach(), targets_N, ignore_index, label_smoothing, z_loss, 0.0
+    losses = F.cross_entropy(
+        logits_NV.detach(),
+        targets_N,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
     )
+    if z_loss:
+        losses = losses + z_loss * lse.detach().square().where(valid, 0.0)
     return loss, losses.view(targets.shape)
 
 
@@ -220,59 +226,72 @@ def _cpu_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear_cross_entropy_fwd` in plain PyTorch, in any float dtype."""
     wide = accumulation_dtype(hidden)
+    options = (ignore_index, label_smoothing, z_loss, softcap, need_dhidden, need_dweight)
     losses, dhidden, dweight = [], [], torch.zeros((), dtype=wide, device=hidden.device)
     for start in range(0, len(hidden), CPU_CHUNK_LENGTH):
         chunk = slice(start, start + CPU_CHUNK_LENGTH)
-        loss, dlogits = _loss_and_gradient(
-            hidden[chunk] @ weight.T,
-            targets[chunk],
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            softcap,
+        maximum, total, target, dhidden_chunk, dweight_chunk = _cpu_chunk(
+            hidden[chunk], weight, targets[chunk], *options
         )
-        losses.append(loss)
-        if need_dhidden:
-            dhidden.append(dlogits @ weight)
-        if need_dweight:
-            # A 0-dim tensor alone would not widen the sum.
-            dweight = dweight + (dlogits.T @ hidden[chunk]).to(wide)
-    return torch.cat(losses), torch.cat(dhidden) if need_dhidden else hidden[:0], dweight
+        log_sum = total.log()
+        loss = log_sum - (target - maximum) + z_loss * (maximum + log_sum).square()
+        losses.append(loss.squeeze(-1).where(targets[chunk] != ignore_index, 0))
+        dhidden.append(dhidden_chunk)
+        # A 0-dim tensor alone would not widen the sum.
+        dweight = dweight + dweight_chunk.to(wide)
+    return torch.cat(losses), torch.cat(dhidden), dweight
 
 
-def _loss_and_gradient(
-    logits: Tensor,
+@torch.compiler.nested_compile_region
+def _cpu_chunk(
+    hidden: Tensor,
+    weight: Tensor,
     targets: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Losses (N,) in the accumulation dtype, and the gradient of their sum like `logits` (N, V)."""
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the losses of a chunk of rows depend on, and the gradients of their sum.
+
+    Without a region, Inductor computes the logits of all chunks before it uses the first. In one
+    kernel it reads a row three times while the row is in the cache, unless the kernel also computes
+    with the numbers that a row has only one of. So the caller computes the losses.
+
+    Returns the maximum of the logits, the sum of exp(logits - maximum) and the logit of the target,
+    all (N, 1) in the accumulation dtype, and the gradients of `hidden` and `weight` in their dtype.
+    """
+    logits = F.linear(hidden, weight)
     x = logits.to(accumulation_dtype(logits))
     if softcap:
         x = softcap * torch.tanh(x / softcap)
+    targets = targets.long()[:, None]
+    valid = targets != ignore_index
     maximum = x.amax(-1, keepdim=True)
     exp = (x - maximum).exp()
     total = exp.sum(-1, keepdim=True)
-    log_sum = total.log()
-    lse = maximum + log_sum
-    targets = targets.long()[:, None]
-    valid = targets != ignore_index
     # Any token will do for the rows that are ignored.
-    target_logits = x.gather(-1, targets.where(valid, 0))
-    loss = log_sum - (1 - label_smoothing) * (target_logits - maximum)
-    gradient = exp / total
+    target = x.gather(-1, targets.where(valid, 0))
     if label_smoothing:
-        loss = loss - label_smoothing * (x - maximum).mean(-1, keepdim=True)
+        target = torch.lerp(target, x.mean(-1, keepdim=True), label_smoothing)
+    # Division by the sum takes longer.
+    softmax = exp * total.reciprocal()
     if z_loss:
-        loss = loss + z_loss * lse.square()
-        gradient = gradient * (1 + 2 * z_loss * lse)
-    is_target = (torch.arange(x.shape[-1], device=x.device) == targets).to(x.dtype)
-    gradient = gradient - (1 - label_smoothing) * is_target - label_smoothing / x.shape[-1]
+        softmax = softmax * (1 + 2 * z_loss * (maximum + total.log()))
+    # Mixed dtypes compare more slowly, and int64 does too.
+    columns = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+    is_target = columns == targets.int()
+    gradient = torch.where(is_target, softmax - (1 - label_smoothing), softmax)
+    if label_smoothing:
+        gradient = gradient - label_smoothing / x.shape[-1]
     if softcap:
         gradient = gradient * (1 - (x / softcap).square())
-    return loss.where(valid, 0).squeeze(-1), gradient.where(valid, 0).to(logits.dtype)
+    dlogits = gradient.where(valid, 0).to(logits.dtype)
+    dhidden = dlogits @ weight if need_dhidden else hidden.new_empty(0)
+    dweight = dlogits.T @ hidden if need_dweight else weight.new_empty(0)
+    return maximum, total, target, dhidden, dweight
 
 
 def _plain_scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

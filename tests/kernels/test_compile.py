@@ -4,6 +4,7 @@ On the CPU Inductor writes C++ around the operators; Triton's interpreter runs t
 """
 
 import dataclasses
+import itertools
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -13,11 +14,16 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_fw_bw_and_get_code
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from fastllama_kernels import REFERENCE, TRITON
-from tests.compare import DEVICE, Operator, assert_as_exact_as, outputs_and_gradients
-from tests.kernels.operator_cases import IN_MODEL, Case
+from fastllama_kernels.linear_cross_entropy import (
+    linear_cross_entropy_cpu,
+    linear_cross_entropy_reference,
+)
+from tests.compare import DEVICE, Operator, assert_as_exact_as, outputs_and_gradients, randn
+from tests.kernels.operator_cases import IN_MODEL, Case, set_chunk_length
 from tests.kernels.small_model import MULTI_HEAD, loss_and_gradients, random_tokens, small_model
 
 # PyTorch warns about its own code.
@@ -132,3 +138,37 @@ def test_recomputed_rope_rotates_once() -> None:
         backend="aot_eager",
     )
     assert_compiles(compiled, case)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_compiled_cpu_loss_has_logits_of_one_chunk(
+    gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_tokens, length, width, vocab_size = 512, 32, 16, 2048
+    set_chunk_length(length, monkeypatch)
+    inputs = [randn(n, width, seed=n, dtype=torch.float32) for n in (n_tokens, vocab_size)]
+    targets = torch.arange(n_tokens, device=DEVICE)
+    run = torch.compile(linear_cross_entropy_cpu, fullgraph=True, dynamic=False)
+    inputs = [x.requires_grad_(gradients) for x in inputs]
+    # Compiles and allocates what it keeps.
+    run(*inputs, targets)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = run(*inputs, targets)
+    torch.testing.assert_close(loss, linear_cross_entropy_reference(*inputs, targets))
+    # Logits and their gradient; the exponentials of a row stay in a buffer of the kernel.
+    chunk = 2 * 4 * length * vocab_size
+    # Of every chunk there is a gradient of the weight, until all are summed.
+    weight = 4 * width * vocab_size * (n_tokens // length + 2)
+    assert peak_bytes(profiler) <= 1.5 * chunk + weight
+
+
+def peak_bytes(profiler: profile) -> int:
+    """The most bytes that were allocated at once since the profile began."""
+    events = [
+        event
+        for event in profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        if event.name() == "[memory]"
+    ]
+    events.sort(key=lambda event: event.start_ns())
+    assert events
+    return max(itertools.accumulate(event.nbytes() for event in events))
