@@ -28,7 +28,9 @@ from fastllama_kernels.rms_norm import (
 from fastllama_kernels.rope import rope, rope_reference
 from fastllama_kernels.swiglu import (
     swiglu,
+    swiglu_cpu,
     swiglu_linear,
+    swiglu_linear_cpu,
     swiglu_linear_reference,
     swiglu_reference,
 )
@@ -71,6 +73,8 @@ CPU = dataclasses.replace(
     REFERENCE,
     name="cpu",
     attention=attention_by_matmuls,
+    swiglu=swiglu_cpu,
+    swiglu_linear=swiglu_linear_cpu,
     linear_cross_entropy=linear_cross_entropy_cpu,
 )
 """Plain PyTorch on any device, arranged for torch.compile on a CPU, which fuses the rest."""

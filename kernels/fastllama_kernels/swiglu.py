@@ -41,6 +41,20 @@ def swiglu_linear_reference(
     return linear(swiglu_reference(gate_up), down, main_grad)
 
 
+def swiglu_cpu(gate_up: Tensor) -> Tensor:
+    """`swiglu` in plain PyTorch, for a CPU under torch.compile.
+
+    The compiled backward of silu computes two exponentials, and that of sigmoid one.
+    """
+    gate, up = (half.to(accumulation_dtype(gate_up)) for half in gate_up.chunk(2, dim=-1))
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def swiglu_linear_cpu(gate_up: Tensor, down: Tensor, main_grad: Tensor | None = None) -> Tensor:
+    """`swiglu_linear` in plain PyTorch, for a CPU under torch.compile."""
+    return linear(swiglu_cpu(gate_up), down, main_grad)
+
+
 @triton.jit
 def _swiglu_fwd_kernel(gate_up_ptr, h_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
     row, columns = row_and_columns(F, BLOCK)

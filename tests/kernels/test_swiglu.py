@@ -1,5 +1,6 @@
 import math
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastllama_kernels.swiglu import swiglu, swiglu_linear, swiglu_reference
+from fastllama_kernels.swiglu import swiglu, swiglu_cpu, swiglu_linear, swiglu_reference
 from tests.compare import (
     DEVICE,
     DTYPES,
@@ -65,16 +66,20 @@ def formula(gate_up: Tensor) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * up
 
 
+@pytest.mark.parametrize("operator", [swiglu_reference, swiglu_cpu])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reference_matches_formula(dtype: torch.dtype) -> None:
+def test_reference_matches_formula(
+    dtype: torch.dtype, operator: Callable[[Tensor], Tensor]
+) -> None:
     gate_up = 3 * randn(2, 5, 32, seed=0, dtype=dtype)
-    assert_operator_as_exact_as(swiglu_reference, plain, formula, [gate_up])
+    assert_operator_as_exact_as(operator, plain, formula, [gate_up])
 
 
-def test_reference_of_large_gates() -> None:
+@pytest.mark.parametrize("operator", [swiglu_reference, swiglu_cpu])
+def test_reference_of_large_gates(operator: Callable[[Tensor], Tensor]) -> None:
     # exp(1000) overflows: the gradient of a naive 1 / (1 + exp(-gate)) would be NaN.
     gate_up = torch.tensor([-1000.0, 1000.0, 2.0, 2.0], requires_grad=True)
-    out = swiglu_reference(gate_up)
+    out = operator(gate_up)
     (gradient,) = torch.autograd.grad(out, gate_up, torch.tensor([3.0, 5.0]))
     assert out.tolist() == [0.0, 2000.0]
     assert gradient.tolist() == [0.0, 10.0, 0.0, 5000.0]
