@@ -183,7 +183,7 @@ def _rope_bwd_kernel(
     first = tl.load(x_ptr + offsets, mask, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + offsets + R, mask, other=0.0).to(tl.float32)
     # Values are not rotated: their cosine is 1.
-    rotated = mask & (head < H + G)
+    rotated = mask & (head + heads < H + G)[None, :, None]
     cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, rows, row_mask, rotated, T, R, BLOCK_R)
     cos = tl.where(rotated, cos, 1.0)
     # The inverse of a rotation is its transpose: sin changes sign.
