@@ -5,6 +5,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -61,9 +62,8 @@ def sum_gradients(
     of_sources = None
     if config.is_mixture:
         of_sources = torch.zeros(len(config.data.sources), device=world.device)
-    if sums_in_matmuls(config, world):
-        sum_in_matmuls(state.model)
-    with state.computing():
+    summing = sum_in_matmuls(state.model) if sums_in_matmuls(config, world) else nullcontext()
+    with state.computing(), summing:
         for micro_batch in range(n_micro_batches):
             is_last = micro_batch == n_micro_batches - 1
             set_last_micro_batch(state.model, is_last, config.parallel)

@@ -1,6 +1,7 @@
 """FSDP2: shards the model over the processes. A single one on a CPU needs no FSDP2."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import cast
@@ -15,6 +16,14 @@ from fastllama.distributed.gloo import uses_gloo
 from fastllama.distributed.world import World
 from fastllama.model.llama import Linear, Llama
 from fastllama.planning.memory import can_sum_in_matmuls, choose_by_memory
+
+_AUTOGRAD_SUMS = hasattr(FSDPParam, "unsharded_accumulated_grad")
+"""Since PyTorch 2.15, autograd sums whole gradients in `grad` of the gathered parameter.
+
+Before, FSDP2 summed them in `unsharded_accumulated_grad` of its FSDPParam. This is a property now.
+"""
+_SUM = "main_grad" if _AUTOGRAD_SUMS else "unsharded_accumulated_grad"
+"""The attribute of an FSDPParam that holds the sum which matmuls add to."""
 
 
 def resolve_by_memory(config: Config, world: World) -> tuple[Config, str]:
@@ -141,19 +150,24 @@ def sums_in_matmuls(config: Config, world: World) -> bool:
     return world.device.type != "cpu" and can_sum_in_matmuls(config, world.size)
 
 
-def sum_in_matmuls(model: nn.Module) -> None:
+@contextmanager
+def sum_in_matmuls(model: nn.Module) -> Iterator[None]:
     """Let the matmuls of an update's backwards sum the weight gradients over micro-batches.
 
-    FSDP2 sums whole gradients in `unsharded_accumulated_grad`: it rounds each to `training.dtype`,
-    and adds it in a pass of its own. Here it finds the sums complete; it reduces and frees them.
+    FSDP2 rounds each gradient to `training.dtype`, and sums whole gradients in a pass of its own.
+    Here it finds the sums complete; it reduces and frees them. Since PyTorch 2.15 they are freed at
+    the end of this context.
     """
-    for weight in _linear_weights(model):
-        weight.unsharded_accumulated_grad = torch.zeros(
-            weight.sharded_param.shape, dtype=torch.float32, device=weight.device
-        )
+    weights = list(_linear_weights(model))
+    for weight in weights:
+        zeros = torch.zeros(weight.sharded_param.shape, dtype=torch.float32, device=weight.device)
+        setattr(weight, _SUM, zeros)
         for module in _owners(weight):
             if module.main_grad_of is None:
-                module.main_grad_of = partial(getattr, weight, "unsharded_accumulated_grad")
+                module.main_grad_of = partial(getattr, weight, _SUM)
+    yield
+    for weight in weights:
+        setattr(weight, _SUM, None)
 
 
 def set_last_micro_batch(model: Llama, is_last: bool, parallel: ParallelConfig) -> None:
@@ -173,6 +187,12 @@ def set_last_micro_batch(model: Llama, is_last: bool, parallel: ParallelConfig) 
     """
     if not isinstance(model, FSDPModule):
         return
+    if is_last and _AUTOGRAD_SUMS:
+        for weight in _linear_weights(model):
+            # Not before: torch.compile refuses a bfloat16 parameter with a float32 gradient, and
+            # the first micro-batch may compile.
+            if (main_grad := getattr(weight, _SUM, None)) is not None:
+                weight.unsharded_param.grad = main_grad
     reduces = is_last or parallel.accumulate == "sharded"
     model.set_requires_gradient_sync(reduces)
     model.set_requires_all_reduce(is_last)

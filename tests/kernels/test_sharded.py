@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -111,16 +112,15 @@ def loss_and_gradients(case: Case, operators: Operators, world: World) -> dict[s
             block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     shard_model(model, config, world)
     model.init_weights(seed=0)
-    if case.sum_in_matmuls:
-        sum_in_matmuls(model)
     total = torch.zeros(())
-    for micro_batch, sequences in enumerate(sequences_of(case)):
-        is_last = micro_batch == case.n_micro_batches - 1
-        set_last_micro_batch(model, is_last, parallel)
-        tokens, targets = sequences[:, world.rank]
-        loss = model(tokens[None], targets[None]) / case.n_micro_batches
-        loss.backward()
-        total += loss.detach()
+    with sum_in_matmuls(model) if case.sum_in_matmuls else nullcontext():
+        for micro_batch, sequences in enumerate(sequences_of(case)):
+            is_last = micro_batch == case.n_micro_batches - 1
+            set_last_micro_batch(model, is_last, parallel)
+            tokens, targets = sequences[:, world.rank]
+            loss = model(tokens[None], targets[None]) / case.n_micro_batches
+            loss.backward()
+            total += loss.detach()
     found = {"loss": world.mean(total)}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
