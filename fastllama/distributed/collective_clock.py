@@ -19,7 +19,12 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultReduceScatter,
 )
 
-from fastllama.distributed.gloo import GlooReduceScatter, uses_gloo
+from fastllama.distributed.gloo import (
+    GlooAllGather,
+    GlooReduceScatter,
+    SharedMemories,
+    uses_gloo,
+)
 
 
 class HostEvent:
@@ -63,20 +68,23 @@ class CollectiveClock:
 
     def install(self, model: nn.Module) -> None:
         """Measure all gathers and reduce-scatters of a sharded model."""
-        reduce_scatter = GlooReduceScatter() if uses_gloo() else DefaultReduceScatter()
+        gather, reduce_scatter = DefaultAllGather(), DefaultReduceScatter()
+        if uses_gloo():
+            memories = SharedMemories()
+            gather, reduce_scatter = GlooAllGather(memories), GlooReduceScatter(memories)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(_TimedAllGather(self))
+                module.set_custom_all_gather(_TimedAllGather(self, gather))
                 module.set_custom_reduce_scatter(_TimedReduceScatter(self, reduce_scatter))
 
 
 class _TimedAllGather(DefaultAllGather):
-    def __init__(self, clock: CollectiveClock) -> None:
-        self._clock = clock
+    def __init__(self, clock: CollectiveClock, gather: DefaultAllGather) -> None:
+        self._clock, self._gather = clock, gather
 
     def __call__(self, output_tensor: Tensor, *args: Any, **options: Any) -> Any:
         with self._clock.collective(output_tensor.is_cuda):
-            return super().__call__(output_tensor, *args, **options)
+            return self._gather(output_tensor, *args, **options)
 
 
 class _TimedReduceScatter(DefaultReduceScatter):

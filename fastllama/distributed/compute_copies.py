@@ -7,13 +7,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastllama.distributed.fsdp import AUTOGRAD_SUMS
+
 
 class ComputeCopies:
     """Does for one process what FSDP2 does for several: narrow weights inside, float32 outside.
 
     There is nothing to gather and nothing to reduce: weights are copied once an update, and each
     gradient is added to its float32 sum in one pass. The sums have the bits that FSDP2 computes in
-    one process.
+    one process. Since PyTorch 2.15 there is an exception: FSDP2 rounds the gradient of a tied
+    embedding once more.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -25,6 +28,9 @@ class ComputeCopies:
                 self._places.append((module, name, weight))
                 if weight not in self._copies:
                     self._copies[weight] = copy = nn.Parameter(weight.detach().to(dtype))
+                    if AUTOGRAD_SUMS:
+                        # A gradient that autograd computes in float32 is not rounded.
+                        copy.grad_dtype = weight.dtype
                     copy.register_post_accumulate_grad_hook(partial(_add_gradient, weight))
 
     @contextmanager

@@ -17,12 +17,12 @@ from fastllama.distributed.world import World
 from fastllama.model.llama import Linear, Llama
 from fastllama.planning.memory import can_sum_in_matmuls, choose_by_memory
 
-_AUTOGRAD_SUMS = hasattr(FSDPParam, "unsharded_accumulated_grad")
+AUTOGRAD_SUMS = hasattr(FSDPParam, "unsharded_accumulated_grad")
 """Since PyTorch 2.15, autograd sums whole gradients in `grad` of the gathered parameter.
 
 Before, FSDP2 summed them in `unsharded_accumulated_grad` of its FSDPParam. This is a property now.
 """
-_SUM = "main_grad" if _AUTOGRAD_SUMS else "unsharded_accumulated_grad"
+_SUM = "main_grad" if AUTOGRAD_SUMS else "unsharded_accumulated_grad"
 """The attribute of an FSDPParam that holds the sum which matmuls add to."""
 
 
@@ -187,7 +187,7 @@ def set_last_micro_batch(model: Llama, is_last: bool, parallel: ParallelConfig) 
     """
     if not isinstance(model, FSDPModule):
         return
-    if is_last and _AUTOGRAD_SUMS:
+    if is_last and AUTOGRAD_SUMS:
         for weight in _linear_weights(model):
             # Not before: torch.compile refuses a bfloat16 parameter with a float32 gradient, and
             # the first micro-batch may compile.
