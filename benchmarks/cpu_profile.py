@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastllama.train as trainer
 from benchmarks.conditions import current_conditions
-from benchmarks.cpu_throughput import RECIPE, ROOT, matmul_rate
+from benchmarks.cpu_throughput import RECIPE, ROOT, matmul_rates
 from fastllama.cli import main as fastllama
 from fastllama.config import Config, load_recipe
 from fastllama.planning.flops import flops_per_token
@@ -131,7 +131,7 @@ def main() -> None:
     assert found.config is not None
     tokens = found.config.training.tokens_per_update
     flops = tokens * flops_per_token(found.config.model, causal=True)
-    rates = {dtype: matmul_rate(dtype) for dtype in ("float32", "bfloat16")}
+    rates = {dtype: max(matmul_rates(dtype)) for dtype in ("float32", "bfloat16")}
     print(f"{1000 * wall:.1f} ms an update, with the profiler on, {tokens / wall:,.0f} tok/s")
     for label, value in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"{label:12} {1000 * value:7.1f} ms  {value / wall:4.0%}")
