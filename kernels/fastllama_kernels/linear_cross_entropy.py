@@ -20,7 +20,7 @@ Source: the chunks of Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -209,6 +209,9 @@ def linear_cross_entropy_fwd(
     return losses, dhidden, dweight
 
 
+HAS_COMPILED_REGIONS = torch.__version__ >= "2.12"
+"""PyTorch 2.11 knows regions for torch.compile, but runs them uncompiled."""
+Function = TypeVar("Function", bound=Callable[..., Any])
 CPU_CHUNK_LENGTH = 512
 """Rows of a chunk of `linear_cross_entropy_cpu`. More leave the caches, fewer slow the matmuls."""
 
@@ -242,7 +245,12 @@ def _cpu_fwd(
     return torch.cat(losses), torch.cat(dhidden), dweight
 
 
-@torch.compiler.nested_compile_region
+def _compiled_region(function: Function) -> Function:
+    """Make `function` a region of its own for torch.compile."""
+    return torch.compiler.nested_compile_region(function) if HAS_COMPILED_REGIONS else function
+
+
+@_compiled_region
 def _cpu_chunk(
     hidden: Tensor,
     weight: Tensor,

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastllama_kernels import REFERENCE, TRITON
 from fastllama_kernels.linear_cross_entropy import (
+    HAS_COMPILED_REGIONS,
     linear_cross_entropy_cpu,
     linear_cross_entropy_reference,
 )
@@ -140,6 +141,7 @@ def test_recomputed_rope_rotates_once() -> None:
     assert_compiles(compiled, case)
 
 
+@pytest.mark.skipif(not HAS_COMPILED_REGIONS, reason="PyTorch 2.11 compiles no regions")
 def test_compiled_cpu_loss_has_logits_of_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     n_tokens, length, width, vocab_size = 512, 32, 16, 2048
     set_chunk_length(length, monkeypatch)
