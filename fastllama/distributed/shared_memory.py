@@ -35,14 +35,16 @@ class SharedMemory:
             missing or full.
         """
         path = _create() if group.rank() == 0 else None
-        paths = [path]
-        dist.broadcast_object_list(paths, group=group, group_src=0)
-        memory = None if paths[0] is None else _map(paths[0])
-        opened = torch.tensor(int(memory is not None))
-        dist.all_reduce(opened, dist.ReduceOp.MIN, group=group)
-        if path is not None:
-            # The memory stays until the last rank ends, however it ends.
-            path.unlink()
+        try:
+            paths = [path]
+            dist.broadcast_object_list(paths, group=group, group_src=0)
+            memory = None if paths[0] is None else _map(paths[0])
+            opened = torch.tensor(int(memory is not None))
+            dist.all_reduce(opened, dist.ReduceOp.MIN, group=group)
+        finally:
+            if path is not None:
+                # The memory stays until the last rank ends, however it ends.
+                path.unlink()
         return None if memory is None or not opened.item() else cls(group, memory)
 
     def round_length(self, dtype: torch.dtype) -> int:
