@@ -55,8 +55,8 @@ class SharedMemory:
         """Hand over `part` (..., n), of at most `round_length` elements.
 
         Returns:
-            The parts of all ranks (ranks, ..., n), valid until the call after the next one. The
-            memory is the ranks' own: do not write.
+            The parts of all ranks (ranks, ..., n), to be read before the next call. The memory is
+            that of the ranks: do not write.
         """
         half = self._halves[self._round % 2].view(part.dtype)[:, : part.numel()]
         self._round += 1
