@@ -35,6 +35,8 @@ from fastllama.model.llama import Llama
 from fastllama_kernels import REFERENCE, TRITON, Operators
 from tests.compare import assert_as_exact_as, assert_operator_as_exact_as
 
+COUNTED_WITH = "2.14."
+"""The PyTorch whose launches are counted: other versions fuse other operators."""
 SMALL = ModelConfig(
     vocab_size=1000, n_embd=256, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=256
 )

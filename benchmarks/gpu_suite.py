@@ -8,7 +8,7 @@ as it is measured, so results survive a crash or a timeout:
     checks      operators and model against float64; no host sync, graph break or recompilation;
                 the kernels of an update are those counted without a GPU
     ceilings    copy, matmul and attention rates, for the floors and the bound of this device
-    train-1b    tokens/s of llama-1b, next to compiled plain PyTorch
+    train-1b    tokens/s of llama-1b, next to plain PyTorch and the peers that are installed
     profile     device time per class of kernels in an update of llama-1b
     kernels     every operator against its floor and its peers
     train-100m  like train-1b, for llama-100m
@@ -38,7 +38,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.ceilings import measure_ceilings, measured_rates
-from benchmarks.checks import launch_check, model_check, operator_checks, step_checks
+from benchmarks.checks import COUNTED_WITH, launch_check, model_check, operator_checks, step_checks
 from benchmarks.conditions import current_conditions, default_device, has_gpu, results_name
 from benchmarks.operators.measure import CONFIGS, Floors, cells, measure
 from benchmarks.results import (
@@ -52,8 +52,9 @@ from benchmarks.results import (
     read,
 )
 from benchmarks.step_profile import listing, profile_shares, profile_updates
-from benchmarks.throughput import exit_on_sigterm
+from benchmarks.throughput import exit_on_sigterm, unsupported_reason
 from benchmarks.throughput import measure as measure_training
+from benchmarks.training.child import with_batch_size
 from benchmarks.training.trainer import trainer_step
 from benchmarks.training.workload import rehearsal, with_synthetic_data, workload
 from fastllama.config import Config, load_recipe
@@ -64,10 +65,17 @@ KERNEL_TESTS = ROOT / "tests" / "kernels"
 RECIPES = ("llama-1b", "llama-100m")
 # A quarter of the recipe's tokens for llama-1b: enough updates for a median must fit into the time.
 TOKENS_PER_UPDATE = {"llama-1b": 2**17, "llama-100m": 2**19}
-CONTENDERS = {
-    "llama-1b": ("fastllama", "reference-compiled"),
-    "llama-100m": ("fastllama", "reference-compiled", "tutorial"),
+CONTENDERS = ("fastllama", "reference-compiled", "huggingface-liger", "tutorial")
+BATCH_SIZES = {
+    "llama-1b": {"reference-compiled": 8, "tutorial": 8, "huggingface-liger": 4},
+    "llama-100m": {"huggingface-liger": 32},
 }
+"""Sequences per micro-batch of contenders that would run out of an H100's memory at the recipe's.
+
+A run that is out of memory is repeated at half the size, and compiles everything again.
+"""
+CHECKED_BATCH_SIZE = 4
+"""Sequences per micro-batch of the checked update: it shares the device with the other checks."""
 STEADY_SECONDS = 4.0 if has_gpu() else 1.0
 N_PROFILED = 1
 # Tests that do not exercise kernels on the GPU of this process.
@@ -99,15 +107,15 @@ class Part:
 
 
 def checks(part: Part) -> None:
-    config = recipe_config("llama-100m")
+    config = with_batch_size(recipe_config("llama-100m"), CHECKED_BATCH_SIZE)
     # Two micro-batches, to cover gradient accumulation.
-    tokens = 2 * config.training.batch_size * config.model.max_seq_len
+    tokens = 2 * CHECKED_BATCH_SIZE * config.model.max_seq_len
     try:
         for check in step_checks(workload(config, tokens)):
             part.add(check)
     except Exception as error:  # Check the operators even if the trainer fails.
         part.add(Check("an update of the trainer", False, f"{type(error).__name__}: {error}"))
-    if has_gpu():
+    if has_gpu() and torch.__version__.startswith(COUNTED_WITH):
         part.add(launch_check("llama-1b"))
     dtypes = (torch.bfloat16, torch.float32)
     for dtype in dtypes:
@@ -129,7 +137,7 @@ def training(part: Part, recipe: str) -> None:
         measure_training(
             config,
             recipe if has_gpu() else f"{recipe}, shrunk",
-            CONTENDERS[recipe],
+            [name for name in CONTENDERS if unsupported_reason(name) is None],
             seconds=STEADY_SECONDS,
             batch_size=config.training.batch_size,
             tokens_per_update=config.training.tokens_per_update,
@@ -137,6 +145,7 @@ def training(part: Part, recipe: str) -> None:
             rates=part.measured_rates(),
             folder=Path(folder),
             finished=part.add,
+            batch_sizes=BATCH_SIZES[recipe],
         )
 
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -56,6 +56,7 @@ def measure(
     folder: Path,
     finished: Callable[[TrainingRun], None],
     data: Path | None = None,
+    batch_sizes: Mapping[str, int] | None = None,
 ) -> list[TrainingRun]:
     """Train `config` with each contender.
 
@@ -77,6 +78,7 @@ def measure(
         folder: an empty folder for the files of the child processes.
         finished: called with each row as soon as it is measured.
         data: a prepared data folder; None means synthetic tokens.
+        batch_sizes: `batch_size` of single contenders, which need more memory than the others.
 
     Raises:
         ValueError: the micro-batch does not divide the update, or `data` does not fit the model.
@@ -101,7 +103,10 @@ def measure(
             weights = [_weight(other) for other in in_order[number:]]
             own_deadline = time.time() + left * weights[0] / sum(weights)
         child = Child(name, folder, seconds, own_deadline)
-        size, outcome = child.train(config, search=batch_size is None)
+        own = config
+        if batch_sizes and name in batch_sizes:
+            own = with_batch_size(config, batch_sizes[name])
+        size, outcome = child.train(own, search=batch_size is None)
         run = training_run(name, recipe, with_batch_size(config, size), outcome, rates)
         runs.append(replace(run, parity=parity(run, baseline(runs))))
         finished(runs[-1])
