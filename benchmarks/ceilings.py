@@ -2,7 +2,7 @@
 
     python benchmarks/ceilings.py [RECIPE.toml …] [--out DIR]
 
-- copy: a copy far larger than any cache.
+- copy: a copy far larger than any cache, by the driver and by a kernel that reads and writes.
 - matmul: a large square matmul of random numbers.
 - gemm: every matmul of the recipes at its real shape, forward and both gradients.
 - attention: causal attention at head_dim 64 and 128 and several lengths, with every available
@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.conditions import current_conditions, default_device, has_gpu, results_name
 from benchmarks.results import RESULTS, Ceiling, Spread, append
 from benchmarks.timing import SECONDS, Call, Timer, device_seconds, make_timer
-from fastllama.config import ModelConfig, load_recipe
+from fastllama.config import Config, ModelConfig, load_recipe
 from fastllama.planning.bound import Rates
 from fastllama_kernels.attention_backends import BACKENDS, AttentionShape, Backend
 from fastllama_kernels.attention_choice import attention_operator
@@ -33,19 +33,23 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = ("llama-1b", "llama-100m")
 
 # A rehearsal uses toy sizes.
-COPY_BYTES, WIDTH, N_TOKENS, ATTENTION_TOKENS = (
-    (2**32, 8192, 16384, 16384) if has_gpu() else (2**24, 256, 64, 64)
-)
+COPY_BYTES, WIDTH, ATTENTION_TOKENS = (2**32, 8192, 16384) if has_gpu() else (2**24, 256, 64)
+REHEARSED_TOKENS = 64
 SEQUENCE_LENGTHS = (1024, 2048, 4096, 8192) if has_gpu() else (32, 64)
 HEAD_DIMS = (64, 128)
 
 
-def copy_ceiling(timer: Timer, device: torch.device) -> Ceiling:
-    """Bytes read plus bytes written per second by a device-to-device copy."""
-    source = torch.randint(255, (COPY_BYTES // 2,), dtype=torch.uint8, device=device)
+def copy_ceilings(timer: Timer, device: torch.device) -> Iterator[Ceiling]:
+    """Bytes read plus bytes written per second.
+
+    On an H100 the driver's copy is slower than a kernel of the same bytes.
+    """
+    source = torch.randn(COPY_BYTES // 8, device=device)
     target = torch.empty_like(source)
-    seconds = device_seconds(timer, [lambda: target.copy_(source)])
-    return Ceiling("copy", "pytorch", {"bytes": COPY_BYTES}, "uint8", _rate(seconds, COPY_BYTES))
+    ways = {"driver": lambda: target.copy_(source), "kernel": lambda: torch.neg(source, out=target)}
+    for provider, copy in ways.items():
+        rate = _rate(device_seconds(timer, [copy]), COPY_BYTES)
+        yield Ceiling("copy", provider, {"bytes": COPY_BYTES}, "float32", rate)
 
 
 def matmul_ceiling(timer: Timer, device: torch.device, dtype: torch.dtype) -> Ceiling:
@@ -53,8 +57,10 @@ def matmul_ceiling(timer: Timer, device: torch.device, dtype: torch.dtype) -> Ce
     return _gemm_ceiling(timer, device, dtype, "matmul", WIDTH, WIDTH, WIDTH, 10 * SECONDS)
 
 
-def gemm_ceilings(timer: Timer, device: torch.device, model: ModelConfig) -> Iterator[Ceiling]:
-    """FLOP/s of every matmul of a training step of `model`, in bfloat16."""
+def gemm_ceilings(
+    timer: Timer, device: torch.device, model: ModelConfig, n_tokens: int
+) -> Iterator[Ceiling]:
+    """FLOP/s of every matmul of a micro-batch of `n_tokens`, in bfloat16."""
     width = model.n_embd
     projections = {
         "qkv": (width, (model.n_heads + 2 * model.kv_heads) * model.head_width),
@@ -66,9 +72,9 @@ def gemm_ceilings(timer: Timer, device: torch.device, model: ModelConfig) -> Ite
     for name, (n_in, n_out) in projections.items():
         # y = x w^T, dx = dy w, dw = dy^T x.
         for phase, shape in (
-            ("forward", (N_TOKENS, n_out, n_in)),
-            ("input gradient", (N_TOKENS, n_in, n_out)),
-            ("weight gradient", (n_out, n_in, N_TOKENS)),
+            ("forward", (n_tokens, n_out, n_in)),
+            ("input gradient", (n_tokens, n_in, n_out)),
+            ("weight gradient", (n_out, n_in, n_tokens)),
         ):
             yield _gemm_ceiling(timer, device, torch.bfloat16, f"gemm {name} {phase}", *shape)
 
@@ -152,19 +158,22 @@ def _attention(timer: Timer, shape: AttentionShape, backend: Backend) -> Iterato
         yield Ceiling(name, backend.name, sizes, _name(shape.dtype), rate)
 
 
-def measure_ceilings(models: Sequence[ModelConfig]) -> Iterator[Ceiling]:
-    """Measure all ceilings, the most important first; gemm ceilings for `models`."""
+def measure_ceilings(configs: Sequence[Config]) -> Iterator[Ceiling]:
+    """Measure all ceilings, the most important first; gemm ceilings for the micro-batches."""
     device = default_device()
     timer = make_timer(device)
     with timer.on_stream():
-        yield copy_ceiling(timer, device)
+        yield from copy_ceilings(timer, device)
         yield matmul_ceiling(timer, device, torch.bfloat16)
         yield matmul_ceiling(timer, device, torch.float32)
         for head_dim in HEAD_DIMS:
             for seq_len in SEQUENCE_LENGTHS:
                 yield from attention_ceilings(timer, device, head_dim, seq_len)
-        for model in models:
-            yield from gemm_ceilings(timer, device, model)
+        for config in configs:
+            n_tokens = config.training.batch_size * config.model.max_seq_len
+            if not has_gpu():
+                n_tokens = REHEARSED_TOKENS
+            yield from gemm_ceilings(timer, device, config.model, n_tokens)
 
 
 def measured_rates(ceilings: Sequence[Ceiling]) -> Rates | None:
@@ -214,13 +223,13 @@ def main() -> None:
     )
     options = parser.parse_args()
     try:
-        models = [load_recipe(recipe).model for recipe in options.recipes]
+        configs = [load_recipe(recipe) for recipe in options.recipes]
     except ValueError as error:
         parser.error(str(error))
     table = Table(title=conditions.device + ", rehearsal" * conditions.is_rehearsal)
     for heading in ("ceiling", "shape", "dtype", "provider", "10^12 / s", "interquartile range"):
         table.add_column(heading)
-    for ceiling in measure_ceilings(models):
+    for ceiling in measure_ceilings(configs):
         append(options.out, conditions, [ceiling])
         rate = ceiling.rate.map(lambda value: value / 1e12)
         table.add_row(

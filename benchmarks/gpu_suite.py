@@ -9,9 +9,9 @@ as it is measured, so results survive a crash or a timeout:
                 the kernels of an update are those counted without a GPU
     ceilings    copy, matmul and attention rates, for the floors and the bound of this device
     train-1b    tokens/s of llama-1b, next to plain PyTorch and the peers that are installed
-    profile     device time per class of kernels in an update of llama-1b
+    profile-1b  device time per class of kernels in an update of llama-1b
     kernels     every operator against its floor and its peers
-    train-100m  like train-1b, for llama-100m
+    train-100m, profile-100m: the same for llama-100m
     tests       kernel tests on the device, if pytest is installed
 
 Each part gets a share of the remaining time. Run few parts at a time, with --parts, to give each
@@ -126,8 +126,8 @@ def checks(part: Part) -> None:
 
 def ceilings(part: Part) -> None:
     names = RECIPES if has_gpu() else ("quickstart",)
-    models = [load_recipe(CONFIGS / f"{name}.toml").model for name in names]
-    for ceiling in measure_ceilings(models):
+    configs = [load_recipe(CONFIGS / f"{name}.toml") for name in names]
+    for ceiling in measure_ceilings(configs):
         part.add(ceiling)
 
 
@@ -175,8 +175,8 @@ def kernels(part: Part) -> None:
                 sys.exit(DEVICE_LOST)
 
 
-def profile(part: Part) -> None:
-    recipe, rates = "llama-1b", part.measured_rates()
+def profile(part: Part, recipe: str) -> None:
+    rates = part.measured_rates()
     config = recipe_config(recipe)
     tokens = config.training.tokens_per_update
     with tempfile.TemporaryDirectory() as data:
@@ -186,7 +186,7 @@ def profile(part: Part) -> None:
             launches, wall = profile_updates(step, N_PROFILED, world.device)
     allowed = None if rates is None else bound(config.model, tokens, rates)
     name = recipe if has_gpu() else f"{recipe}, shrunk"
-    (part.folder / "profile.txt").write_text(listing(launches, N_PROFILED))
+    (part.folder / f"profile-{recipe}.txt").write_text(listing(launches, N_PROFILED))
     for share in profile_shares(name, launches, wall, N_PROFILED, allowed, tokens):
         part.add(share)
 
@@ -265,10 +265,11 @@ def device_is_usable() -> bool:
 PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     "checks": (checks, 80),
     "ceilings": (ceilings, 40),
-    "train-1b": (partial(training, recipe="llama-1b"), 160),
-    "profile": (profile, 40),
+    "train-1b": (partial(training, recipe="llama-1b"), 150),
+    "profile-1b": (partial(profile, recipe="llama-1b"), 30),
     "kernels": (kernels, 80),
     "train-100m": (partial(training, recipe="llama-100m"), 80),
+    "profile-100m": (partial(profile, recipe="llama-100m"), 30),
     "tests": (tests, 60),
 }
 """Function of each part, and its requested seconds of nine minutes."""

@@ -13,23 +13,22 @@ commit it with the results in tuning.json.
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.ceilings import copy_ceiling, matmul_ceiling
+from benchmarks.ceilings import copy_ceilings, matmul_ceiling
 from benchmarks.conditions import current_conditions, default_device, has_gpu, results_name
 from benchmarks.operators.case import Work
-from benchmarks.operators.measure import CONFIGS, N_INPUTS, N_TOKENS, RECIPES
+from benchmarks.operators.measure import N_INPUTS, RECIPES, Floors, micro_batch
 from benchmarks.operators.pinned import DTYPE, PINNED, LaunchConfig, Pinned
 from benchmarks.reporting.tuning import HEADINGS, cells, is_faster, verdict
 from benchmarks.results import RESULTS, Spread, Tuning, append
 from benchmarks.throughput import REHEARSAL_TITLE, open_console
 from benchmarks.timing import SECONDS, Timer, interleaved_seconds, make_timer
-from fastllama.config import ModelConfig, load_recipe
+from fastllama.config import ModelConfig
 
 DEFAULT_RECIPES = ["llama-1b", "llama-100m"] if has_gpu() else ["quickstart"]
 LIMITS = {
@@ -107,6 +106,7 @@ class Search:
         pinned: Pinned,
         recipe: str,
         model: ModelConfig,
+        n_tokens: int,
         timer: Timer,
         floor_s: Callable[[Work], float],
         finished: Callable[[Tuning], None],
@@ -117,14 +117,15 @@ class Search:
             pinned: kernel to tune.
             recipe: name of `model`.
             model: model that determines the shape.
+            n_tokens: tokens of a launch.
             timer: times the launches.
             floor_s: returns the least seconds for a piece of work.
             finished: called with every record.
         """
         self._pinned, self._recipe, self._model = pinned, recipe, model
-        self._timer, self._finished = timer, finished
-        self._floor_s = floor_s(pinned.work(model, N_TOKENS))
-        self._start = pinned.config(model, N_TOKENS)
+        self._n_tokens, self._timer, self._finished = n_tokens, timer, finished
+        self._floor_s = floor_s(pinned.work(model, n_tokens))
+        self._start = pinned.config(model, n_tokens)
         self._wanted = self._results(self._start)
         self._inputs = [self._make_inputs(seed) for seed in range(N_INPUTS)]
 
@@ -161,7 +162,7 @@ class Search:
             Tuning(
                 name=self._pinned.name,
                 recipe=self._recipe,
-                n_tokens=N_TOKENS,
+                n_tokens=self._n_tokens,
                 dtype=str(DTYPE).removeprefix("torch."),
                 config=config,
                 role="pinned" if config == self._start else role,
@@ -184,7 +185,7 @@ class Search:
 
     def _make_inputs(self, seed: int) -> Sequence[object]:
         generator = torch.Generator(default_device()).manual_seed(seed)
-        return self._pinned.inputs(self._model, N_TOKENS, generator)
+        return self._pinned.inputs(self._model, self._n_tokens, generator)
 
     def _results(self, config: LaunchConfig) -> list[Tensor]:
         """Outputs for fresh inputs; some launches write into their inputs."""
@@ -261,22 +262,21 @@ def search_all(
         table.add_column(heading)
     searches = [(pinned, recipe) for recipe in recipes for pinned in chosen]
     with timer.on_stream():
-        copy = copy_ceiling(timer, device)
-        matmul = matmul_ceiling(timer, device, DTYPE)
-        append(folder, conditions, [copy, matmul])
+        ceilings = [*copy_ceilings(timer, device), matmul_ceiling(timer, device, DTYPE)]
+        append(folder, conditions, ceilings)
+        floors = Floors.of(ceilings)
 
         def floor_s(work: Work) -> float:
-            return work.bytes / copy.rate.median + work.flops / matmul.rate.median
+            return work.bytes / floors.bandwidth + work.flops / floors.matmul["bfloat16"]
 
         for number, (pinned, recipe) in enumerate(searches):
             now = time.time()
-            model = load_recipe(CONFIGS / f"{recipe}.toml").model
-            if not has_gpu():
-                model = replace(model, vocab_size=256)
+            model, n_tokens = micro_batch(recipe)
             search = Search(
                 pinned,
                 recipe,
                 model,
+                n_tokens,
                 timer,
                 floor_s,
                 lambda row: append(folder, conditions, [row]),

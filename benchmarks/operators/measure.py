@@ -33,7 +33,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 )
 
 # On a CPU the kernels run in Triton's interpreter, so a rehearsal uses toy sizes.
-N_TOKENS, ERROR_TOKENS = (16_384, 2_048) if has_gpu() else (8, 4)
+REHEARSED_TOKENS = 8
+ERROR_TOKENS = 2_048 if has_gpu() else 4
 N_INPUTS = 2
 """Sets of inputs; consecutive calls alternate between them."""
 
@@ -48,13 +49,14 @@ class Cell:
     benchmark: Benchmark
     recipe: str
     model: ModelConfig
+    n_tokens: int
     dtype: torch.dtype
     provider: Provider
     phase: str
 
     @property
     def shape(self) -> Shape:
-        return self.benchmark.shape(self.model, N_TOKENS)
+        return self.benchmark.shape(self.model, self.n_tokens)
 
     @property
     def can_be_measured(self) -> bool:
@@ -71,18 +73,32 @@ class Floors:
     """Rates behind the floors, measured in this run."""
 
     bandwidth: float
-    """Bytes read plus bytes written per second by a copy."""
+    """Bytes read plus bytes written per second by the fastest copy."""
     matmul: dict[str, float]
     """FLOP/s of a large matmul by dtype."""
 
     @classmethod
     def of(cls, ceilings: Sequence[Ceiling]) -> "Floors":
-        """Floors from the ceilings of one run."""
-        rates = {(ceiling.name, ceiling.dtype): ceiling.rate.median for ceiling in ceilings}
+        """Floors from the ceilings of one run.
+
+        Raises:
+            ValueError: there is no copy among them.
+        """
+        copies = [one.rate.median for one in ceilings if one.name == "copy"]
+        if not copies:
+            raise ValueError("no ceilings are measured; run the part `ceilings` first")
         return cls(
-            bandwidth=rates["copy", "uint8"],
-            matmul={dtype: rates["matmul", dtype] for dtype in ("bfloat16", "float32")},
+            bandwidth=max(copies),
+            matmul={one.dtype: one.rate.median for one in ceilings if one.name == "matmul"},
         )
+
+
+def micro_batch(recipe: str) -> tuple[ModelConfig, int]:
+    """The model of a recipe and the tokens of its micro-batch; both are small in a rehearsal."""
+    config = load_recipe(CONFIGS / f"{recipe}.toml")
+    if not has_gpu():
+        return replace(config.model, vocab_size=256), REHEARSED_TOKENS
+    return config.model, config.training.batch_size * config.model.max_seq_len
 
 
 def cells(recipes: Sequence[str], dtypes: Sequence[torch.dtype]) -> Iterator[Cell]:
@@ -96,17 +112,15 @@ def cells(recipes: Sequence[str], dtypes: Sequence[torch.dtype]) -> Iterator[Cel
     for benchmark in BENCHMARKS:
         seen: set[tuple[int, ...]] = set()
         for recipe in recipes:
-            model = load_recipe(CONFIGS / f"{recipe}.toml").model
-            if not has_gpu():
-                model = replace(model, vocab_size=256)
-            shape = benchmark.shape(model, N_TOKENS)
+            model, n_tokens = micro_batch(recipe)
+            shape = benchmark.shape(model, n_tokens)
             if (key := tuple(shape.values())) in seen:
                 continue
             seen.add(key)
             for dtype in dtypes:
                 for phase in benchmark.work(shape, dtype.itemsize):
                     for provider in benchmark.providers(shape, dtype, device):
-                        cell = Cell(benchmark, recipe, model, dtype, provider, phase)
+                        cell = Cell(benchmark, recipe, model, n_tokens, dtype, provider, phase)
                         if cell.can_be_measured and (has_gpu() or _is_rehearsed(cell)):
                             yield cell
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.ceilings import copy_ceiling, matmul_ceiling
+from benchmarks.ceilings import copy_ceilings, matmul_ceiling
 from benchmarks.conditions import default_device
 from benchmarks.operators.measure import RECIPES, Cell, Floors, cells, measure
 from benchmarks.results import KernelTime, Spread
@@ -26,7 +26,7 @@ def floors() -> Floors:
     with timer.on_stream():
         dtypes = (torch.bfloat16, torch.float32)
         matmuls = [matmul_ceiling(timer, device, dtype) for dtype in dtypes]
-        return Floors.of([copy_ceiling(timer, device), *matmuls])
+        return Floors.of([*copy_ceilings(timer, device), *matmuls])
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)

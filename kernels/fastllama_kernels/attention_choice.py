@@ -30,6 +30,8 @@ from fastllama_kernels.attention_backends import (
 __all__ = ["AttentionChoice", "AttentionShape", "attention_operator", "choose_attention"]
 
 WARM_UPS, MEASUREMENTS = 3, 11
+HEAD_START_CYCLES = 100_000_000
+"""Clock cycles of the device, at least 50 ms. Launching all measurements takes the host 20 ms."""
 CHECKED_TOKENS = 256
 CHECKED_DOCUMENTS = 20
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
@@ -342,8 +344,10 @@ def _seconds(operator: Attention, shape: AttentionShape) -> float:
 
 def _times_on_cuda(run: Callable[[], None]) -> list[float]:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(MEASUREMENTS + 1)]
+    # The device is busy until everything is launched: a kernel may be shorter than its launch. In a
+    # training step the host runs ahead too.
+    torch.cuda._sleep(HEAD_START_CYCLES)
     events[0].record()
-    # No synchronisation between runs: the host runs ahead, and the events time the device.
     for event in events[1:]:
         run()
         event.record()

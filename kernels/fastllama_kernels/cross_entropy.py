@@ -86,11 +86,20 @@ def _reduce(losses: Tensor, n_valid: Tensor, reduction: str) -> Tensor:
 
 @triton.jit
 def _load_logits(logits_ptr, columns, V: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Return logits in float32 after the softcap; -inf past the end of the row."""
+    """Return logits in float32 after the softcap, -inf past the end of the row, and its slope."""
     x = tl.load(logits_ptr + columns, columns < V, other=float("-inf")).to(tl.float32)
+    slope = 1.0
     if SOFTCAP > 0:
+        slope = _tanh_slope(x / SOFTCAP)
         x = tl.where(columns < V, SOFTCAP * _tanh(x / SOFTCAP), float("-inf"))
-    return x
+    return x, slope
+
+
+@triton.jit
+def _tanh_slope(x):
+    """1 - tanh(x)^2, without the difference, which loses digits where tanh is near 1."""
+    e = tl.exp(-2 * tl.abs(x))
+    return 4 * e / ((1 + e) * (1 + e))
 
 
 @triton.jit
@@ -123,7 +132,7 @@ def _exp(x):
 def _store_gradient(
     gradient_ptr,
     p,
-    x,
+    slope,
     lse,
     dloss,
     dlse,
@@ -132,19 +141,16 @@ def _store_gradient(
     V: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
 ):
     """Store the gradient of dloss * loss + dlse * lse, rounded after subtracting the onehot.
 
-    p is the softmax of the logits x.
+    p is the softmax of the logits, slope the derivative of their softcap.
     """
     g = p * (dloss * (1 + 2 * Z_LOSS * lse) + dlse)
     g -= tl.where(columns == target, dloss * (1 - LABEL_SMOOTHING), 0.0)
     if LABEL_SMOOTHING > 0:
         g -= dloss * (LABEL_SMOOTHING / V)
-    if SOFTCAP > 0:
-        capped = tl.where(columns < V, x / SOFTCAP, 0.0)
-        g *= 1 - capped * capped
+    g *= slope
     tl.store(gradient_ptr + columns, g.to(gradient_ptr.dtype.element_ty), columns < V)
 
 
@@ -179,7 +185,7 @@ def _cross_entropy_row(
     column = tl.where(in_vocabulary, target, -1).to(tl.int32)
     columns = tl.arange(0, BLOCK)
     if V <= BLOCK:
-        x = _load_logits(row_ptr, columns, V, SOFTCAP)
+        x, slope = _load_logits(row_ptr, columns, V, SOFTCAP)
         maximum = _finite(tl.max(x))
         e = _exp(x - maximum)
         total = tl.sum(e)
@@ -197,7 +203,7 @@ def _cross_entropy_row(
             origin = _finite(target_logit)
             sum_of = tl.zeros((GROUPS,), tl.float32)
         for start in range(0, V, BLOCK):
-            x = _load_logits(row_ptr, start + tile, V, SOFTCAP)
+            x, _ = _load_logits(row_ptr, start + tile, V, SOFTCAP)
             new_highest = tl.maximum(highest_of, tl.max(x, 1))
             shift = _finite(new_highest)
             total_of *= _exp(highest_of - shift)
@@ -225,7 +231,7 @@ def _cross_entropy_row(
             _store_gradient(
                 row_ptr,
                 e * (1 / total),
-                x,
+                slope,
                 lse,
                 dloss,
                 0.0,
@@ -234,17 +240,16 @@ def _cross_entropy_row(
                 V,
                 LABEL_SMOOTHING,
                 Z_LOSS,
-                SOFTCAP,
             )
         else:
             # From the end of the row, which the caches still have.
             for block in range(tl.cdiv(V, BLOCK)):
                 later = (tl.cdiv(V, BLOCK) - 1 - block) * BLOCK + columns
-                x = _load_logits(row_ptr, later, V, SOFTCAP)
+                x, slope = _load_logits(row_ptr, later, V, SOFTCAP)
                 _store_gradient(
                     row_ptr,
                     _exp(x - maximum) * (1 / total),
-                    x,
+                    slope,
                     lse,
                     dloss,
                     0.0,
@@ -253,7 +258,6 @@ def _cross_entropy_row(
                     V,
                     LABEL_SMOOTHING,
                     Z_LOSS,
-                    SOFTCAP,
                 )
 
 
@@ -337,11 +341,11 @@ def _cross_entropy_bwd_kernel(
     dlse = tl.load(dlse_ptr + row)
     maximum = tl.load(maximum_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
-    x = _load_logits(logits_ptr + row * V, columns, V, SOFTCAP)
+    x, slope = _load_logits(logits_ptr + row * V, columns, V, SOFTCAP)
     _store_gradient(
         dlogits_ptr + row * V,
         _exp(x - maximum) * _exp(-log_sum),
-        x,
+        slope,
         maximum + log_sum,
         dloss,
         dlse,
@@ -350,7 +354,6 @@ def _cross_entropy_bwd_kernel(
         V,
         LABEL_SMOOTHING,
         Z_LOSS,
-        SOFTCAP,
     )
 
 
@@ -371,11 +374,11 @@ def forward_config(vocab_size: int, write_gradient: bool, has_softcap: bool) -> 
 
     Rows of up to 16,384 logits are one block, 32 logits per thread. A wider row is read in a loop
     over blocks, 16 logits per thread. A program that reads it again has 32 warps, so that few rows
-    are in the cache at a time. The softcap's tanh takes registers: half as many logits per thread.
+    are in the cache at a time. The softcap's tanh and slope take registers: fewer logits per thread.
     """
     if vocab_size <= 16_384:
         block = triton.next_power_of_2(vocab_size)
-        return {"BLOCK": block, "num_warps": max(block // (512 if has_softcap else 1_024), 1)}
+        return {"BLOCK": block, "num_warps": max(block // (256 if has_softcap else 1_024), 1)}
     warps = 32 if write_gradient else 8
     return {"BLOCK": warps * (256 if has_softcap else 512), "num_warps": warps}
 

@@ -75,9 +75,8 @@ def test_no_rates_if_one_is_missing(missing: str) -> None:
     assert measured_rates([one for one in ALL if one.name != missing]) is None
 
 
-def test_gemm_ceilings_cover_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "N_TOKENS", 8)
+def test_gemm_ceilings_cover_the_training_step() -> None:
     model = ModelConfig(vocab_size=48, n_embd=32, n_layers=1, n_heads=4, multiple_of=16)
-    found = list(gemm_ceilings(OneSecond(), torch.device("cpu"), model))
+    found = list(gemm_ceilings(OneSecond(), torch.device("cpu"), model, 8))
     # Every matmul takes one second, so its rate equals its FLOPs.
     assert sum(one.rate.median for one in found) == 6 * 8 * matmul_parameters(model)

@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.operators.case import Benchmark, Provider, ours
 from benchmarks.operators.measure import (
     BENCHMARKS,
+    REHEARSED_TOKENS,
     Cell,
     Floors,
     cells,
@@ -37,7 +38,7 @@ def nbytes(*tensors: Tensor) -> int:
 def cell_of(
     benchmark: Benchmark, provider: Provider, phase: str, dtype: torch.dtype = torch.float32
 ) -> Cell:
-    return Cell(benchmark, "tiny", MODEL, dtype, provider, phase)
+    return Cell(benchmark, "tiny", MODEL, REHEARSED_TOKENS, dtype, provider, phase)
 
 
 @pytest.mark.parametrize("operator", ["rms_norm", "add_rms_norm", "swiglu", "cross_entropy"])
@@ -166,6 +167,7 @@ def test_floors_from_ceilings() -> None:
         Ceiling("matmul", "pytorch", {}, "bfloat16", rate.map(lambda x: 2 * x)),
         Ceiling("gemm qkv", "pytorch", {}, "bfloat16", rate.map(lambda x: 3 * x)),
         Ceiling("matmul", "pytorch", {}, "float32", rate),
-        Ceiling("copy", "pytorch", {}, "uint8", rate.map(lambda x: 4 * x)),
+        Ceiling("copy", "kernel", {}, "float32", rate.map(lambda x: 4 * x)),
+        Ceiling("copy", "driver", {}, "float32", rate.map(lambda x: 3 * x)),
     ]
     assert Floors.of(ceilings) == Floors(20.0, {"bfloat16": 10.0, "float32": 5.0})

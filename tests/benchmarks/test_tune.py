@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import tune
 from benchmarks.conditions import current_conditions
 from benchmarks.operators.case import Work
-from benchmarks.operators.measure import N_TOKENS
+from benchmarks.operators.measure import REHEARSED_TOKENS
 from benchmarks.operators.pinned import PINNED, LaunchConfig, Pinned
 from benchmarks.reporting.result_set import ResultSet
 from benchmarks.reporting.tuning import is_faster, tuning_section, verdict
@@ -111,9 +111,11 @@ def test_neighbours_compute_same_result(pinned: Pinned, monkeypatch: pytest.Monk
     for name, (_, most) in LIMITS.items():
         monkeypatch.setitem(LIMITS, name, (1, most))
     timer = make_timer(torch.device(DEVICE))
-    search = Search(pinned, "tiny", MODEL, timer, lambda work: work.bytes, lambda row: None)
+    search = Search(
+        pinned, "tiny", MODEL, REHEARSED_TOKENS, timer, lambda work: work.bytes, lambda row: None
+    )
     # Half and twice the block size: rows that exceed a block, and rows that do not fill one.
-    half, twice, *_ = neighbours(pinned.config(MODEL, N_TOKENS))
+    half, twice, *_ = neighbours(pinned.config(MODEL, REHEARSED_TOKENS))
     assert [search._failure(config) for config in (half, twice)] == ["", ""]
 
 
@@ -141,7 +143,9 @@ def test_failing_configurations_are_reported() -> None:
     timer = make_timer(torch.device("cpu"))
     # 2 warps differ by rounding, 8 give NaN, 16 cannot launch.
     pinned = fake_pinned({4: 1.0, 2: 1.001, 8: float("nan")})
-    search = Search(pinned, "tiny", MODEL, timer, lambda work: work.bytes, rows.append)
+    search = Search(
+        pinned, "tiny", MODEL, REHEARSED_TOKENS, timer, lambda work: work.bytes, rows.append
+    )
     search._measure([{"num_warps": n} for n in (4, 2, 8, 16)], "tried")
     assert [row.role for row in rows] == ["pinned", "tried", "tried", "tried"]
     assert [row.failure for row in rows] == [

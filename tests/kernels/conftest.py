@@ -68,6 +68,9 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def replace_allocations(
     monkeypatch: pytest.MonkeyPatch, replace: Callable[[Tensor], Tensor]
 ) -> None:
+    # PyTorch lists the functions of `with torch.device(…)` once, and would list the replacements.
+    torch.utils._device._device_constructors()
+
     def replaced(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate_and_replace(*arguments: object, **options: object) -> Tensor:
             x = allocate(*arguments, **options)

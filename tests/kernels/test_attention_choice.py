@@ -621,11 +621,20 @@ def test_gpu_times_come_from_events(monkeypatch: pytest.MonkeyPatch) -> None:
             assert done[-1] == "synchronized"
             return float(end.moment - self.moment)
 
+    slept: list[int] = []
+
+    def sleep(cycles: int) -> None:
+        assert not done
+        slept.append(cycles)
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
     monkeypatch.setattr(attention_choice, "MEASUREMENTS", 3)
     times = attention_choice._times_on_cuda(lambda: done.append("ran"))
     # The events are at 0, 1, 4 and 9 ms.
     assert times == pytest.approx([0.001, 0.003, 0.005])
+    # The device waits for the host before the first event, and not between the runs.
+    assert slept == [attention_choice.HEAD_START_CYCLES]
 
 
 @pytest.mark.gpu

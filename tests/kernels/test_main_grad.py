@@ -80,10 +80,14 @@ table = pytest.mark.parametrize(
 )
 
 
-def inputs(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """An x for each micro-batch, and the weight."""
-    xs = [randn(*case.x, seed=i, dtype=dtype) for i in range(N_MICRO_BATCHES)]
-    return xs, randn(*case.weight, seed=9, dtype=dtype)
+def inputs(
+    case: Case, operators: Operators, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """An x for each micro-batch, the weight, and a sum of zeros."""
+    device = "cpu" if operators is CPU else DEVICE
+    xs = [randn(*case.x, seed=i, dtype=dtype, device=device) for i in range(N_MICRO_BATCHES)]
+    weight = randn(*case.weight, seed=9, dtype=dtype, device=device)
+    return xs, weight.requires_grad_(), torch.zeros(case.weight, device=device)
 
 
 def backward(
@@ -103,10 +107,9 @@ def backward(
 def test_sum_is_closer_to_float64_than_fsdp2s(
     case: Case, operators: Operators, dtype: torch.dtype
 ) -> None:
-    xs, weight = inputs(case, dtype)
-    weight.requires_grad_()
+    xs, weight, main_grad = inputs(case, operators, dtype)
     exact = weight.detach().double().requires_grad_()
-    summed, main_grad = torch.zeros(2, *case.weight, device=DEVICE)
+    summed = torch.zeros_like(main_grad)
     for x in xs:
         plain = backward(case, operators, x, weight, None)
         assert weight.grad is not None
@@ -126,9 +129,8 @@ def test_sum_is_closer_to_float64_than_fsdp2s(
 
 @table
 def test_adds_to_what_is_there(case: Case, operators: Operators) -> None:
-    (x, *_), weight = inputs(case, torch.float32)
-    weight.requires_grad_()
-    from_zero, from_one = torch.zeros_like(weight), torch.ones_like(weight)
+    (x, *_), weight, from_zero = inputs(case, operators, torch.float32)
+    from_one = torch.ones_like(from_zero)
     for main_grad in (from_zero, from_one):
         backward(case, operators, x, weight, main_grad)
     torch.testing.assert_close(from_one, from_zero + 1)
@@ -136,8 +138,8 @@ def test_adds_to_what_is_there(case: Case, operators: Operators) -> None:
 
 @table
 def test_frozen_weight_adds_nothing(case: Case, operators: Operators) -> None:
-    (x, *_), weight = inputs(case, torch.float32)
-    main_grad = torch.zeros_like(weight)
+    (x, *_), weight, main_grad = inputs(case, operators, torch.float32)
+    weight.requires_grad_(False)
     backward(case, operators, x, weight, main_grad)
     assert not main_grad.any()
 
@@ -145,9 +147,8 @@ def test_frozen_weight_adds_nothing(case: Case, operators: Operators) -> None:
 @table
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_sum_is_written_in_place(case: Case, operators: Operators) -> None:
-    (x, *_), weight = inputs(case, torch.bfloat16)
-    weight.requires_grad_()
-    expected, main_grad = torch.zeros(2, *case.weight, device=DEVICE)
+    (x, *_), weight, main_grad = inputs(case, operators, torch.bfloat16)
+    expected = torch.zeros_like(main_grad)
     case.call(operators, x, weight, expected).sum().backward()
     torch._dynamo.reset()
     compiled = torch.compile(case.call, fullgraph=True, dynamic=False)
