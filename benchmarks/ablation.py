@@ -34,7 +34,7 @@ from benchmarks.throughput import (
     report,
 )
 from benchmarks.training.child import Child, with_batch_size
-from benchmarks.training.row import assumed_rates, baseline, parity, training_run, verdict
+from benchmarks.training.row import baseline, known_rates, parity, training_run, verdict
 from benchmarks.training.workload import rehearsal, with_synthetic_data, workload
 from fastllama.config import Config, load_recipe, validate
 from fastllama.planning.bound import Rates
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rounds=options.rounds,
                 seconds=options.seconds,
                 deadline=None,
-                rates=assumed_rates(),
+                rates=known_rates(),
                 folder=Path(folder),
                 finished=finished,
             )

@@ -51,7 +51,12 @@ from benchmarks.results import (
     append,
     read,
 )
-from benchmarks.step_profile import listing, profile_shares, profile_updates
+from benchmarks.step_profile import (
+    listing,
+    profile_shares,
+    profile_updates,
+    write_launches,
+)
 from benchmarks.throughput import exit_on_sigterm, unsupported_reason
 from benchmarks.throughput import measure as measure_training
 from benchmarks.training.child import with_batch_size
@@ -187,6 +192,7 @@ def profile(part: Part, recipe: str) -> None:
     allowed = None if rates is None else bound(config.model, tokens, rates)
     name = recipe if has_gpu() else f"{recipe}, shrunk"
     (part.folder / f"profile-{recipe}.txt").write_text(listing(launches, N_PROFILED))
+    write_launches(part.folder / f"launches-{recipe}.json.gz", launches)
     for share in profile_shares(name, launches, wall, N_PROFILED, allowed, tokens):
         part.add(share)
 

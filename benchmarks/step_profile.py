@@ -5,10 +5,13 @@ matches no pattern is `other`; the table is only meaningful while `other` is sma
 time during which no kernel ran.
 """
 
+import gzip
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
@@ -87,6 +90,20 @@ def listing(launches: Sequence[Launch], n_updates: int) -> str:
         each, count = 1e3 * seconds[name] / n_updates, calls[name] / n_updates
         lines.append(f"{each:13.3f}  {count:6.0f}  {operator_class(name):13}  {name}")
     return "\n".join(lines) + "\n"
+
+
+def write_launches(file: Path, launches: Sequence[Launch]) -> None:
+    """Write all launches in order: name, start and duration in microseconds, as gzipped JSON."""
+    rows = [
+        (
+            launch.name,
+            round(1e6 * launch.start_s, 2),
+            round(1e6 * (launch.end_s - launch.start_s), 2),
+        )
+        for launch in sorted(launches, key=lambda launch: launch.start_s)
+    ]
+    with gzip.open(file, "wt") as stream:
+        json.dump(rows, stream)
 
 
 def operator_class(name: str) -> str:

@@ -29,7 +29,7 @@ from benchmarks.conditions import current_conditions, has_gpu, results_name
 from benchmarks.results import TrainingRun
 from benchmarks.training.child import Child, with_batch_size
 from benchmarks.training.contenders import CONTENDERS
-from benchmarks.training.row import assumed_rates, baseline, parity, training_run, verdict
+from benchmarks.training.row import baseline, known_rates, parity, training_run, verdict
 from benchmarks.training.workload import rehearsal, with_synthetic_data, workload
 from fastllama.config import Config, load_recipe, validate
 from fastllama.data.dataset import open_dataset
@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     batch_size=options.batch_size,
                     tokens_per_update=tokens_per_update,
                     deadline=None,
-                    rates=assumed_rates(),
+                    rates=known_rates(),
                     folder=Path(folder),
                     finished=finished,
                     data=options.data,

@@ -20,10 +20,10 @@ from benchmarks.rehearsal.checks import flops
 from benchmarks.rehearsal.kernels import moved_bytes
 from benchmarks.rehearsal.processes import rehearse
 from fastllama.config import config_from_dict
-from fastllama.planning.bound import ADAMW_BYTES, ASSUMED_RATES, bound, min_bytes
+from fastllama.planning.bound import ADAMW_BYTES, DEVICE_RATES, bound, min_bytes
 from fastllama.planning.flops import n_parameters
 
-RATES = ASSUMED_RATES["H100"]
+RATES = DEVICE_RATES["H100"]
 OTHER_LIMITS = ("matmul", "attention", "collectives")
 """Classes that bytes of device memory do not bound: FLOPs do, or another link."""
 

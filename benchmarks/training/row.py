@@ -9,7 +9,7 @@ from benchmarks.conditions import has_gpu
 from benchmarks.results import Spread, TrainingRun
 from benchmarks.training.job import Outcome
 from fastllama.config import Config
-from fastllama.planning.bound import ASSUMED_RATES, Rates, bound
+from fastllama.planning.bound import DEVICE_RATES, Rates, bound
 from fastllama.planning.flops import (
     flops_per_token,
     hardware_flops_per_token,
@@ -104,9 +104,9 @@ def verdict(run: TrainingRun) -> str:
     return "void" if run.parity else "valid"
 
 
-def assumed_rates() -> Rates | None:
-    """Assumed rates of this GPU, looked up by its name; None on a CPU or an unknown GPU."""
+def known_rates() -> Rates | None:
+    """Rates of this GPU, looked up by its name; None on a CPU or an unknown GPU."""
     if not has_gpu():
         return None
     name = torch.cuda.get_device_name()
-    return next((rates for part, rates in ASSUMED_RATES.items() if part in name.split()), None)
+    return next((rates for part, rates in DEVICE_RATES.items() if part in name.split()), None)

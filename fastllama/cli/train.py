@@ -111,7 +111,7 @@ def parse_train(args: list[str]) -> tuple[TrainOptions, Path, Path | None]:
 def print_config(config: Config) -> None:
     """Print a configuration as TOML, and the values that follow from it as comments."""
     from fastllama.distributed.world import world_size
-    from fastllama.planning.bound import ASSUMED_RATES, bound
+    from fastllama.planning.bound import DEVICE_RATES, bound
     from fastllama.planning.flops import flops_per_token, n_parameters
     from fastllama.planning.memory import (
         describe_choice,
@@ -139,9 +139,9 @@ def print_config(config: Config) -> None:
         print(f"# GiB/device             {gibibytes:.1f}: {describe_choice(choice, world_size())}")
     print(f"# memory                 {explain_memory(config)}")
     per_device = config.training.tokens_per_update // world_size()
-    for device, rates in ASSUMED_RATES.items():
+    for device, rates in DEVICE_RATES.items():
         most = bound(model, per_device, rates).tokens_per_second
-        print(f"# bound on one {device}      {most:,.0f} tok/s, assumed rates")
+        print(f"# bound on one {device}      {most:,.0f} tok/s, rates {rates.source}")
     require_stdout()
 
 

@@ -42,30 +42,52 @@ class Rates:
     """Origin of the numbers, for reports."""
 
 
-_HOPPER_ATTENTION = {
-    64: {
-        1024: (291e12, 200e12),
-        2048: (371e12, 310e12),
-        4096: (420e12, 383e12),
-        8192: (460e12, 430e12),
-        16384: (473e12, 448e12),
-    },
-    128: {
-        1024: (423e12, 219e12),
-        2048: (568e12, 370e12),
-        4096: (667e12, 474e12),
-        8192: (685e12, 541e12),
-        16384: (690e12, 579e12),
-    },
+DEVICE_RATES = {
+    # Matmul and copy are as reported for this GPU. Attention is as published for the H100 with
+    # FlashAttention 3 and cuDNN. The weakest assumption is the backward at head width 64: the
+    # published non-causal rate, times the ratio of causal to non-causal at width 128.
+    "H200": Rates(
+        matmul=790e12,
+        bandwidth=4.3e12,
+        attention={
+            64: {
+                1024: (291e12, 200e12),
+                2048: (371e12, 310e12),
+                4096: (420e12, 383e12),
+                8192: (460e12, 430e12),
+                16384: (473e12, 448e12),
+            },
+            128: {
+                1024: (423e12, 219e12),
+                2048: (568e12, 370e12),
+                4096: (667e12, 474e12),
+                8192: (685e12, 541e12),
+                16384: (690e12, 579e12),
+            },
+        },
+        source="assumed from published rates",
+    ),
+    "H100": Rates(
+        matmul=711e12,
+        bandwidth=3.018e12,
+        attention={
+            64: {
+                1024: (335e12, 231e12),
+                2048: (400e12, 313e12),
+                4096: (432e12, 376e12),
+                8192: (448e12, 415e12),
+            },
+            128: {
+                1024: (444e12, 286e12),
+                2048: (524e12, 391e12),
+                4096: (577e12, 455e12),
+                8192: (611e12, 499e12),
+            },
+        },
+        source="measured with cuDNN 9.19, at a power limit of 700 W",
+    ),
 }
-# Assumptions, for use until the GPU suite measures the device. Matmul and copy are as reported for
-# these GPUs. Attention is as published for the H100 with FlashAttention 3 and cuDNN. The weakest
-# assumption is the backward at head width 64: the published non-causal rate, times the ratio of
-# causal to non-causal at width 128.
-ASSUMED_RATES = {
-    "H200": Rates(790e12, 4.3e12, _HOPPER_ATTENTION, "assumed for the H200, from published rates"),
-    "H100": Rates(790e12, 3.0e12, _HOPPER_ATTENTION, "assumed for the H100, from published rates"),
-}
+"""Rates of known GPUs, by a word of the device's name."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """Classification of kernels by name, and busy time."""
 
+import gzip
+import json
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +15,10 @@ from benchmarks.step_profile import (
     listing,
     operator_class,
     profile_shares,
+    write_launches,
 )
 from fastllama.config import ModelConfig
-from fastllama.planning.bound import ASSUMED_RATES, bound
+from fastllama.planning.bound import DEVICE_RATES, bound
 
 
 @pytest.mark.parametrize(
@@ -81,8 +85,15 @@ def test_listing_is_sorted_by_time() -> None:
     assert second.split() == ["1.000", "1", "rope", "_rope_"]
 
 
+def test_launches_are_written_in_order(tmp_path: Path) -> None:
+    launches = [Launch("late", 2.0, 2.5), Launch("early", 1.0, 1.000003)]
+    write_launches(tmp_path / "launches.json.gz", launches)
+    with gzip.open(tmp_path / "launches.json.gz", "rt") as stream:
+        assert json.load(stream) == [["early", 1e6, 3.0], ["late", 2e6, 5e5]]
+
+
 def test_bound_by_class_sums_to_bound() -> None:
-    limit = bound(ModelConfig(), 2**16, ASSUMED_RATES["H200"])
+    limit = bound(ModelConfig(), 2**16, DEVICE_RATES["H200"])
     allowed = bound_by_class(limit, 2**16)
     assert sum(allowed.values()) == pytest.approx(2**16 * limit.seconds_per_token)
     assert allowed.keys() <= CLASSES.keys()

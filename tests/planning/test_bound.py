@@ -1,10 +1,13 @@
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from benchmarks.ceilings import measured_rates
+from benchmarks.results import RESULTS, Ceiling, read
 from fastllama.config import ModelConfig, load_recipe
-from fastllama.planning.bound import ASSUMED_RATES, Rates, attention_rates, bound, min_bytes
+from fastllama.planning.bound import DEVICE_RATES, Rates, attention_rates, bound, min_bytes
 from fastllama.planning.flops import flops_per_token, n_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -23,8 +26,21 @@ SMALL = ModelConfig(vocab_size=48, n_embd=32, n_layers=3, n_heads=4, multiple_of
 )
 def test_bound_of_recipes(recipe: str, tok_per_s: float) -> None:
     model = load_recipe(CONFIGS / f"{recipe}.toml").model
-    found = bound(model, 2**19, ASSUMED_RATES["H200"]).tokens_per_second
+    found = bound(model, 2**19, DEVICE_RATES["H200"]).tokens_per_second
     assert found == pytest.approx(tok_per_s, rel=1e-3)
+
+
+def test_rates_of_the_h100_are_the_measured_ones() -> None:
+    ceilings = [one for _, one in read(RESULTS / "h100-80gb-hbm3", Ceiling)]
+    measured, known = measured_rates(ceilings), DEVICE_RATES["H100"]
+    assert measured is not None
+    # Written with three digits.
+    near = partial(pytest.approx, rel=5e-3)
+    assert (known.matmul, known.bandwidth) == near((measured.matmul, measured.bandwidth))
+    for head_dim, by_length in measured.attention.items():
+        assert known.attention[head_dim].keys() == by_length.keys()
+        for length, rates in by_length.items():
+            assert known.attention[head_dim][length] == near(rates)
 
 
 ROUND_RATES = Rates(
