@@ -4,8 +4,7 @@
 
 Counted on the null device, for a whole compiled update on one device, or on eight where one is
 too small. Cells are GB moved / GB of the bound, and the time of the difference as a share of H's.
-No time is measured: the share is arithmetic with the rates that docs/performance.md assumes for
-an H100.
+No time is measured: the share is arithmetic with the rates of an H100.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from benchmarks.reporting.comparison import EQUAL, FASTER, SLOWER, compare, verd
 from benchmarks.reporting.plots import figures
 from benchmarks.reporting.result_set import REHEARSAL, ResultSet
 from benchmarks.results import (
+    RESULTS,
     Ceiling,
     Check,
     Conditions,
@@ -23,6 +24,7 @@ from benchmarks.results import (
     Spread,
     TrainingRun,
     append,
+    read,
 )
 
 GPU = Conditions(
@@ -497,3 +499,17 @@ def test_roofline_uses_measured_ceilings(tmp_path: Path) -> None:
     serial = lines["floor (no overlap)"].get_ydata()
     assert all(math.isfinite(y) for y in serial)
     assert (serial < roof).all()
+
+
+@pytest.mark.parametrize("folder", ["h100-80gb-hbm3", "h100-80gb-hbm3-first"])
+def test_performance_page_has_the_committed_training_runs(folder: str) -> None:
+    page = (RESULTS.parents[1] / "docs" / "performance.md").read_text()
+    rows = [line.replace("**", "") for line in page.splitlines()]
+    runs = [run for _, run in read(RESULTS / folder, TrainingRun)]
+    assert runs
+    for run in runs:
+        assert run.tok_per_s is not None
+        assert run.peak_bytes is not None
+        causal, palm = (f"{100 * (mfu or 0):.1f} %" for mfu in (run.mfu_causal, run.mfu_palm))
+        (row,) = [line for line in rows if f"| {run.tok_per_s:,.0f} |" in line]
+        assert f"{causal} / {palm} | {run.peak_bytes / 1e9:.1f} GB" in row
