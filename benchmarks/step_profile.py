@@ -53,16 +53,17 @@ class Launch:
 def profile_updates(
     update: Callable[[], object], n_updates: int, device: torch.device
 ) -> tuple[list[Launch], float]:
-    """Profile `n_updates` updates; return the executed kernels and the wall seconds of all updates.
+    """Profile `n_updates` updates of a run; return their kernels, and their wall seconds together.
 
-    On a GPU only kernels are recorded. Recording host events would slow the host down and make the
-    device wait.
+    One more is profiled before them and left out: it starts with an empty queue, in which the
+    device waits for the host. On a GPU only kernels are recorded. Recording host events would slow
+    the host down and make the device wait.
     """
     on_cuda = device.type == "cuda"
     update()
     synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as found:
-        for _ in range(n_updates):
+        for _ in range(n_updates + 1):
             update()
         synchronize(device)
     kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
@@ -74,8 +75,18 @@ def profile_updates(
             # CPU operators nest, so count only the time of the operator itself.
             end = event.time_range.end if on_cuda else start + event.self_cpu_time_total
             launches.append(Launch(event.name, start / 1e6, end / 1e6))
-    wall = max(launch.end_s for launch in launches) - min(launch.start_s for launch in launches)
-    return launches, wall
+    return without_first(launches, n_updates + 1)
+
+
+def without_first(launches: Sequence[Launch], n_updates: int) -> tuple[list[Launch], float]:
+    """Launches of all updates but the first, and the seconds from its end to theirs.
+
+    All updates launch the same kernels.
+    """
+    in_order = sorted(launches, key=lambda launch: launch.start_s)
+    n_first = len(in_order) // n_updates
+    first, others = in_order[:n_first], in_order[n_first:]
+    return others, max(one.end_s for one in others) - max(one.end_s for one in first)
 
 
 def listing(launches: Sequence[Launch], n_updates: int) -> str:

@@ -15,6 +15,7 @@ from benchmarks.step_profile import (
     listing,
     operator_class,
     profile_shares,
+    without_first,
     write_launches,
 )
 from fastllama.config import ModelConfig
@@ -60,6 +61,13 @@ def test_busy_seconds_count_overlap_once() -> None:
     launches = [Launch("b", 4.0, 6.0), Launch("a", 0.0, 3.0), Launch("c", 1.0, 2.0)]
     assert busy_seconds(launches) == 5.0
     assert busy_seconds([*launches, Launch("d", 5.0, 7.0)]) == 6.0
+
+
+def test_first_update_is_left_out() -> None:
+    """It waits for the host between its kernels; the seconds after its end count."""
+    first = [Launch("_rope_", 0.0, 1.0), Launch("aten::mm", 3.0, 5.0)]
+    second = [Launch("_rope_", 5.5, 6.5), Launch("aten::mm", 6.5, 8.5)]
+    assert without_first([*second, *first], 2) == (second, 3.5)
 
 
 def test_profile_shares() -> None:
