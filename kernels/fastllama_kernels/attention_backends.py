@@ -50,6 +50,8 @@ Attention = Callable[..., Tensor]
 Dense = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 Packed = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
 
+MISSING = "is not installed"
+"""In the reason of a backend whose package is missing."""
 _AMPERE_AND_NEWER = range(8, 100)
 # PyTorch 2.11 accepts grouped heads without the argument.
 _GROUPED: dict[str, Any] = (
@@ -270,7 +272,7 @@ def _package_unsupported_reason(
     unsupported_reason = _gpu_unsupported_reason(shape, majors, max_head_dim)
     if unsupported_reason is not None:
         return unsupported_reason
-    missing = f"the package {module} is not installed ({remedy})"
+    missing = f"the package {module} {MISSING} ({remedy})"
     try:
         imported = import_module(module)
     except ModuleNotFoundError as error:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastllama_kernels.attention import attention_reference
 from fastllama_kernels.attention_backends import (
     BACKENDS,
+    MISSING,
     Attention,
     AttentionShape,
     Backend,
@@ -31,7 +32,7 @@ __all__ = ["AttentionChoice", "AttentionShape", "attention_operator", "choose_at
 
 WARM_UPS, MEASUREMENTS = 3, 11
 HEAD_START_CYCLES = 100_000_000
-"""Clock cycles of the device, at least 50 ms. Launching all measurements takes the host 20 ms."""
+"""Clock cycles of the device, at least 50 ms. The host launches everything in less than 20 ms."""
 CHECKED_TOKENS = 256
 CHECKED_DOCUMENTS = 20
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
@@ -133,10 +134,16 @@ def _default_folder() -> Path:
 
 
 def _format_reasons(rejected: dict[str, str]) -> str:
-    """Format reasons by backend name as " (a, b: one reason; c: another)"."""
+    """Format reasons by backend name as " (a, b: one reason; c: another)".
+
+    Of packages that are missing it says so. Asking for such a backend tells how to install it.
+    """
+    short = {
+        name: "not installed" if MISSING in reason else reason for name, reason in rejected.items()
+    }
     clauses = []
-    for reason in dict.fromkeys(rejected.values()):
-        names = ", ".join(name for name, other in rejected.items() if other == reason)
+    for reason in dict.fromkeys(short.values()):
+        names = ", ".join(name for name, other in short.items() if other == reason)
         clauses.append(f"{names}: {reason}")
     return f" ({'; '.join(clauses)})" if clauses else ""
 

@@ -171,6 +171,19 @@ def test_single_candidate(set_backends: SetBackends, tmp_path: Path) -> None:
     )
 
 
+def test_missing_packages_are_named_together(set_backends: SetBackends, tmp_path: Path) -> None:
+    set_backends(
+        fake("a", unsupported_reason="the package a is not installed (pip install a)"),
+        fake("b"),
+        fake("c", unsupported_reason="the package c is not installed (build it)"),
+    )
+    reason = choose_attention(SHAPE, cache_folder=tmp_path).reason
+    assert reason == "the only one that passes its test (a, c: not installed)"
+    # Whoever asks for one reads how to install it.
+    with pytest.raises(ValueError, match=r"pip install a"):
+        choose_attention(SHAPE, "a")
+
+
 @pytest.mark.parametrize("slow", [slow_forward, slow_backward])
 def test_faster_backend_wins(slow: Attention, set_backends: SetBackends, tmp_path: Path) -> None:
     set_backends(fake("slow", slow), fake("fast"))
