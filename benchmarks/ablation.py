@@ -86,6 +86,7 @@ VARIANTS = {
     "attention": Variant(
         with_training(attention="flash" if has_gpu() else "reference"), needs_kernels=True
     ),
+    "recomputing": Variant(with_training(save_projection_inputs=True), needs_kernels=True),
     "compile": Variant(with_training(compile=False)),
     "prefetch": Variant(without_prefetch),
     "kept-parameters": Variant(with_resharding),

@@ -14,6 +14,7 @@ RECIPES = ("quickstart-gpu", "llama-100m", "llama-1b", "llama-3.2-1b", "llama-3.
 OPTIONS = (
     {"training.activation_checkpointing": "selective"},
     {"training.activation_checkpointing": "full"},
+    {"training.save_projection_inputs": True},
     {"training.deterministic": True},
     {"training.spike_z_score": 6.0},
     {"training.ema_decay": 0.999},

@@ -39,6 +39,8 @@ class Shape:
     """Parameters of a rank."""
     n_units: int
     """Modules that FSDP2 gathers by themselves."""
+    n_recomputed: int
+    """Outputs that the backward of a norm, or of SwiGLU, recomputes: 1 or 0."""
 
     @staticmethod
     def of(config: Config, n_ranks: int) -> "Shape":
@@ -54,6 +56,7 @@ class Shape:
             b=2 if training.dtype == "bfloat16" else 4,
             n_shard=n_parameters(model) // (n_ranks // config.parallel.replicate),
             n_units=model.n_layers + (1 if model.tied_embeddings else 2),
+            n_recomputed=0 if training.save_projection_inputs else 1,
         )
 
 
@@ -146,8 +149,8 @@ KERNELS = (
     Kernel(
         "_rms_norm_bwd_kernel",
         "rms_norm",
-        lambda s, c: 5 * s.N * s.D * s.b,
-        "with the stream's gradient; recomputes y",
+        lambda s, c: (4 + s.n_recomputed) * s.N * s.D * s.b,
+        "with the stream's gradient; recomputes y, unless it is saved",
     ),
     Kernel(
         "reduce_kernel<ReduceOp, sum_functor, BFloat16",
@@ -177,8 +180,8 @@ KERNELS = (
     Kernel(
         "_swiglu_bwd_kernel",
         "swiglu",
-        lambda s, c: 6 * s.N * s.F * s.b,
-        "gradients; recomputes silu(gate) * up",
+        lambda s, c: (5 + s.n_recomputed) * s.N * s.F * s.b,
+        "gradients; recomputes silu(gate) * up, unless it is saved",
     ),
     Kernel(
         "_cross_entropy_fwd_kernel",

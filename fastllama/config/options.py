@@ -234,6 +234,10 @@ class TrainingConfig:
     norm and loss, unless they are Triton kernels."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What a block saves: all; attention and matmuls except gate_up; or its inputs only."""
+    save_projection_inputs: bool = False
+    """Save the outputs of norms and of SwiGLU, which the backward of Triton kernels otherwise
+    recomputes: 2 n_embd + ffn_hidden values more a token and layer, fewer bytes moved, the same
+    bits."""
     kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
     """Operators of the model: Triton kernels, PyTorch for compiled training on a CPU, or plain
     PyTorch. auto takes triton on CUDA, cpu on a CPU if compiled, and reference if not."""

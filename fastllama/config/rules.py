@@ -39,7 +39,13 @@ def validate_values(config: Config) -> None:
             f"checkpoint.upload = {upload!r} is not a URL; give one such as s3://bucket/runs, or "
             "for a folder file:///path."
         )
-    if config.training.init_moments and not config.training.init_from:
+    training = config.training
+    if training.save_projection_inputs and training.activation_checkpointing != "none":
+        raise ValueError(
+            "training.save_projection_inputs = true saves what training.activation_checkpointing = "
+            f'"{training.activation_checkpointing}" recomputes; give one of the two.'
+        )
+    if training.init_moments and not training.init_from:
         raise ValueError(
             "training.init_moments takes the moments of training.init_from, which is empty; give "
             "both."

@@ -6,7 +6,7 @@ import torch
 from triton import knobs
 
 from fastllama.config import Config, TrainingConfig
-from fastllama_kernels import CPU, REFERENCE, TRITON, Operators
+from fastllama_kernels import CPU, REFERENCE, TRITON, TRITON_SAVING, Operators
 from fastllama_kernels.attention_choice import (
     AttentionChoice,
     AttentionShape,
@@ -54,6 +54,8 @@ def build_operators(config: Config, device: torch.device, attention: str) -> Ope
         ValueError: `training.kernels` or the backend cannot run here.
     """
     operators = _choose_operators(config.training, device)
+    if operators is TRITON and config.training.save_projection_inputs:
+        operators = TRITON_SAVING
     return dataclasses.replace(operators, attention=attention_operator(attention))
 
 

@@ -150,6 +150,8 @@ def activation_bytes(config: Config, checkpointing: str) -> int:
     | attention.output |             | D b         |       |
     | gate_up          | I b         |             |       |
     | dropout masks    | 2 D         |             |       |
+
+    `training.save_projection_inputs` adds (2 D + F) b.
     """
     model, compute = config.model, _BYTES[config.training.dtype]
     saved = 2 * model.n_embd * compute
@@ -159,6 +161,8 @@ def activation_bytes(config: Config, checkpointing: str) -> int:
     saved += (qkv_width + model.attention_width) * compute + 4 * model.n_heads
     if checkpointing == "selective":
         return saved + model.n_embd * compute
+    if config.training.save_projection_inputs:
+        saved += (2 * model.n_embd + model.ffn_width) * compute
     masks = 2 * model.n_embd if model.dropout else 0
     return saved + 2 * model.ffn_width * compute + masks
 
@@ -211,7 +215,7 @@ def _block_bytes(config: Config, world_size: int) -> int:
         # In eager mode the block that is run again keeps its input, and has its output as well.
         recomputed += 2 * model.n_embd * compute
     # Gradients of gate_up (2F) and of silu(gate) * up (F), and silu(gate) * up recomputed (F).
-    in_flight = 4 * model.ffn_width * compute
+    in_flight = (3 if training.save_projection_inputs else 4) * model.ffn_width * compute
     n_output, n_block = model.vocab_size * model.n_embd, n_block_parameters(model)
     n_shards = world_size // parallel.replicate
     if can_sum_in_matmuls(config, world_size):

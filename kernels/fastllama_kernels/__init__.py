@@ -11,7 +11,7 @@ from fastllama_kernels._linear import can_pack, linear, linear_add, pack_weight
 from fastllama_kernels.attention import attention
 from fastllama_kernels.cross_entropy import cross_entropy
 from fastllama_kernels.linear_cross_entropy import linear_cross_entropy
-from fastllama_kernels.operators import CPU, REFERENCE, TRITON, Operators
+from fastllama_kernels.operators import CPU, REFERENCE, TRITON, TRITON_SAVING, Operators
 from fastllama_kernels.rms_norm import add_rms_norm, add_rms_norm_linear, rms_norm
 from fastllama_kernels.rope import rope
 from fastllama_kernels.swiglu import swiglu, swiglu_linear
@@ -20,6 +20,7 @@ __all__ = [
     "CPU",
     "REFERENCE",
     "TRITON",
+    "TRITON_SAVING",
     "Operators",
     "add_rms_norm",
     "add_rms_norm_linear",

@@ -6,6 +6,7 @@ For an ablation, replace one operator: `dataclasses.replace(TRITON, rope=REFEREN
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -93,3 +94,11 @@ TRITON = Operators(
 )
 """Triton kernels, on CUDA devices or in Triton's interpreter. Attention is PyTorch's SDPA;
 training replaces it by the backend that `choose_attention` names."""
+
+TRITON_SAVING = dataclasses.replace(
+    TRITON,
+    name="triton, saving the inputs of projections",
+    add_rms_norm_linear=partial(add_rms_norm_linear, save_y=True),
+    swiglu_linear=partial(swiglu_linear, save_h=True),
+)
+"""`TRITON` without recomputing: more memory, fewer bytes moved, the same bits."""

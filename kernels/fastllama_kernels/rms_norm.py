@@ -1,7 +1,7 @@
 """RMSNorm: y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps), over the last dimension.
 
 With a residual stream: stream = x + residual, y = rms_norm(stream), y in the dtype of x. With a
-projection: out = y @ projection^T; the backward recomputes y instead of saving it.
+projection: out = y @ projection^T; the backward recomputes y, unless it is saved.
 
     d stream = rstd * (w dy - x_hat mean(x_hat w dy)) + d stream_out
     d weight = sum(dy x_hat),  x_hat = x * rstd
@@ -10,8 +10,8 @@ Shapes: x, residual, y (..., D), float32, bfloat16 or float16, any strides (copi
 contiguous); weight (D,); projection (out_features, D). Arithmetic is in float32 (in the reference,
 float64 for float64), rounded once at the end. Not included: Hugging Face's second rounding before
 the weight, and Gemma's weight + 1.
-Saved for backward: the stream (N, D) and the weights. The backward computes rstd again, from rows
-that it reads anyway.
+Saved for backward: the stream (N, D) and the weights, and y (N, D) where asked for. The backward
+computes rstd again, from rows that it reads anyway.
 Bytes, for N rows and b bytes per element: forward 2 N D b, with a residual 4 N D b; backward
 3 N D b, + N D b if the stream has a gradient, + N D b to recompute y. Rows of more than 16,384
 elements (forward) or 8,192 (backward) are read twice: N D b more, or 2 N D b, unless the L2 cache
@@ -368,13 +368,14 @@ class _RMSNorm(torch.autograd.Function):
         eps: float,
         projection: Tensor | None,
         main_grad: Tensor | None,
+        save_y: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if residual is None:
             stream = x
             y = rms_norm_fwd(x, weight, eps)
         else:
             y, stream = add_rms_norm_fwd(x, residual, weight, eps)
-        ctx.save_for_backward(stream, weight, projection, main_grad)
+        ctx.save_for_backward(stream, weight, projection, main_grad, y if save_y else None)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
@@ -386,20 +387,23 @@ class _RMSNorm(torch.autograd.Function):
     def backward(
         ctx: Any, dout: Tensor | None, dstream: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        stream, weight, projection, main_grad = ctx.saved_tensors
+        stream, weight, projection, main_grad, y = ctx.saved_tensors
         x_dtype, residual_dtype = ctx.dtypes
         dx, dweight, dprojection = dstream, None, None
         if dout is not None and projection is None:
             dx, dweight = rms_norm_bwd(dout, dstream, stream, weight, ctx.eps)
         elif dout is not None:
             dy = dout @ projection
-            dx, dweight, y = rms_norm_recompute_bwd(dy, dstream, stream, weight, ctx.eps)
+            if y is None:
+                dx, dweight, y = rms_norm_recompute_bwd(dy, dstream, stream, weight, ctx.eps)
+            else:
+                dx, dweight = rms_norm_bwd(dy, dstream, stream, weight, ctx.eps)
             if ctx.needs_input_grad[4]:
                 dprojection = weight_gradient(dout, y, main_grad)
         if dx is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         dresidual = None if residual_dtype is None else dx.to(residual_dtype)
-        return dx.to(x_dtype), dresidual, dweight, None, dprojection, None
+        return dx.to(x_dtype), dresidual, dweight, None, dprojection, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -417,7 +421,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: shapes or dtypes that do not match, or tensors not on CUDA.
     """
     _check(x, None, weight)
-    y: Tensor = _RMSNorm.apply(x, None, weight, eps, None, None)
+    y: Tensor = _RMSNorm.apply(x, None, weight, eps, None, None, False)
     return y
 
 
@@ -440,7 +444,7 @@ def add_rms_norm(
         ValueError: shapes or dtypes that do not match, or tensors not on CUDA.
     """
     _check(x, residual, weight)
-    return _apply(x, residual, weight, eps, None, None)
+    return _apply(x, residual, weight, eps, None, None, False)
 
 
 def add_rms_norm_linear(
@@ -450,8 +454,10 @@ def add_rms_norm_linear(
     eps: float,
     projection: Tensor,
     main_grad: Tensor | None = None,
+    *,
+    save_y: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Project the normalised sum of `add_rms_norm`; the sum is its only saved activation.
+    """Project the normalised sum y of `add_rms_norm`; the sum is its only saved activation.
 
     Args:
         x: (..., D) float32, bfloat16 or float16, any strides.
@@ -461,6 +467,7 @@ def add_rms_norm_linear(
         projection: (out_features, D), as in `torch.nn.Linear`; autocast applies to it.
         main_grad: float32, shaped like `projection`; the backward adds its gradient to it, as
             described in _linear.py.
+        save_y: save y as well, N D b bytes, and do not recompute it. The bits are the same.
 
     Returns:
         The projected normalised sum (..., out_features), and the sum (..., D).
@@ -474,16 +481,17 @@ def add_rms_norm_linear(
             f"projection has shape {tuple(projection.shape)}, and needs "
             f"(out_features, {x.shape[-1]})."
         )
-    return _apply(x, residual, weight, eps, autocast_like_linear(projection), main_grad)
+    projection = autocast_like_linear(projection)
+    return _apply(x, residual, weight, eps, projection, main_grad, save_y)
 
 
 def _apply(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *projection: Tensor | None
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *options: Tensor | bool | None
 ) -> tuple[Tensor, Tensor]:
-    """`projection` is the weight of the projection and its main_grad."""
+    """`options` are the weight of the projection, its main_grad, and whether to save y."""
     if residual is None:
-        return _RMSNorm.apply(x, None, weight, eps, *projection), x
-    out, stream = _RMSNorm.apply(x, residual, weight, eps, *projection)
+        return _RMSNorm.apply(x, None, weight, eps, *options), x
+    out, stream = _RMSNorm.apply(x, residual, weight, eps, *options)
     return out, stream
 
 

@@ -4,7 +4,7 @@
 
 Shapes: gate_up (..., I), I = 2F, packed with the gate first; h (..., F); down (D, F). Arithmetic is
 in float32 (in the reference, float64 for float64), rounded once.
-Saved for backward: gate_up, and down. The backward kernel recomputes h.
+Saved for backward: gate_up, and down. The backward kernel recomputes h, unless it is saved.
 Bytes, for N rows and b bytes per element: forward 3 N F b; backward 5 N F b, + N F b for h.
 Source: Shazeer 2020, https://arxiv.org/abs/2002.05202.
 """
@@ -163,22 +163,27 @@ class _SwiGLU(torch.autograd.Function):
     """SwiGLU with an optional projection."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, down: Tensor | None, main_grad: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate_up, down, main_grad)
+    def forward(
+        ctx: Any, gate_up: Tensor, down: Tensor | None, main_grad: Tensor | None, save_h: bool
+    ) -> Tensor:
         h = swiglu_fwd(gate_up)
+        ctx.save_for_backward(gate_up, down, main_grad, h if save_h else None)
         return h if down is None else F.linear(h, down)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        gate_up, down, main_grad = ctx.saved_tensors
+        gate_up, down, main_grad, h = ctx.saved_tensors
         if down is None:
-            return swiglu_bwd(dout, gate_up), None, None
-        dgate_up, h = swiglu_recompute_bwd(dout @ down, gate_up)
+            return swiglu_bwd(dout, gate_up), None, None, None
+        if h is None:
+            dgate_up, h = swiglu_recompute_bwd(dout @ down, gate_up)
+        else:
+            dgate_up = swiglu_bwd(dout @ down, gate_up)
         ddown = None
         if ctx.needs_input_grad[1]:
             ddown = weight_gradient(dout, h, main_grad)
-        return dgate_up, ddown, None
+        return dgate_up, ddown, None, None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -194,17 +199,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
         ValueError: an odd last dimension, another dtype, or a tensor not on CUDA.
     """
     _check(gate_up)
-    return _SwiGLU.apply(gate_up, None, None)
+    return _SwiGLU.apply(gate_up, None, None, False)
 
 
-def swiglu_linear(gate_up: Tensor, down: Tensor, main_grad: Tensor | None = None) -> Tensor:
-    """Return swiglu(gate_up) @ down^T; `gate_up` is the only activation saved for backward.
+def swiglu_linear(
+    gate_up: Tensor, down: Tensor, main_grad: Tensor | None = None, *, save_h: bool = False
+) -> Tensor:
+    """Return h @ down^T, h = swiglu(gate_up); `gate_up` is the only activation that it saves.
 
     Args:
         gate_up: (..., 2F), gate first; float32, bfloat16 or float16, any strides.
         down: (D, F), as in `torch.nn.Linear`; autocast applies to it.
         main_grad: float32 (D, F); the backward adds the gradient of `down` to it, as described in
             _linear.py.
+        save_h: save h as well, N F b bytes, and do not recompute it. The bits are the same.
 
     Returns:
         (..., D).
@@ -217,7 +225,7 @@ def swiglu_linear(gate_up: Tensor, down: Tensor, main_grad: Tensor | None = None
         raise ValueError(
             f"down has shape {tuple(down.shape)}, and needs (D, {gate_up.shape[-1] // 2})."
         )
-    return _SwiGLU.apply(gate_up, autocast_like_linear(down), main_grad)
+    return _SwiGLU.apply(gate_up, autocast_like_linear(down), main_grad, save_h)
 
 
 def _check(gate_up: Tensor) -> None:

@@ -402,6 +402,7 @@ def test_variants_change_only_their_options() -> None:
         "fused-loss": {"linear_cross_entropy"},
         "kernels": {"training.kernels"},
         "attention": {"training.attention"},
+        "recomputing": {"training.save_projection_inputs"},
         "compile": {"training.compile"},
         "prefetch": {"data.prefetch"},
         "kept-parameters": {"parallel.reshard_after_forward"},

@@ -29,7 +29,8 @@ OPTIONS = """
     training.init_from training.init_moments
     training.z_loss training.label_smoothing training.eval_interval training.eval_tokens
     training.dtype training.device training.compile
-    training.compile_scope training.activation_checkpointing training.kernels training.attention
+    training.compile_scope training.activation_checkpointing training.save_projection_inputs
+    training.kernels training.attention
     training.deterministic training.ema_decay training.spike_z_score
     training.max_bad_updates training.rewind_after
     training.max_wall_time

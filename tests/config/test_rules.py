@@ -154,6 +154,13 @@ def test_unrepresentable_value_is_an_error(option: str, value: Any, message: str
             {"model__rope_scaling_factor": 8.0, "model__rope_low_freq_factor": 4.0},
             r"rope_low_freq_factor = 4\.0 must be less than model\.rope_high_freq_factor = 4\.0",
         ),
+        (
+            {
+                "training__save_projection_inputs": True,
+                "training__activation_checkpointing": "full",
+            },
+            r'what training\.activation_checkpointing = "full" recomputes; give one of the two',
+        ),
         ({"training__init_moments": True}, r"of training\.init_from, which is empty; give both"),
         ({"optimizer__min_lr": 1.0}, r"min_lr = 1\.0 is greater than optimizer\.max_lr = 0\.0003"),
         ({"training__training_tokens": 2**19}, r"warmup_iterations = 100 leaves nothing of the 1 "),

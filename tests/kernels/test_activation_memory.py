@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from fastllama.config import load_recipe
 from fastllama.model.llama import Block
-from fastllama_kernels import REFERENCE, TRITON, Operators
+from fastllama_kernels import REFERENCE, TRITON, TRITON_SAVING, Operators
 from tests.compare import DEVICE, Operator, outputs_and_gradients, randn
 from tests.kernels.operator_cases import IN_MODEL, Case, loss_of_linear
 from tests.kernels.small_model import GROUPED, small_model
@@ -96,6 +96,11 @@ def test_saved_bytes_of_a_block(n_layers: int) -> None:
     # In bytes per token: the stream before each of two norms 2 x 4,096, rotated qkv 12,288,
     # attention's output 4,096 and lse 128, gate_up 22,528: 47,232.
     assert bytes_per_token_and_layer(TRITON, n_layers) <= BUDGET
+
+
+def test_saved_bytes_of_a_block_with_the_inputs_of_projections() -> None:
+    # The outputs of two norms 2 x 4,096, and of SwiGLU 11,264.
+    assert bytes_per_token_and_layer(TRITON_SAVING, n_layers=1) <= BUDGET + 19_456
 
 
 def test_plain_pytorch_saves_more_than_twice_as_much() -> None:

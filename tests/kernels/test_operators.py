@@ -2,16 +2,31 @@ import dataclasses
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastllama.config import ModelConfig
 from fastllama.model.llama import Llama
-from fastllama_kernels import REFERENCE
+from fastllama_kernels import REFERENCE, TRITON, TRITON_SAVING
+from tests.compare import KERNEL_DTYPES
+from tests.kernels.operator_cases import (
+    CASES,
+    FFN,
+    B,
+    Case,
+    D,
+    T,
+    backward,
+    forward_and_saved,
+)
 
+# The module of an operator that recomputes, and the width of what it recomputes.
+SAVING = {"add_rms_norm_linear": ("rms_norm", D), "swiglu_linear": ("swiglu", FFN)}
 CONFIG = ModelConfig(vocab_size=32, n_embd=16, n_layers=3, n_heads=2, multiple_of=16, max_seq_len=8)
 
 
@@ -65,3 +80,22 @@ def test_readme_names_existing_tests() -> None:
         for file, test in named
         if f"def {test}(" not in sources.get(f"test_{file}", "")
     ] == []
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in SAVING], ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_saved_inputs_of_projections_change_no_bit(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = case.arguments(dtype=dtype)
+    operators = (TRITON, TRITON_SAVING)
+    calls = [partial(case.call, one) for one in operators]
+    recomputing, saving = (forward_and_saved(call, arguments) for call in calls)
+    expected = [*recomputing[0], *backward(recomputing[0], arguments)]
+    # What is saved on top is the input of the projection.
+    module, width = SAVING[case.name]
+    more = sum(x.nbytes for x in saving[1]) - sum(x.nbytes for x in recomputing[1])
+    assert more == B * T * width * dtype.itemsize
+    monkeypatch.delattr(sys.modules[f"fastllama_kernels.{module}"], f"{module}_recompute_bwd")
+    results = [*saving[0], *backward(saving[0], arguments)]
+    assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))

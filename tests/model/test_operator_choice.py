@@ -1,5 +1,6 @@
 """Which operators a run trains with, and that Triton kernels train the same model."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -10,6 +11,7 @@ from triton import knobs
 from fastllama.config import Config, ModelConfig, TrainingConfig
 from fastllama.model import operator_choice
 from fastllama.model.operator_choice import build_operators, choose_attention_backend
+from fastllama_kernels import CPU, TRITON_SAVING
 from fastllama_kernels.attention_backends import BACKENDS
 from tests.runs import losses, train
 from tests.workspace import Workspace
@@ -22,6 +24,15 @@ FOUR_UPDATES = (
 )
 
 ON_CPU, ON_CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("device", [ON_CUDA, ON_CPU], ids=str)
+def test_projection_inputs_are_saved_by_triton_kernels(device: torch.device) -> None:
+    config = Config(training=TrainingConfig(save_projection_inputs=True))
+    operators = build_operators(config, device, "reference")
+    # The others recompute nothing.
+    expected = TRITON_SAVING if device == ON_CUDA else CPU
+    assert operators == dataclasses.replace(expected, attention=operators.attention)
 
 
 @pytest.mark.parametrize(

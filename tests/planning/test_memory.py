@@ -33,7 +33,7 @@ from fastllama.planning.memory import (
     plan_memory,
     plan_traffic,
 )
-from fastllama_kernels import TRITON
+from fastllama_kernels import TRITON, TRITON_SAVING
 from fastllama_kernels.linear_cross_entropy import chunk_length
 
 RECIPE = Path(__file__).parents[2] / "configs" / "llama-3.1-8b.toml"
@@ -138,7 +138,8 @@ def measure(config: Config, world_size: int) -> tuple[dict[str, int], dict[str, 
     try:
         mesh = build_mesh("cpu", config.parallel.replicate)
         operators = dataclasses.replace(
-            TRITON, attention=lambda *qkv, cu_seqlens: FlashAttention.apply(*qkv)
+            TRITON_SAVING if config.training.save_projection_inputs else TRITON,
+            attention=lambda *qkv, cu_seqlens: FlashAttention.apply(*qkv),
         )
         with META:
             model = Llama(config.model, operators)
@@ -250,6 +251,16 @@ CASES = {
             training={"activation_checkpointing": "selective"},
         ),
     ),
+    "projection inputs saved": (
+        8,
+        recipe(
+            8,
+            n_micro_batches=2,
+            model={"n_layers": 8},
+            parallel={"reshard_after_forward": False, "accumulate": "unsharded"},
+            training={"save_projection_inputs": True, "batch_size": 2},
+        ),
+    ),
     "full": (
         64,
         recipe(
@@ -296,6 +307,12 @@ def test_activation_bytes_of_1b_block() -> None:
     # As measured by tests/kernels/test_activation_memory.py.
     config = load_recipe(RECIPE.with_name("llama-1b.toml"))
     assert activation_bytes(config, "none") == 47_232
+
+
+def test_saved_projection_inputs() -> None:
+    config = recipe(64, training={"save_projection_inputs": True})
+    outputs = 2 * (2 * config.model.n_embd + config.model.ffn_width)
+    assert activation_bytes(config, "none") - activation_bytes(recipe(64), "none") == outputs
 
 
 def test_dropout_saves_its_masks() -> None:
