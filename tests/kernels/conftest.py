@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 # More elements than a block, so that a write out of bounds lands in the fence.
@@ -69,7 +70,7 @@ def replace_allocations(
     monkeypatch: pytest.MonkeyPatch, replace: Callable[[Tensor], Tensor]
 ) -> None:
     # PyTorch lists the functions of `with torch.device(…)` once, and would list the replacements.
-    torch.utils._device._device_constructors()
+    _device_constructors()
 
     def replaced(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate_and_replace(*arguments: object, **options: object) -> Tensor:
