@@ -66,9 +66,8 @@ def compile_model(model: Llama, config: Config) -> None:
     if n_shapes > 1:
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * n_shapes)
     modules = [model] if config.training.compile_scope == "model" else [*model.blocks]
-    if config.training.compile_scope == "block" and not model.output.operators.name.startswith(
-        "triton"
-    ):
+    has_kernels = model.output.operators.name.startswith("triton")
+    if config.training.compile_scope == "block" and not has_kernels:
         modules += [model.norm, model.output]
     for module in modules:
         module.compile(dynamic=False)
