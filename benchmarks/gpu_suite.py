@@ -6,7 +6,7 @@ The parts run in the order of importance, each in its own process. A part saves 
 as it is measured, so results survive a crash or a timeout:
 
     checks      operators and model against float64; no host sync, graph break or recompilation;
-                the kernels of an update are those counted without a GPU
+                with PyTorch 2.14, the kernels of an update are those counted without a GPU
     ceilings    copy, matmul and attention rates, for the floors and the bound of this device
     train-1b    tokens/s of llama-1b, next to plain PyTorch and the peers that are installed
     profile-1b  device time per class of kernels in an update of llama-1b

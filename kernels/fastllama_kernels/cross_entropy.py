@@ -374,7 +374,7 @@ def forward_config(vocab_size: int, write_gradient: bool, has_softcap: bool) -> 
 
     Rows of up to 16,384 logits are one block, 32 logits per thread. A wider row is read in a loop
     over blocks, 16 logits per thread. A program that reads it again has 32 warps, so that few rows
-    are in the cache at a time. The softcap's tanh and slope take registers, so a thread has fewer.
+    are in the cache at a time. The softcap's tanh and slope take registers: 8 logits per thread.
     """
     if vocab_size <= 16_384:
         block = triton.next_power_of_2(vocab_size)

@@ -17,8 +17,8 @@ from fastllama_kernels.attention_backends import Attention
 from tests.compare import DEVICE, DTYPES, assert_operator_as_exact_as, randn
 
 B, K = 2, 8
-# A kernel on a GPU scales weight and sum, and divides one by the other.
-ROUNDED = {"rtol": 4 * torch.finfo(torch.float32).eps, "atol": 0.0}
+# Exact on a CPU. On an H100 the result of a softmax over one score is a rounding or two off.
+ROUNDED = {"rtol": 0.0 if DEVICE == "cpu" else 4 * torch.finfo(torch.float32).eps, "atol": 0.0}
 # Two ways to pack 9 tokens, 3 documents and 2, an empty one in the middle, and padding.
 CU_SEQLENS = torch.tensor([0, 2, 3, 3, 9, 14, 18, 18], dtype=torch.int32, device=DEVICE)
 
