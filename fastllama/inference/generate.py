@@ -63,10 +63,10 @@ def generate_tokens(
     generator = torch.Generator(device).manual_seed(sampling.seed)
     n_new = min(sampling.max_new_tokens, room)
     # Not the whole context: at 131,072 positions the cache of a small model is several gigabytes.
-    cache = KVCache(len(prompt) + n_new)
+    cache = KVCache(model.config.n_layers, len(prompt) + n_new)
     tokens = prompt
     for _ in range(n_new):
-        tokens_BT = torch.tensor([tokens], device=device)
+        tokens_BT = torch.tensor([tokens], dtype=torch.int64, device=device)
         logits_V = model(tokens_BT, cache=cache, last_only=True)[0, -1]
         token = int(agree(sample_token(logits_V, sampling, generator)))
         if token < 0:

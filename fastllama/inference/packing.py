@@ -48,8 +48,8 @@ class PackedNorm(nn.Module):
         self.root = torch.tensor((norm.weight.numel() * norm.eps) ** 0.5)
 
     def scale(self, x_BTD: Tensor) -> Tensor:
-        """sqrt(D (mean(x^2) + eps)) of each row, (B, T, 1) float32."""
-        norm_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
+        """sqrt(D (mean(x^2) + eps)) of each row of `x`, which is float32: (B, T, 1) float32."""
+        norm_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
         return torch.hypot(norm_BT1, self.root)
 
     def forward(self, x_BTD: Tensor, stream_BTD: None = None) -> Tensor:
@@ -93,13 +93,14 @@ class PackedBlock(nn.Module):
         So `stream` is None, and so is the second result. `rotary` is not read, and `cu_seqlens`
         has to be None.
         """
-        qkv_BTE = linear(x_BTD, self.qkv).float().div_(self.attention_norm.scale(x_BTD))
-        qkv_BTXK = qkv_BTE.unflatten(2, (sum(self.heads), -1))
+        batch_size, n_new, _ = x_BTD.shape
+        by_head = batch_size, n_new, self.heads[0] + self.heads[1], -1
         start = 0 if cache is None else cache.length
-        rotation_T1R = self.rotation_P1R.narrow(0, start, x_BTD.shape[1])
-        pairs_BTXR2 = qkv_BTXK.narrow(2, 0, self.n_rotated).unflatten(3, (-1, 2))
-        torch.view_as_complex(pairs_BTXR2).mul_(rotation_T1R)
-        q_BTHK, kv_BSXK = qkv_BTXK.split(self.heads, dim=2)
+        qkv_BTE = linear(x_BTD, self.qkv).float().div_(self.attention_norm.scale(x_BTD.float()))
+        pairs_BTXR = qkv_BTE.view(torch.complex64).view(by_head).narrow(2, 0, self.n_rotated)
+        pairs_BTXR.mul_(self.rotation_P1R.narrow(0, start, n_new))
+        # `Tensor.split` is a function in Python, which takes three times as long.
+        q_BTHK, kv_BSXK = qkv_BTE.view(by_head).split_with_sizes(self.heads, 2)
         if cache is not None:
             cached_BSXK = cache.extend(self.layer, kv_BSXK, self.dtype)
             if start > 0:

@@ -7,11 +7,11 @@ from torch import Tensor
 class KVCache:
     """Keys and values of every layer at the positions decoded so far."""
 
-    def __init__(self, n_positions: int) -> None:
-        """Start empty. The first `extend` of a layer allocates `n_positions`."""
+    def __init__(self, n_layers: int, n_positions: int) -> None:
+        """Start empty. The first `extend` allocates `n_positions` of every layer."""
         self.length = 0
-        self._n_positions = n_positions
-        self._layers: dict[int, Tensor] = {}
+        self._shape = n_layers, n_positions
+        self._kv_LBPXK: Tensor | None = None
 
     def extend(self, layer: int, kv_BTXK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Append T positions to one layer; return all of its positions, (B, S, X, K).
@@ -19,11 +19,11 @@ class KVCache:
         The X = 2G heads are keys, then values. `dtype` is that of the cache; None means that of
         `kv`.
         """
-        if layer not in self._layers:
-            batch_size, _, *heads = kv_BTXK.shape
-            self._layers[layer] = kv_BTXK.new_empty(
-                (batch_size, self._n_positions, *heads), dtype=dtype
-            )
-        n_new = kv_BTXK.shape[1]
-        self._layers[layer].narrow(1, self.length, n_new).copy_(kv_BTXK)
-        return self._layers[layer].narrow(1, 0, self.length + n_new)
+        batch_size, n_new, n_heads, width = kv_BTXK.shape
+        if self._kv_LBPXK is None:
+            n_layers, n_positions = self._shape
+            shape = n_layers, batch_size, n_positions, n_heads, width
+            self._kv_LBPXK = kv_BTXK.new_empty(shape, dtype=dtype)
+        cached_BPXK = self._kv_LBPXK.select(0, layer)
+        cached_BPXK.narrow(1, self.length, n_new).copy_(kv_BTXK)
+        return cached_BPXK.narrow(1, 0, self.length + n_new)

@@ -166,7 +166,9 @@ def test_cached_generation_agrees_with_the_model_without_a_cache(model: Llama) -
 def test_cache_is_as_long_as_the_text(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     # Models that others trained have contexts of 131,072 positions.
     allocated = []
-    monkeypatch.setattr(generate, "KVCache", lambda n: allocated.append(n) or KVCache(n))
+    monkeypatch.setattr(
+        generate, "KVCache", lambda n_layers, n: allocated.append(n) or KVCache(n_layers, n)
+    )
     for n_new in (4, 1000):
         list(generate_tokens(model, [5, 9], Sampling(n_new), end_token=-1))
     assert allocated == [2 + 4, model.config.max_seq_len]

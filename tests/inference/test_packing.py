@@ -62,7 +62,7 @@ def test_logits_are_as_exact(lengths: list[int] | None, dtype: torch.dtype) -> N
     if lengths is None:
         logits = packed(model)(TOKENS)
     else:
-        packed_model, cache = packed(model), KVCache(12)
+        packed_model, cache = packed(model), KVCache(model.config.n_layers, 12)
         pieces = TOKENS.split(lengths, dim=1)
         logits = torch.cat([packed_model(piece, cache=cache) for piece in pieces], dim=1)
     assert_as_exact_as(logits, model(TOKENS), exact(TOKENS))
@@ -72,7 +72,7 @@ def test_logits_are_as_exact(lengths: list[int] | None, dtype: torch.dtype) -> N
 @torch.inference_mode()
 def test_logits_of_the_last_position(dtype: torch.dtype) -> None:
     model, exact = build(dtype), build(torch.float64)
-    last = packed(model)(TOKENS, cache=KVCache(12), last_only=True)
+    last = packed(model)(TOKENS, cache=KVCache(model.config.n_layers, 12), last_only=True)
     assert_as_exact_as(last, model(TOKENS)[:, -1:], exact(TOKENS)[:, -1:])
 
 

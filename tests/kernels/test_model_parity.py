@@ -89,7 +89,7 @@ def test_loss_chunks_that_do_not_divide_the_tokens(monkeypatch: pytest.MonkeyPat
 def test_decoding_matches_the_full_forward(
     context: type[AbstractContextManager[None]],
 ) -> None:
-    tokens, cache = random_tokens(GROUPED, 2, 6), KVCache(6)
+    tokens, cache = random_tokens(GROUPED, 2, 6), KVCache(GROUPED.n_layers, 6)
     models = [small_model(GROUPED, operators) for operators in (TRITON, REFERENCE)]
     truth = small_model(GROUPED, REFERENCE, exact=True)
     with context():

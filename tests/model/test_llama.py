@@ -155,14 +155,14 @@ def test_initial_standard_deviations() -> None:
 @pytest.mark.parametrize("lengths", [[1] * 24, [10, 1, 5, 1, 7]], ids=["one by one", "in pieces"])
 def test_cache_gives_the_same_logits(lengths: list[int]) -> None:
     model, tokens = build(GROUPED), random_tokens(GROUPED, 2, 24)
-    cache = KVCache(24)
+    cache = KVCache(model.config.n_layers, 24)
     logits = [model(piece, cache=cache) for piece in tokens.split(lengths, dim=1)]
     torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens), rtol=0, atol=1e-12)
 
 
 def test_logits_of_the_last_position_only() -> None:
     model, tokens = build(GROUPED), random_tokens(GROUPED, 2, 24)
-    last = model(tokens, cache=KVCache(24), last_only=True)
+    last = model(tokens, cache=KVCache(model.config.n_layers, 24), last_only=True)
     assert last.shape == (2, 1, GROUPED.vocab_size)
     torch.testing.assert_close(last, model(tokens)[:, -1:], rtol=0, atol=1e-12)
 
