@@ -23,7 +23,6 @@ at toy sizes, timed with the CPU clock.
 import argparse
 import contextlib
 import importlib.util
-import os
 import signal
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from rich.console import Console
 from benchmarks.ceilings import measure_ceilings, measured_rates
 from benchmarks.checks import COUNTED_WITH, launch_check, model_check, operator_checks, step_checks
 from benchmarks.conditions import current_conditions, default_device, has_gpu, results_name
+from benchmarks.forks import run_forked
 from benchmarks.operators.measure import CONFIGS, Floors, cells, measure
 from benchmarks.results import (
     RESULTS,
@@ -326,18 +326,11 @@ def run_part(name: str, folder: Path, deadline: float) -> str:
 def spawn_part(name: str, folder: Path, deadline: float, limit: float) -> str:
     """Run a part in its own process. Returns the error, empty on success."""
     log = folder / f"{name}.log"
-    command = [sys.executable, str(Path(__file__)), "--part", name, "--out", str(folder)]
-    command += ["--deadline", str(deadline)]
-    with log.open("w") as file:
-        # A new session, so that `stop` can kill the part with all its descendants.
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code = process.wait(timeout=max(0.0, limit - time.time()))
-        except subprocess.TimeoutExpired:
-            stop(process)
-            return f"stopped at its time limit; earlier results are saved, see {log.name}"
+    log.unlink(missing_ok=True)
+    part = Part(folder, deadline, current_conditions())
+    code = run_forked(call_part, (name, part), log, max(0.0, limit - time.time()))
+    if code is None:
+        return f"stopped at its time limit; earlier results are saved, see {log.name}"
     if code == OUT_OF_TIME:
         return "out of time; earlier results are saved"
     if code:
@@ -346,14 +339,10 @@ def spawn_part(name: str, folder: Path, deadline: float, limit: float) -> str:
     return ""
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Terminate a part, with time to stop its own children, which may be in other sessions."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=5)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def call_part(name: str, part: Part) -> None:
+    """Run a part in this process."""
+    run, _ = PARTS[name]
+    run(part)
 
 
 def main() -> None:
@@ -380,19 +369,13 @@ def main() -> None:
         default=list(PARTS),
         help=f"run only these parts, of {', '.join(PARTS)}",
     )
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    exit_on_sigterm()
     if options.minutes <= 1:
         parser.error(f"--minutes {options.minutes:g} is too short; give more than 1.")
     conditions = current_conditions()
     folder = options.out or RESULTS / results_name(conditions)
     folder.mkdir(parents=True, exist_ok=True)
-    if options.part:
-        exit_on_sigterm()
-        run, _ = PARTS[options.part]
-        run(Part(folder, options.deadline, conditions))
-        return
     others = sorted({measured.commit for measured, _ in read(folder, Check)} - {conditions.commit})
     if others:
         parser.error(

@@ -167,7 +167,7 @@ class TrainingRun:
     """Source of the rates behind the bound."""
     peak_bytes: int | None
     seconds_to_first_update: float | None
-    """From the start of the process, imports and compilation included."""
+    """Initialisation and compilation; without imports since the second run on an H100."""
     losses: list[float] = field(default_factory=list)
     """Loss of each update. All contenders share tokens and initial weights."""
     parity: str = ""

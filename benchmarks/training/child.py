@@ -1,21 +1,19 @@
 """Runs a contender in a child process and searches for its best micro-batch size."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.forks import run_forked
+from benchmarks.training.contenders import write_outcome
 from benchmarks.training.job import Outcome, Spec
 from benchmarks.training.workload import workload
 from fastllama.config import Config
 
-ROOT = Path(__file__).parents[2]
 WARM_UPS, MIN_UPDATES = 2, 3
 TRIAL_WARM_UPS, TRIAL_UPDATES = 1, 2
 TRIAL_FRACTION = 8
@@ -23,7 +21,7 @@ TRIAL_FRACTION = 8
 MIN_GAIN = 1.01
 """Least speedup for which the search accepts a larger micro-batch."""
 CHILD_OVERHEAD_SECONDS = 1200.0
-"""Time limit for imports, compilation and shutdown, on top of the measured seconds."""
+"""Time limit for compilation and shutdown, on top of the measured seconds."""
 SHUTDOWN_SECONDS = 8.0
 """Reserved before a deadline, for the child to write its outcome and exit."""
 
@@ -77,7 +75,6 @@ class Child:
             warm_ups=warm_ups,
             min_updates=min_updates,
             seconds=seconds,
-            spawned_at=time.time(),
             plain_operators=list(self.plain_operators),
             deadline=None if self.deadline is None else self.deadline - SHUTDOWN_SECONDS,
         )
@@ -88,46 +85,17 @@ class Child:
 
 
 def run_child(spec: Spec, folder: Path, timeout: float) -> Outcome:
-    """Run `spec` in a child process. After `timeout` seconds kill it and all its descendants."""
+    """Run `spec` in a process of its own. After `timeout` seconds kill it and its descendants."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        specification, written = Path(name, "spec.json"), Path(name, "outcome.json")
-        specification.write_text(json.dumps(asdict(spec)))
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.training.contenders",
-            str(specification),
-            str(written),
-        ]
-        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        with open(Path(name, "stderr"), "w+") as errors:
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                env=environment,
-                start_new_session=True,
-            )
-            try:
-                process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                return Outcome(failure=f"timed out after {timeout:.0f} s")
-            finally:
-                # The compiler's worker processes belong to the same session.
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-            if process.returncode == 0:
-                return Outcome(**json.loads(written.read_text()))
-            errors.seek(0)
-            lines = errors.read().strip().splitlines()
-        ended = (
-            f"killed by {signal.Signals(-process.returncode).name}"
-            if process.returncode < 0
-            else f"exit code {process.returncode}"
-        )
-        return Outcome(failure=lines[-1] if lines else ended)
+        written, log = Path(name, "outcome.json"), Path(name, "log")
+        code = run_forked(write_outcome, (spec, written), log, timeout)
+        if code is None:
+            return Outcome(failure=f"timed out after {timeout:.0f} s")
+        if code == 0:
+            return Outcome(**json.loads(written.read_text()))
+        lines = log.read_text().strip().splitlines()
+    ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return Outcome(failure=lines[-1] if lines else ended)
 
 
 def best_batch_size(

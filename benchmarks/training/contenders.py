@@ -1,9 +1,7 @@
 """The contenders: one training function each, all on the same workload.
 
-    python -m benchmarks.training.contenders SPEC.json OUTCOME.json
-
-trains one contender in this process. The benchmarks start a new process per contender, so that no
-contender inherits compiled code, memory or imports from another.
+Each contender trains in a process of its own, so that none inherits compiled code or memory from
+another.
 
 Every contender keeps weights and moments in float32 and computes in `training.dtype`. fastllama and
 torchtitan use FSDP2's mixed precision. The others use autocast, as PyTorch and Hugging Face scripts
@@ -11,7 +9,6 @@ do. All except the tutorial read from fastllama's loader, which helps them.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -89,11 +86,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in markers)
 
 
-def main() -> None:
-    specification, outcome = map(Path, sys.argv[1:])
-    spec = Spec(**json.loads(specification.read_text()))
-    write_atomic(outcome, json.dumps(asdict(run(spec))))
-
-
-if __name__ == "__main__":
-    main()
+def write_outcome(spec: Spec, path: Path) -> None:
+    """Train in this process, and write the outcome as JSON."""
+    write_atomic(path, json.dumps(asdict(run(spec))))

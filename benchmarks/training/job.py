@@ -27,8 +27,6 @@ class Spec:
     """Least number of timed updates."""
     seconds: float
     """Least duration of the timed updates together."""
-    spawned_at: float
-    """`time.time()` when the parent started the process."""
     plain_operators: list[str] = field(default_factory=list)
     """Fields of `Operators` that fastllama takes from REFERENCE."""
     deadline: float | None = None
@@ -71,6 +69,7 @@ class Budget:
         self.seconds_to_first_update: float | None = None
         self.monitor = GpuMonitor()
         self._spec, self._stack = spec, stack
+        self._created_at = time.perf_counter()
         self._n_updates, self._begin, self._last = 0, 0.0, 0.0
 
     def is_spent(self) -> bool:
@@ -79,7 +78,7 @@ class Budget:
         if self._n_updates == 1:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.seconds_to_first_update = time.time() - self._spec.spawned_at
+            self.seconds_to_first_update = time.perf_counter() - self._created_at
         if self._n_updates == self._spec.warm_ups:
             self._stack.enter_context(self.monitor)
             self._begin = time.perf_counter()

@@ -2,10 +2,12 @@
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,7 +54,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def specification(contender: str, config: Config) -> Spec:
-    return Spec(contender, config.to_dict(), 1, 5, 0.0, time.time())
+    return Spec(contender, config.to_dict(), 1, 5, 0.0)
 
 
 def a_run(
@@ -169,12 +171,9 @@ def test_child_returns_outcome(config: Config, tmp_path: Path) -> None:
     assert outcome.peak_bytes is None
 
 
-def with_child(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the Python executable by a shell script."""
-    path = folder / "child"
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    monkeypatch.setattr(child_process.sys, "executable", str(path))
+def in_a_shell(script: str, spec: Spec, written: Path) -> None:
+    """Stands in for `write_outcome`."""
+    os.execl("/bin/sh", "sh", "-c", script)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +187,7 @@ def with_child(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_failed_child_gives_failed_row(
     script: str, failure: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_child(script, tmp_path, monkeypatch)
+    monkeypatch.setattr(child_process, "write_outcome", partial(in_a_shell, script))
     outcome = run_child(specification("fastllama", config), tmp_path, timeout=60)
     assert outcome == Outcome(failure=failure)
     row = training_run("fastllama", "tiny", config, outcome, rates=None)
@@ -206,7 +205,8 @@ def test_timeout_kills_child_and_descendants(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = tmp_path / "started"
-    with_child(f"sleep 600 & echo $! > {started}; wait", tmp_path, monkeypatch)
+    script = f"sleep 600 & echo $! > {started}; wait"
+    monkeypatch.setattr(child_process, "write_outcome", partial(in_a_shell, script))
     outcome = run_child(specification("fastllama", config), tmp_path, timeout=1.0)
     assert outcome.failure == "timed out after 1 s"
     process = int(started.read_text())
