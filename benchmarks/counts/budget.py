@@ -77,6 +77,8 @@ _FLOORS: dict[str, Callable[[Sizes, Mapping[str, int]], float]] = {
         c["D"] * (b["dy_ptr"] + b["stream_ptr"] + b["dx_ptr"])
         + c["D"] * (c["HAS_DSTREAM"] * b["dstream_ptr"] + c["RECOMPUTE"] * b["y_ptr"])
     ),
+    # For a partial sum.
+    "_rms_norm_dweight_kernel": lambda c, b: c["D"] * b["partial_ptr"],
     "_rope_kernel": lambda c, b: 2 * c["N_ROTATED_HEADS"] * 2 * c["R"] * b["qkv_ptr"],
     "_rope_bwd_kernel": lambda c, b: 2 * (c["H"] + 2 * c["G"]) * 2 * c["R"] * b["dqkv_ptr"],
     "_swiglu_fwd_kernel": lambda c, b: 3 * c["F"] * b["h_ptr"],
@@ -111,12 +113,16 @@ def work_of(kernel: CompiledKernel) -> Work:
     widths = {name: WIDTHS.get(dtype, 0) for name, dtype in kernel.pointers.items()}
     work = Work(floor=_FLOORS[name](c, widths), rows=1)
     n_available = MULTIPROCESSORS[kernel.architecture]
-    if name in ("_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel"):
+    if name.startswith("_rms_norm"):
         n_rows = max(tokens(config) for config in recipes() if config.model.n_embd == c["D"])
+        programs = min(n_rows, n_available * programs_per_multiprocessor(c["D"]))
         if name == "_rms_norm_fwd_kernel":
             return replace(work, n_rows=n_rows)
-        programs = min(n_rows, n_available * programs_per_multiprocessor(c["D"]))
-        return replace(work, rows=n_rows / programs, programs=programs, n_rows=n_rows)
+        if name == "_rms_norm_bwd_kernel":
+            return replace(work, rows=n_rows / programs, programs=programs, n_rows=n_rows)
+        elements = programs * c["BLOCK_COLUMNS"]
+        swept = elements * widths["partial_ptr"]
+        return replace(work, rows=elements / c["D"], swept=swept, n_rows=programs)
     if name == "_cross_entropy_fwd_kernel":
         swept = c["V"] * widths["logits_ptr"]
         work = replace(work, swept=swept, n_rows=chunk_rows(c["V"]))

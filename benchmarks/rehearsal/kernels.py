@@ -159,10 +159,10 @@ KERNELS = (
         "sums dk or dv over the query heads of a group",
     ),
     Kernel(
-        "reduce_kernel<ReduceOp, sum_functor, float",
+        "_rms_norm_dweight_kernel",
         "rms_norm",
         lambda s, c: 4 * MULTIPROCESSORS * programs_per_multiprocessor(s.D) * s.D,
-        "sums partial weight gradients, and losses",
+        "sums the partial weight gradients",
     ),
     Kernel(
         "_rope_kernel",
@@ -195,6 +195,12 @@ KERNELS = (
         "cross_entropy",
         _scaled,
         "both gradients of the loss, by the upstream one",
+    ),
+    Kernel(
+        "reduce_kernel<ReduceOp, sum_functor, float",
+        "cross_entropy",
+        lambda s, c: 4 * s.N,
+        "sums losses",
     ),
     Kernel(
         "vectorized_elementwise_kernel<AUnaryFunctor, CompareEqFunctor, long",

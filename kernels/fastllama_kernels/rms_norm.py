@@ -16,8 +16,8 @@ Bytes, for N rows and b bytes per element: forward 2 N D b, with a residual 4 N 
 3 N D b, + N D b if the stream has a gradient, + N D b to recompute y. Rows of more than 16,384
 elements (forward) or 8,192 (backward) are read twice: N D b more, or 2 N D b, unless the L2 cache
 holds the rows of all programs that run.
-Each program sums the weight gradient over its rows; a second sum over programs has a fixed order.
-No atomics.
+Each program sums the weight gradient over its rows; a second kernel sums over programs, in a fixed
+order. No atomics.
 Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
 """
 
@@ -200,6 +200,29 @@ def _rms_norm_bwd_kernel(
                 tl.store(dweight_ptr + start + columns, dweight + dy * x_hat, mask)
 
 
+@triton.jit
+def _rms_norm_dweight_kernel(
+    partial_ptr,
+    dweight_ptr,
+    n_programs,
+    D: tl.constexpr,
+    BLOCK_PROGRAMS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Sum `partial` (n_programs, D) over programs, into `dweight` (D,) in its dtype."""
+    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    programs = tl.arange(0, BLOCK_PROGRAMS)
+    mask = (columns < D)[None, :]
+    total = tl.zeros((BLOCK_PROGRAMS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, n_programs, BLOCK_PROGRAMS):
+        offsets = (start + programs)[:, None] * D + columns[None, :]
+        total += tl.load(
+            partial_ptr + offsets, mask & (start + programs < n_programs)[:, None], other=0.0
+        )
+    dweight = tl.sum(total, 0).to(dweight_ptr.dtype.element_ty)
+    tl.store(dweight_ptr + columns, dweight, columns < D)
+
+
 def forward_config(width: int) -> dict[str, int]:
     """Return block and warps of the forward: 16 elements per thread, a loop over wider rows."""
     block = min(triton.next_power_of_2(width), 16_384)
@@ -214,6 +237,20 @@ def backward_config(width: int) -> dict[str, int]:
     """
     block = triton.next_power_of_2(width) if width <= 8_192 else 4_096
     return {"BLOCK": block, "num_warps": max(block // 256, 1), "NUM_STAGES": 3}
+
+
+def dweight_config(width: int) -> dict[str, int]:
+    """Return blocks and warps of the sum over programs: 16 elements per thread.
+
+    A row of 8 columns is one sector of 32 bytes. There are up to 128 programs, one for about each
+    multiprocessor.
+    """
+    columns = max(8, triton.next_power_of_2(triton.cdiv(width, 128)))
+    return {
+        "BLOCK_COLUMNS": columns,
+        "BLOCK_PROGRAMS": max(1, 4_096 // columns),
+        "num_warps": 8,
+    }
 
 
 def programs_per_multiprocessor(width: int) -> int:
@@ -330,9 +367,9 @@ def _launch_bwd(
     config = backward_config(width)
     max_programs = n_multiprocessors(stream.device) * programs_per_multiprocessor(width)
     shape = (min(n_rows, max_programs), width)
-    dweight = stream.new_empty(shape, dtype=torch.float32)
+    partial = stream.new_empty(shape, dtype=torch.float32)
     if width > config["BLOCK"]:
-        dweight.zero_()
+        partial.zero_()
     if stream.numel():
         _rms_norm_bwd_kernel[shape[:1]](
             dy.contiguous(),
@@ -341,7 +378,7 @@ def _launch_bwd(
             weight.contiguous(),
             dx,
             dx if y is None else y,
-            dweight,
+            partial,
             n_rows,
             D=width,
             eps=eps,
@@ -349,7 +386,11 @@ def _launch_bwd(
             RECOMPUTE=y is not None,
             **config,
         )
-    return dweight.sum(dim=0).to(weight.dtype)
+    dweight = _like(weight)
+    config = dweight_config(width)
+    grid = (triton.cdiv(width, config["BLOCK_COLUMNS"]),)
+    _rms_norm_dweight_kernel[grid](partial, dweight, len(partial), D=width, **config)
+    return dweight
 
 
 def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -142,6 +143,15 @@ def test_any_width(form: Case, width: int) -> None:
 @two_forms
 def test_any_number_of_rows(form: Case, rows: int) -> None:
     assert_exact_on(form, inputs(form, rows))
+
+
+@pytest.mark.parametrize("width", [9, 2_000])
+def test_sums_over_more_programs_than_a_block(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The interpreter has one multiprocessor.
+    module = import_module("fastllama_kernels.rms_norm")
+    monkeypatch.setattr(module, "n_multiprocessors", lambda device: 132)
+    block = module.dweight_config(width)["BLOCK_PROGRAMS"]
+    assert_exact_on(NORM, inputs(NORM, 2 * block + 1, width=width))
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2, 1, 2)])
