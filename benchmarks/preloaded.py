@@ -1,6 +1,7 @@
 """What the processes of the benchmarks import, for the server of `benchmarks.forks`.
 
-None of it may ask the driver for a GPU, or run anything in parallel: a fork inherits neither.
+None of it may use a GPU or run in parallel: no fork could do so again. liger-kernel is left out,
+because it looks for a GPU when it is imported.
 """
 
 import contextlib
@@ -10,7 +11,6 @@ for _name in (
     "torch._inductor.compile_fx",
     "torch.profiler",
     "transformers.models.llama.modeling_llama",
-    "liger_kernel.transformers",
     "benchmarks.training.contenders",
     "benchmarks.gpu_suite",
 ):

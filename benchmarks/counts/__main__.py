@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from benchmarks.counts.budget import (
+    SUM_OF_PROGRAMS,
     Count,
     count,
     faults,
@@ -52,15 +53,14 @@ def main() -> None:
 def count_recipes(kernels: list[CompiledKernel], moved: dict[str, Moved]) -> list[Count]:
     """Count the launches of the recipes; those with options that no recipe sets are left out."""
     return [
-        count(kernel, work_of(kernel), moved_by_rows(kernel, moved))
+        count(
+            kernel,
+            work_of(kernel),
+            None if kernel.kernel == SUM_OF_PROGRAMS else moved[kernel.label],
+        )
         for kernel in kernels
         if kernel.label in moved
     ]
-
-
-def moved_by_rows(kernel: CompiledKernel, moved: dict[str, Moved]) -> Moved | None:
-    """What a launch moves, unless it sums over programs: their number depends on the GPU only."""
-    return None if kernel.kernel == "_rms_norm_dweight_kernel" else moved[kernel.label]
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ moves a KiB, 220 on an H200, and 140 on a B200, where some launches need more.""
 GROWTH = 1.02
 """How much a count may grow over the stored one."""
 
+SUM_OF_PROGRAMS = "_rms_norm_dweight_kernel"
+"""Its rows are the sums of programs: as many as the GPU runs, whatever the rows of a batch."""
+
 EXCEPTIONS = {
     # One of a micro-batch's 65 launches: 264 partial sums of the weight gradient, float32, beside
     # 3 x 8,192 rows. Fewer programs would have fewer sums, but not fill an H100.
@@ -77,8 +80,7 @@ _FLOORS: dict[str, Callable[[Sizes, Mapping[str, int]], float]] = {
         c["D"] * (b["dy_ptr"] + b["stream_ptr"] + b["dx_ptr"])
         + c["D"] * (c["HAS_DSTREAM"] * b["dstream_ptr"] + c["RECOMPUTE"] * b["y_ptr"])
     ),
-    # For a partial sum.
-    "_rms_norm_dweight_kernel": lambda c, b: c["D"] * b["partial_ptr"],
+    SUM_OF_PROGRAMS: lambda c, b: c["D"] * b["partial_ptr"],
     "_rope_kernel": lambda c, b: 2 * c["N_ROTATED_HEADS"] * 2 * c["R"] * b["qkv_ptr"],
     "_rope_bwd_kernel": lambda c, b: 2 * (c["H"] + 2 * c["G"]) * 2 * c["R"] * b["dqkv_ptr"],
     "_swiglu_fwd_kernel": lambda c, b: 3 * c["F"] * b["h_ptr"],
