@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -80,15 +81,22 @@ class RunFolder:
             run = RunFolder(self.path.parent.parent)
             if run.exists and run.checkpoints == self.path.parent:
                 raise ValueError(f"{self.path} is a checkpoint; give its run folder {run.path}.")
-            raise ValueError(
-                f"{self.path} is not a run folder: it has no config.toml; see the folder runs."
-            )
+            raise ValueError(f"{self.path} is not a run folder: {self._what_is_missing()}.")
         config = config_from_dict(read_toml(self.config), source=str(self.config))
         try:
             validate_values(config)
         except ValueError as error:
             raise ValueError(f"{self.config}: {error}") from None
         return config
+
+    def _what_is_missing(self) -> str:
+        """The rest of a sentence about a folder that holds no run."""
+        if not os.path.lexists(self.path):
+            return "it does not exist; see the folder runs"
+        if (self.path / "config.json").is_file():
+            imported = f"fastllama import {shlex.quote(str(self.path))} --output runs/NAME"
+            return f"it is a model of Hugging Face's; make a run of it with {imported}"
+        return "it has no config.toml; see the folder runs"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -19,10 +19,17 @@ def nothing_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "_reported", set())
 
 
-@pytest.mark.parametrize("name", ["gone", "config.toml", "some/folder"])
-def test_error_for_another_folder(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gone", "it does not exist"),
+        ("some/folder", "it does not exist"),
+        ("config.toml", "it has no config.toml"),
+    ],
+)
+def test_error_for_another_folder(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "config.toml").touch()
-    with pytest.raises(ValueError, match=f"{name} is not a run folder: it has no config.toml"):
+    with pytest.raises(ValueError, match=f"{name} is not a run folder: {reason}"):
         RunFolder(tmp_path / name).load_config()
 
 

@@ -5,7 +5,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,9 +222,20 @@ def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
     for name, value in identity.items():
         trained = saved.get(name, _BEFORE_THE_OPTION.get(name))
         if trained != value:
+            if name == "data.fingerprint":
+                return _difference_of_data(path, str(trained), str(value))
             now = one_line(value, 100)
             return f"{path} was trained with {name} = {one_line(trained, 100)}, not {now}"
     return None
+
+
+def _difference_of_data(path: Path, trained: str, now: str) -> str:
+    """A clause about a checkpoint of other data, with the folder that the run had."""
+    folder = ""
+    with suppress(ValueError, OSError):
+        folder = RunFolder(path.parent.parent).load_config().data.path
+    data = f"data.path = {folder}, which had the" if folder else "data of the"
+    return f"{path} was trained with {data} fingerprint {trained[:12]}, not {now[:12]}"
 
 
 def read_progress(path: Path) -> TrainProgress:

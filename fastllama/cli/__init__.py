@@ -139,6 +139,7 @@ def run_command(args: list[str]) -> None:
         return
     if args[0] == "--version":
         print(f"fastllama {__version__}")
+        require_stdout()
         return
     for name, command in COMMANDS.items():
         n_words = len(name)
@@ -149,6 +150,7 @@ def run_command(args: list[str]) -> None:
     group = [name for name in COMMANDS if len(name) > 1 and name[0] == args[0]]
     if group and (len(args) == 1 or args[1] in ("--help", "-h", "help")):
         print(f"usage: fastllama {args[0]} COMMAND [OPTIONS]\n\n{forms_of(group)}")
+        require_stdout()
         return
     raise UsageError(f"There is no command {' '.join(args[:2])!r}; see fastllama --help.")
 

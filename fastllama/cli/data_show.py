@@ -8,7 +8,7 @@ import tyro
 from fastllama.cli.command import Command
 from fastllama.cli.errors import UsageError
 from fastllama.cli.parsing import parse
-from fastllama.cli.streams import print_result
+from fastllama.cli.streams import print_result, require_stdout
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def run(args: list[str]) -> None:
     if len(shown) < len(seen):
         lines.append(f"--- {len(seen) - len(shown)} more; --limit 0 prints all")
     print_result("\n".join(lines))
+    require_stdout()
 
 
 COMMAND = Command(run, {"runs/NAME --step N": "print the text that a run trained on in an update"})

@@ -8,7 +8,7 @@ import tyro
 
 from fastllama.cli.command import Command
 from fastllama.cli.parsing import parse
-from fastllama.cli.streams import say
+from fastllama.cli.streams import require_stdout, say
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,10 @@ def run(args: list[str]) -> None:
         plot_counts(counts, options.plot)
     if options.json:
         say(json.dumps({name: asdict(split) for name, split in found.items()}, indent=2))
-        return
-    for name, split in found.items():
-        say(f"{folder} {name}")
-        for line in report(split):
-            say(line)
+    else:
+        for name, split in found.items():
+            say("\n".join([f"{folder} {name}", *report(split)]))
+    require_stdout()
 
 
 COMMAND = Command(

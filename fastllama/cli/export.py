@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from fastllama.cli.command import Command
+from fastllama.cli.errors import UsageError
 from fastllama.cli.parsing import parse
 from fastllama.cli.streams import say
 
@@ -31,6 +32,11 @@ class ExportOptions:
 def run(args: list[str]) -> None:
     """Write the folder, and print what it was made of and how to use it."""
     options = parse(ExportOptions, args, "fastllama export")
+    if options.output.suffix == ".gguf" and not options.gguf:
+        raise UsageError(
+            f"--output {options.output} names a GGUF file, and without --gguf it would be a folder "
+            "for transformers; add --gguf, or choose another --output."
+        )
     from fastllama.checkpoints.state import EMA, MODEL
     from fastllama.weights.export import export
     from fastllama.weights.gguf import export_gguf

@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import typing
 from decimal import Decimal
 from pathlib import Path
@@ -115,9 +116,16 @@ def parse(
         if stop.code == 0:
             require_stdout()
             raise
-        raise UsageError(f"{unbox(printed.getvalue())}; see {prog} --help.") from None
+        problem = unbox(printed.getvalue())
+        remedy = _with_equals(problem, args) or f"see {prog} --help"
+        raise UsageError(f"{problem}; {remedy}.") from None
     if unknown:
         raise UsageError(_unknown_option(unknown[0], hints, prog, getattr(default, "config", None)))
+    for name, value in vars(options).items():
+        if value == () and f"--{name}" in args:
+            raise UsageError(
+                f"--{name} has no value; name at least one, or set the variable that it comes from."
+            )
     return cast(Options, options)  # tyro types it like `default`, None included
 
 
@@ -234,6 +242,15 @@ def _with_dashes(arg: str) -> str:
     if equals and key in known_keys():
         return f"; options have dashes: --{key.replace('_', '-')} {value}"
     return nearest_key(key) if equals else "; see --help."
+
+
+def _with_equals(problem: str, args: list[str]) -> str:
+    """How to write a value that starts with `-`, if tyro took one for an option."""
+    if missing := re.match(r"Missing value for argument '(--[\w.-]+)'", problem):
+        for option, value in itertools.pairwise(args):
+            if option == missing[1] and value.startswith("-") and not value.startswith("--"):
+                return f"if {value!r} is the value, write {option}={shlex.quote(value)}"
+    return ""
 
 
 def unbox(text: str) -> str:

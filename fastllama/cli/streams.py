@@ -23,6 +23,10 @@ SPELLINGS = {"…": "..."}
 """Characters of our own texts, for an encoding that lacks them; others get a backslash escape."""
 
 
+_closed: set[str] = set()
+"""Streams that were closed when the process began."""
+
+
 class PatientFile(io.RawIOBase):
     """A binary file whose `write` never raises.
 
@@ -160,6 +164,8 @@ def require_stdout() -> None:
     Raises:
         OSError: stdout could not be written.
     """
+    if "stdout" in _closed:
+        raise OSError("The output could not be written to stdout: it is closed.")
     file = _patient_file("stdout")
     if file is None or not file.lost_lines():
         return
@@ -187,6 +193,7 @@ def _open_closed_descriptors() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
+            _closed.add(name)
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115
             setattr(sys, name, stream)
             # As Python does for others: a stream without a reference would be closed.

@@ -30,7 +30,7 @@ class TokenizerTrainOptions:
     their URLs: s3://, gs://, hf://, https:// and others. Also data sets of the Hugging Face hub:
     'hub://OWNER/NAME?config=NAME&split=NAME'."""
     output: Path = Path("tokenizer.json")
-    """File to write."""
+    """File to write; a tokenizer that it holds is replaced."""
     vocab_size: int = 8192
     """Size of the vocabulary, including four special tokens and 256 bytes."""
     field: str = "text"
@@ -57,6 +57,8 @@ def run(args: list[str]) -> None:
     check_writable(options.output)
     files = find_files(options.input)
     report = partial(say, file=sys.stderr)
+    if options.output.exists():
+        report(f"note: the tokenizer {options.output} exists and will be replaced")
     records = read_documents(files.paths, options.field, max_document_mb=options.max_document_mb)
     accounting = Accounting(report)
     texts = (document.text for document in accounting.documents(records))

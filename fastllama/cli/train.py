@@ -103,9 +103,23 @@ def parse_train(args: list[str]) -> tuple[TrainOptions, Path, Path | None]:
             f"from a checkpoint: --resume {options.resume / 'checkpoints' / 'latest'}."
         )
     if options.resume is not None:
+        refuse_other_origin(resumed, config, options.config)
         return options, options.run_dir or resumed, checkpoint
     name = recipe.stem if recipe is not None else ""
     return options, options.run_dir or Path("runs") / name, None
+
+
+def refuse_other_origin(path: Path, before: Config, now: Config) -> None:
+    """Raise UsageError if a run that has begun is to begin from other weights."""
+    from fastllama.run_folder import RunFolder
+
+    for name in ("init_from", "init_moments"):
+        old, new = (getattr(config.training, name) for config in (before, now))
+        if old != new and RunFolder(path).has_checkpoints:
+            raise UsageError(
+                f"training.{name} = {new} is for a new run, and {path} has checkpoints; leave it "
+                "out, or give a recipe and another --run-dir."
+            )
 
 
 def print_config(config: Config) -> None:

@@ -8,7 +8,7 @@ class Sampling:
     """How the next token is drawn from the logits."""
 
     max_new_tokens: int = 128
-    """Tokens to generate at most; an end token stops earlier."""
+    """Tokens to generate at most; an end token, or the end of the context, stops earlier."""
     temperature: float = 0.8
     """Divides the logits; 0 always takes the most likely token."""
     top_k: int | None = None

@@ -13,6 +13,7 @@ import torch
 
 from fastllama.distributed.world import World
 
+SHOW_CURSOR = b"\x1b[?25h"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -54,6 +55,11 @@ def stop_signals(deadline: float = math.inf) -> Iterator[StopSignal]:
         # The terminal may be gone.
         with suppress(OSError):
             os.write(2, message.encode())
+        # A second signal would leave the cursor as the progress bar has it: hidden.
+        for stream in (1, 2):
+            with suppress(OSError):
+                if os.isatty(stream):
+                    os.write(stream, SHOW_CURSOR)
 
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     handled = [each for each in STOP_SIGNALS if not (ignored and each == signal.SIGHUP)]

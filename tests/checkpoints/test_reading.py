@@ -21,6 +21,7 @@ from fastllama.checkpoints.reading import find_damage, load_tensors, newest_chec
 from fastllama.checkpoints.state import MODEL
 from fastllama.cli import main
 from fastllama.inference.load import load_run
+from fastllama.run_folder import RunFolder
 from tests.runs import losses, train
 from tests.workspace import Workspace
 
@@ -332,6 +333,18 @@ def edit_identity(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) ->
     edit(content["identity"])
     progress.write_text(json.dumps(content))
     write_manifest(checkpoint)
+
+
+def test_other_data_is_named_by_its_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        edit_identity(checkpoint, lambda saved: saved.update({"data.fingerprint": "1a2b" * 16}))
+    data = RunFolder(run).load_config().data.path
+    with pytest.raises(SystemExit) as stop:
+        train("--resume", run, *more_updates(12))
+    assert stop.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"with data.path = {data}, which had the fingerprint 1a2b1a2b1a2b, not " in message
+    assert "; keep that value to resume, or start a new run with --run-dir." in message
 
 
 def test_run_older_than_document_mask_resumes(

@@ -18,4 +18,9 @@ def test_sampling_options_have_no_prefix() -> None:
 
 
 def test_no_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "is not a run folder" in refusal(capsys, "generate", tmp_path)
+    assert "it has no config.toml; see" in refusal(capsys, "generate", tmp_path)
+    gone = tmp_path / "gone"
+    assert f"{gone} is not a run folder: it does not" in refusal(capsys, "generate", gone)
+    (tmp_path / "config.json").write_text("{}")
+    message = refusal(capsys, "generate", tmp_path)
+    assert f"make a run of it with fastllama import {tmp_path} --output runs/NAME." in message

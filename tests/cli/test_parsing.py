@@ -31,6 +31,19 @@ def test_debug_is_not_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gone is not a run folder" in refusal(capsys, "generate", "gone", "--prompt=--debug")
 
 
+def test_value_that_looks_like_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, "generate", "gone", "--prompt", "-the end")
+    assert "if '-the end' is the value, write --prompt='-the end'." in message
+    assert "see fastllama generate --help" in refusal(capsys, "generate", "gone", "--prompt")
+
+
+@pytest.mark.parametrize("command", ["prepare --tokenizer t.json", "tokenizer train"])
+def test_input_without_a_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # As `--input $FILES` is, where FILES is not set.
+    message = refusal(capsys, *command.split(), "--input", "--output", "x")
+    assert "--input has no value; name at least one" in message
+
+
 def test_true_and_false_stay_strings_in_string_options(workspace: Workspace) -> None:
     args = "--run-dir true --logging.sample-prompt true --data.path=false --training.compile true"
     args += " --logging.tensorboard=true --parallel.reshard_after_forward false"

@@ -132,6 +132,31 @@ def test_closed_streams(tmp_path: Path, closed: str) -> None:
     assert (tmp_path / "tokenizer.json").is_file()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--help",
+        "--version",
+        "data --help",
+        "train --help",
+        "train {recipe} --print-config",
+        "data stats {data}",
+    ],
+)
+@pytest.mark.parametrize("stdout", ["&-", "/dev/full"])
+def test_lost_result_is_a_failure(workspace: Workspace, stdout: str, command: str) -> None:
+    command = command.format(data=workspace.data, recipe=workspace.recipe)
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" -m fastllama {command} >{stdout}', sys.executable],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    why = "it is closed" if stdout == "&-" else "No space left on device"
+    assert done.stderr == f"error: The output could not be written to stdout: {why}.\n"
+
+
 FULL_STDOUT = "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
 # The reader of both streams goes away.
 NO_READER = "read, write = os.pipe(); os.dup2(write, 1); os.dup2(write, 2); os.close(read)"

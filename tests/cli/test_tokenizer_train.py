@@ -24,6 +24,17 @@ def test_output_is_checked_before_the_work(
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+def test_replaced_tokenizer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus, output = tmp_path / "x.txt", tmp_path / "tokenizer.json"
+    corpus.write_text("some text")
+    args = ["tokenizer", "train", "--input", str(corpus), "--vocab-size", "260", "--output"]
+    note = f"note: the tokenizer {output} exists and will be replaced"
+    main([*args, str(output)])
+    assert note not in capsys.readouterr().err
+    main([*args, str(output)])
+    assert note in capsys.readouterr().err
+
+
 def test_malformed_records_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = tmp_path / "x.jsonl"
     corpus.write_text('{"text": "a"}\n' + "[bold]\n" * 12 + '{"text": "b"}\n')

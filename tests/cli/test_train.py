@@ -147,6 +147,23 @@ def test_recipe_or_run(
         assert "not both" in refusal(capsys, "train", workspace.recipe, *resume)
 
 
+def test_run_that_has_begun_keeps_its_origin(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    main(["train", str(workspace.recipe), "--run-dir", str(run)])
+    before = (run / "config.toml").read_bytes()
+    capsys.readouterr()
+    for option in ("--training.init-from=runs/x", "--training.init-moments=true"):
+        message = refusal(capsys, "train", "--resume", run, option)
+        assert f"is for a new run, and {run} has checkpoints; leave it out" in message
+    assert (run / "config.toml").read_bytes() == before
+    shutil.rmtree(run / "checkpoints")
+    message = refusal(capsys, "train", "--resume", run, "--training.init-from", tmp_path / "gone")
+    assert "training.init_from" in message
+    assert "is for a new run" not in message
+
+
 def test_console_neither_wraps_nor_reads_markup(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,18 @@ def own_terminal() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def test_second_signal_leaves_a_visible_cursor() -> None:
+    leader, terminal = os.openpty()
+    code = "import os, signal, time\nfrom fastllama.training.stopping import stop_signals\n"
+    code += "with stop_signals():\n    [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]"
+    done = subprocess.run([sys.executable, "-c", code], stdout=terminal, stderr=subprocess.PIPE)
+    os.close(terminal)
+    assert done.returncode == -signal.SIGINT
+    assert b"\x1b[?25h" in os.read(leader, 100)
+    os.close(leader)
+    assert b"\x1b" not in done.stderr
+
+
 def test_closed_terminal_stops_and_saves(workspace: Workspace, tmp_path: Path) -> None:
     run = tmp_path / "run"
     ours, terminal = os.openpty()

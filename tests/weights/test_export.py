@@ -205,7 +205,12 @@ def test_refusals(
     there.mkdir()
     before = sorted(tmp_path.iterdir())
     for run, output, expected in (
-        (tmp_path / "gone", "new", "is not a run folder: it has no config.toml"),
+        (tmp_path / "gone", "new", "is not a run folder: it does not exist"),
+        (
+            trained,
+            "new.gguf",
+            "new.gguf names a GGUF file, and without --gguf it would be a folder",
+        ),
         (trained / "checkpoints" / "step-00000007", "new", "There is no checkpoint "),
         (damaged, "new", "has no whole checkpoint: "),
         (damaged / "checkpoints" / "latest", "new", "The checkpoint is damaged: "),
