@@ -122,9 +122,10 @@ def parse(
     if unknown:
         raise UsageError(_unknown_option(unknown[0], hints, prog, getattr(default, "config", None)))
     for name, value in vars(options).items():
-        if value == () and f"--{name}" in args:
+        option = "--" + name.replace("_", "-")
+        if value == () and option in args:
             raise UsageError(
-                f"--{name} has no value; name at least one, or set the variable that it comes from."
+                f"{option} has no value; name at least one, or set the variable that it comes from."
             )
     return cast(Options, options)  # tyro types it like `default`, None included
 
