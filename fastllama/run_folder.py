@@ -63,6 +63,10 @@ class RunFolder:
         return self.path / "bad-updates.jsonl"
 
     @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
     def loss_plot(self) -> Path:
         return self.path / "loss.png"
 
@@ -150,10 +154,23 @@ class RunFolder:
                         f"another --run-dir for a new run, or resume with --resume {self.path}."
                     )
 
-    def create(self, config: Config, tokenizer: Path) -> None:
+    def refuse_other_branch(self, origin: Path) -> None:
+        """Raise ValueError if the folder holds a run that did not branch off from `origin`."""
+        if not self.has_checkpoints:
+            return
+        origins = {each.get("branched_from") for each in self._sessions()}
+        if os.path.realpath(origin) not in origins:
+            path = shlex.quote(str(self.path))
+            raise ValueError(
+                f"{self.path} holds a run that did not branch off from {origin}; choose another "
+                f"--run-dir, or resume that run with --resume {path}."
+            )
+
+    def create(self, config: Config, tokenizer: Path, branched_from: Path | None = None) -> None:
         """Write options, tokenizer and environment of a new or resumed run.
 
-        Other options of a start that saved no checkpoint are set aside.
+        `branched_from` is the checkpoint of another run that this one begins with. Other options of
+        a start that saved no checkpoint are set aside.
 
         Raises:
             ValueError: `checkpoints` is not a folder, or a folder has the name of a file.
@@ -164,7 +181,7 @@ class RunFolder:
                 raise ValueError(f"{path} is a folder; move it away.")
         _make_folder(self.checkpoints, "move it away, or mount the disk that it links to")
         write_atomic(self.tokenizer, tokenizer.read_bytes())
-        self._record_session()
+        self._record_session(branched_from)
         if self.exists and not self.has_checkpoints and self.load_config() != config:
             aside = set_aside(self.config)
             report_once(
@@ -174,17 +191,25 @@ class RunFolder:
             )
         write_atomic(self.config, resolved_toml(config))
 
-    def _record_session(self) -> None:
-        path = self.path / "environment.json"
-        sessions: list[dict[str, Any]] = []
-        if os.path.lexists(path):
-            try:
-                sessions = read_json(path, list[dict[str, Any]])
-            except (DamagedFileError, OSError) as error:
-                reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
-                aside = set_aside(path)
-                report_once(str(path), f"Not used: {reason}. It is kept as {aside.name}.")
-        write_atomic(path, json.dumps([*sessions, environment()], indent=2) + "\n")
+    def _record_session(self, branched_from: Path | None) -> None:
+        session = environment()
+        if branched_from is not None:
+            session["branched_from"] = os.path.realpath(branched_from)
+        content = json.dumps([*self._sessions(), session], indent=2)
+        write_atomic(self.environment, content + "\n")
+
+    def _sessions(self) -> list[dict[str, Any]]:
+        """What `environment` returned at each start. A damaged file is set aside."""
+        path = self.environment
+        if not os.path.lexists(path):
+            return []
+        try:
+            return read_json(path, list[dict[str, Any]])
+        except (DamagedFileError, OSError) as error:
+            reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
+            aside = set_aside(path)
+            report_once(str(path), f"Not used: {reason}. It is kept as {aside.name}.")
+            return []
 
 
 def _make_folder(path: Path, remedy: str) -> None:

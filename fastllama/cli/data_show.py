@@ -38,6 +38,7 @@ def run(args: list[str]) -> None:
     if (options.step is None) == (options.position is None):
         raise UsageError("Give one of --step and --position.")
     from fastllama.config import validate
+    from fastllama.config.rules import MAX_INTEGER
     from fastllama.data.dataset import open_dataset
     from fastllama.run_folder import RunFolder
     from fastllama.training.batches import end_position, sequences_seen
@@ -52,14 +53,16 @@ def run(args: list[str]) -> None:
             f"--rank {options.rank} is not among the {options.world_size} ranks from 0 on; give "
             "the number of ranks by --world-size."
         )
+    if options.limit < 0:
+        raise UsageError(f"--limit must be 0 or more, not {options.limit}.")
     per_update = config.positions_per_update
     if options.step is not None:
         step = options.step
         end = end_position(folder, config, step)
     else:
         assert options.position is not None
-        if options.position < 0:
-            raise UsageError(f"--position must be 0 or more, not {options.position}.")
+        if not 0 <= options.position <= MAX_INTEGER:
+            raise UsageError(f"--position must be 0 to {MAX_INTEGER}, not {options.position}.")
         step = options.position // per_update + 1
         end = step * per_update
     dataset = open_dataset(config)

@@ -229,7 +229,9 @@ def _unknown_option(arg: str, hints: dict[str, Any], prog: str, config: Config |
             return problem
         near = difflib.get_close_matches(plain.replace("_", "-"), ["run-dir", "resume"], n=1)
         if plain in RUN_OPTIONS or near:
-            return f"Unknown option {name}; did you mean --{RUN_OPTIONS.get(plain) or near[0]}?"
+            meant = RUN_OPTIONS.get(plain) or near[0]
+            guess = f"did you mean --{meant}?" if meant in hints else f"see {prog} --help."
+            return f"Unknown option {name}; {guess}"
         return f"Unknown option {name}{nearest_key(plain)}"
     near = difflib.get_close_matches(plain.replace("_", "-"), hints, n=1)
     guess = f"; did you mean --{near[0]}?" if near else f"; see {prog} --help."

@@ -25,8 +25,9 @@ class VerifyResumeOptions:
     config: ConfigOptions = field(default_factory=Config)
     steps: int = 20
     """Updates of each training; the schedule is shortened to them."""
-    interrupt_at: int = 10
-    """Kill all processes after this many updates; a fast training may do a few more."""
+    interrupt_at: int | None = None
+    """Kill all processes after this many updates, by default half of them; a fast training may do a
+    few more."""
     processes: int = 1
     """Processes of a training; torchrun starts them if there are several."""
     resume_processes: int | None = None
@@ -42,7 +43,7 @@ def run(args: list[str]) -> None:
 
     plan = Plan(
         steps=options.steps,
-        interrupt_at=options.interrupt_at,
+        interrupt_at=(options.steps // 2 if options.interrupt_at is None else options.interrupt_at),
         processes=options.processes,
         resume_processes=(
             options.processes if options.resume_processes is None else options.resume_processes

@@ -146,7 +146,8 @@ def _validate_ranges(config: Config) -> None:
             group, _, key = name.partition(".")
             value = getattr(getattr(config, group), key)
             if not (math.isfinite(value) and holds(value)):
-                raise ValueError(f"{name} must be {wording}, not {value}.")
+                finite = " and finite" if value == math.inf else ""
+                raise ValueError(f"{name} must be {wording}{finite}, not {value}.")
 
 
 def _validate_sources(data: DataConfig) -> None:
@@ -204,6 +205,10 @@ def _validate_stages(config: Config) -> None:
             ):
                 least = "greater than 0" if option == "theta" else "at least 1"
                 raise ValueError(f"{name}.{option} must be {least}, not {value}.")
+        if stage.start_tokens == 0:
+            raise ValueError(
+                f"{name} has no start_tokens; give the tokens of the run after which it begins."
+            )
         first = config.first_step(stage)
         if first <= before:
             start = "the run" if number == 0 else f"data.stages.{number - 1}"

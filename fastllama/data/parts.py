@@ -98,14 +98,20 @@ def part_of_array(environment: Mapping[str, str]) -> Part | None:
     An array of one task has no parts.
 
     Raises:
-        ValueError: the numbers of the tasks have gaps.
+        ValueError: the numbers of the tasks have gaps, or are no numbers.
     """
     if environment.get("SLURM_ARRAY_TASK_COUNT", "1") == "1":
         return None
-    task, first, last, count, step = (
-        int(environment.get(f"SLURM_ARRAY_TASK_{name}", "1"))
-        for name in ("ID", "MIN", "MAX", "COUNT", "STEP")
-    )
+    numbers = []
+    for name in ("ID", "MIN", "MAX", "COUNT", "STEP"):
+        variable = f"SLURM_ARRAY_TASK_{name}"
+        value = environment.get(variable, "1")
+        if not (value.isascii() and value.isdecimal()):
+            raise ValueError(
+                f"{variable} = {value!r} is no number: unset the SLURM variables, or give --part"
+            )
+        numbers.append(int(value))
+    task, first, last, count, step = numbers
     number, beside = divmod(task - first, step)
     if beside or (last - first) // step + 1 != count:
         raise ValueError(

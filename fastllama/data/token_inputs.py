@@ -375,9 +375,9 @@ def _open_npy(path: Path) -> TokenInput:
             f"{_shown(path)} holds {file.dtype} numbers, not token ids: save an array of integers"
         )
     if len(file.shape) != 1:
-        shape = " x ".join(map(str, file.shape)) or "no dimension"
+        has = f"the shape {' x '.join(map(str, file.shape))}" if file.shape else "no dimension"
         raise ValueError(
-            f"{_shown(path)} has the shape {shape}, and a token stream has one dimension: save "
+            f"{_shown(path)} has {has}, and a token stream has one dimension: save "
             "array.reshape(-1), with the end token after each document"
         )
     found = _whole_tokens(path, file.dtype, len(file.header))

@@ -111,13 +111,29 @@ def require_launcher() -> None:
     """Check that the variables of a launcher are complete, before a training starts.
 
     Raises:
-        ValueError: WORLD_SIZE names several processes, and RANK is missing.
+        ValueError: WORLD_SIZE names several processes, and RANK is missing or not one of them, or
+            nothing says where they meet.
     """
-    if "RANK" not in os.environ and world_size() > 1:
+    size = world_size()
+    if "RANK" not in os.environ:
+        if size > 1:
+            raise ValueError(
+                f"WORLD_SIZE = {size}, but RANK is not set; start with torchrun, or unset "
+                "WORLD_SIZE."
+            )
+        return
+    rank = os.environ["RANK"]
+    if not (rank.isascii() and rank.isdecimal() and int(rank) < size):
         raise ValueError(
-            f"WORLD_SIZE = {world_size()}, but RANK is not set; start with torchrun, or unset "
-            "WORLD_SIZE."
+            f"RANK = {rank!r} is none of the {size} processes of WORLD_SIZE, which count from 0; "
+            "start with torchrun, or unset both."
         )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if size > 1 and not os.environ.get(name):
+            raise ValueError(
+                f"WORLD_SIZE = {size}, but {name} is not set; start with torchrun, or unset RANK "
+                "and WORLD_SIZE."
+            )
 
 
 def nccl_settings() -> str:

@@ -54,6 +54,8 @@ class Plan:
         Raises:
             ValueError: the kill is not inside the training, or a number of processes does not fit.
         """
+        if self.steps < 2:
+            raise ValueError(f"--steps must be at least 2, not {self.steps}.")
         if not 1 <= self.interrupt_at < self.steps:
             raise ValueError(
                 f"--interrupt-at {self.interrupt_at} must be at least 1 and less than --steps "
@@ -127,10 +129,15 @@ def tolerance(config: Config, plan: Plan) -> float:
 
 
 def shortened(config: Config, plan: Plan) -> Config:
-    """`config` for `plan.steps` updates, all logged, with a checkpoint before the kill."""
+    """`config` for `plan.steps` updates, all logged, with a checkpoint before the kill.
+
+    Stages that begin later are left out.
+    """
     per_update = config.training.tokens_per_update
+    stages = [stage for stage in config.data.stages if config.first_step(stage) <= plan.steps]
     return dataclasses.replace(
         config,
+        data=dataclasses.replace(config.data, stages=tuple(stages)),
         optimizer=dataclasses.replace(
             config.optimizer,
             warmup_iterations=min(config.optimizer.warmup_iterations, plan.steps // 2),
@@ -246,7 +253,13 @@ def _run(arguments: list[str], n_processes: int, folder: Path) -> None:
     with _started(arguments, n_processes, folder) as process:
         process.wait()
     if process.returncode:
-        raise TrainingFailedError(_error_message(folder))
+        raise _failure(process.returncode, folder)
+
+
+def _failure(code: int, folder: Path) -> Exception:
+    """What a training that exited with `code` raises here: 2 is a mistake of the user."""
+    message = _error_message(folder)
+    return ValueError(message) if code == 2 else TrainingFailedError(message)
 
 
 def _run_and_kill(arguments: list[str], plan: Plan, run: RunFolder, folder: Path) -> None:
@@ -258,7 +271,7 @@ def _run_and_kill(arguments: list[str], plan: Plan, run: RunFolder, folder: Path
     with _started(arguments, plan.processes, folder) as process:
         while _logged_updates(run) < plan.interrupt_at or not _newest_checkpoint(run):
             if process.poll():
-                raise TrainingFailedError(_error_message(folder))
+                raise _failure(process.returncode, folder)
             if process.returncode == 0:
                 raise TrainingFailedError(
                     f"The training did all {plan.steps} updates before it could be killed after "

@@ -162,6 +162,8 @@ class Start:
     """Newer checkpoints of the run, and why each is not used."""
     weights: InitialWeights | None = None
     """The weights that a new run starts from; None draws them."""
+    branched_from: Path | None = None
+    """The checkpoint of another run that `--resume` names."""
 
 
 def find_start(session: Session, wanted: Path | None = None) -> Start:
@@ -171,12 +173,16 @@ def find_start(session: Session, wanted: Path | None = None) -> Start:
     run branches off from it, once.
 
     Raises:
-        ValueError: every whole checkpoint belongs to another run, or `wanted` or the weights of
-            `training.init_from` cannot be used.
+        ValueError: every whole checkpoint belongs to another run, the folder holds a run that did
+            not branch off from `wanted`, or `wanted` or the weights of `training.init_from` cannot
+            be used.
         OSError: `checkpoint.upload` has a newer one, and the network fails.
     """
     folder, identity = session.run.checkpoints, session.identity
     is_branch = wanted is not None and wanted.parent.resolve() != folder.resolve()
+    origin = wanted if is_branch else None
+    if origin is not None:
+        session.world.from_main(lambda: session.run.refuse_other_branch(origin))
     if session.config.checkpoint.upload and (wanted is None or is_branch):
         fetch_copy(session)
     if wanted is None or (is_branch and session.run.has_checkpoints):
@@ -192,11 +198,11 @@ def find_start(session: Session, wanted: Path | None = None) -> Start:
         weights = None
         if config.training.init_from:
             weights = find_initial_weights(config, session.dataset)
-        return Start(TrainProgress(), None, unusable, weights)
+        return Start(TrainProgress(), None, unusable, weights, origin)
     if not is_branch:
         mend_latest(checkpoint)
     progress = session.world.from_main(lambda: read_progress(checkpoint))
-    return Start(progress, checkpoint, unusable)
+    return Start(progress, checkpoint, unusable, branched_from=origin)
 
 
 def fetch_copy(session: Session) -> None:
@@ -261,7 +267,8 @@ def choose_operators(session: Session) -> tuple[Operators, str]:
 
 def claim_run_folder(session: Session, start: Start) -> None:
     """Write options, tokenizer and environment of this session; set unusable checkpoints aside."""
-    session.run.create(session.given, session.dataset.folder / "tokenizer.json")
+    tokenizer = session.dataset.folder / "tokenizer.json"
+    session.run.create(session.given, tokenizer, start.branched_from)
     if session.config.checkpoint.upload:
         # A mistake, such as a missing permission, is told before the training. Each upload of a
         # checkpoint does this again, so that nothing is lost with a network that fails now.

@@ -15,7 +15,7 @@ from fastllama.config import Config, ModelConfig, validate_values
 from fastllama.data.tokenizer import HUB_NAME, load_tokenizer, vocabulary_size
 from fastllama.model.llama import Llama
 from fastllama.printable import printable
-from fastllama.run_folder import model_identity
+from fastllama.run_folder import RunFolder, model_identity
 from fastllama.typed_json import DamagedFileError, read_json
 from fastllama.weights.hf_weights import LlamaTensors
 from fastllama.weights.llama_layout import (
@@ -129,13 +129,19 @@ def _refuse_source(folder: Path) -> None:
     if folder.is_dir() and os.path.lexists(folder / "config.json"):
         return
     run = locate(folder)[0]
+    if not run.exists:
+        # A file of a run, or its folder of checkpoints.
+        run = RunFolder(folder.parent)
     if run.exists:
         raise ValueError(
             f"{shown} is a run folder of fastllama, or in one, and needs no import: use it with "
             f"fastllama generate {run.path}, or start from it with --training.init-from {run.path}."
         )
     if folder.is_dir():
-        raise ValueError(f"{shown} has no config.json; give the folder of a Llama model.")
+        raise ValueError(
+            f"{shown} has no config.json; give the folder of a Llama model in the format of "
+            "Hugging Face."
+        )
     if os.path.lexists(folder):
         raise ValueError(f"{shown} is not a folder; give the folder with config.json.")
     remedy = "name the folder with config.json"

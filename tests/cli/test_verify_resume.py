@@ -3,10 +3,14 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fastllama.cli import main
+from fastllama.config import load_recipe
+from fastllama.tools.verify_resume import Plan, shortened
 from tests.workspace import Workspace
 
 
@@ -15,6 +19,8 @@ from tests.workspace import Workspace
     [
         ("--interrupt-at 20", "--interrupt-at 20 must be at least 1 and less than --steps 20"),
         ("--interrupt-at 0", "--interrupt-at 0 must be at least 1"),
+        ("--steps 1", "--steps must be at least 2, not 1."),
+        ("--run-dir runs/v", "Unknown option --run-dir; see fastllama verify-resume CONFIG.toml"),
         ("--processes 0", "needs at least 1 process, not 0"),
         ("--resume-processes 3", "is not a multiple of batch_size x max_seq_len x devices"),
         ("--model.n-layer 4", "did you mean model.n_layers?"),
@@ -39,9 +45,21 @@ def test_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:
 def test_failing_training(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["verify-resume", str(workspace.recipe), "--data.path", "nowhere"])
-    assert stop.value.code == 1
+    # As for `train`: a mistake of the user, and no broken resume.
+    assert stop.value.code == 2
     assert "A training failed: " in (error := capsys.readouterr().err)
     assert "nowhere does not exist" in error
+
+
+def test_stages_that_begin_later_are_left_out() -> None:
+    config = load_recipe(Path("configs/llama-1b-anneal.toml"))
+    assert [config.first_step(stage) > 20 for stage in config.data.stages] == [True]
+    plan = Plan(steps=20, interrupt_at=10, processes=1, resume_processes=1)
+    short = shortened(config, plan)
+    assert short.data.stages == ()
+    plan.validate(short)
+    longer = replace(plan, steps=config.n_updates)
+    assert shortened(config, longer).data.stages == config.data.stages
 
 
 # The command around what test_killed_run_resumes_bit_identically shows in `make test`.

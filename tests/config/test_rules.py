@@ -236,7 +236,11 @@ def mixed(**options: Any) -> Config:
         ({"sources": (DataSource("a\0"),)}, r"data\.sources\.0\.path = .* contains a NUL"),
         (
             {"stages": (Stage(),)},
-            r"stages\.0\.start_tokens = 0 is not after the first update",
+            r"stages\.0 has no start_tokens; give the tokens",
+        ),
+        (
+            {"stages": (Stage(-1),)},
+            r"stages\.0\.start_tokens = -1 is not after the first update of the run",
         ),
         (
             {"stages": (Stage(2**19), Stage(2**19))},

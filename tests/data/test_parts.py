@@ -83,3 +83,10 @@ def test_array_with_gaps(changes: dict[str, str]) -> None:
     values = ARRAY | changes
     with pytest.raises(ValueError, match=r"from 3 to 7, which leave open .* or give --part"):
         part_of_array({f"SLURM_ARRAY_TASK_{name}": values[name] for name in values})
+
+
+@pytest.mark.parametrize("value", ["x", "", "-1"])
+def test_array_without_a_number(value: str) -> None:
+    values = {f"SLURM_ARRAY_TASK_{name}": ARRAY[name] for name in ARRAY}
+    with pytest.raises(ValueError, match=f"SLURM_ARRAY_TASK_ID = '{value}' is no number: unset"):
+        part_of_array(values | {"SLURM_ARRAY_TASK_ID": value})

@@ -83,7 +83,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: np.save(f / "a.npy", np.ones((4, 3), "<u2")),
         r"has the shape 4 x 3, and a token stream has one dimension: save array\.reshape\(-1\)",
     ),
-    "scalar": (lambda f: np.save(f / "a.npy", np.uint16(4)), "has the shape no dimension"),
+    "scalar": (
+        lambda f: np.save(f / "a.npy", np.uint16(4)),
+        "has no dimension, and a token stream",
+    ),
     "questions of llm.c": (
         lambda f: write_llm_c(f / "a", DOCUMENTS, magic=20240522),
         "holds multiple-choice questions of llm.c",

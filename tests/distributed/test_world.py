@@ -200,3 +200,24 @@ def test_world_size_without_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="WORLD_SIZE = 3, but RANK is not set"):
         require_launcher()
+
+
+@pytest.mark.parametrize("rank", ["3", "-1", "x", ""])
+def test_rank_that_no_launcher_gives(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It would wait for the others until the timeout.
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(ValueError, match=f"RANK = '{rank}' is none of the 3 processes"):
+        require_launcher()
+
+
+@pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT"])
+def test_ranks_without_a_place_to_meet(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(variable, "29500")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")
+    require_launcher()
+    monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match=f"WORLD_SIZE = 3, but {name} is not set"):
+        require_launcher()

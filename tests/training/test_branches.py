@@ -81,6 +81,23 @@ def test_branch_leaves_its_run_as_it_is(
     assert content(run) == before
 
 
+def test_branch_goes_on_only_from_its_origin(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    branch, longer = tmp_path / "branch", ["--training.training-tokens", 12 * 256]
+    origin, other = (run / "checkpoints" / name for name in (STEP_5, STEP_10))
+    train("--resume", origin, "--run-dir", branch)
+    before = content(branch)
+    message = refusal(capsys, "--resume", other, "--run-dir", branch, *longer)
+    assert f"{branch} holds a run that did not branch off from {other}; choose another" in message
+    assert f"or resume that run with --resume {branch}." in message
+    message = refusal(capsys, "--resume", branch / "checkpoints" / STEP_10, "--run-dir", run)
+    assert f"{run} holds a run that did not branch off from {branch}" in message
+    assert content(branch) == before
+    train("--resume", origin, "--run-dir", branch, *longer)
+    assert "resuming after update 10 of 12" in capsys.readouterr().out
+
+
 def test_latest_is_the_newest_checkpoint(run: Path, tmp_path: Path) -> None:
     branch, longer = tmp_path / "branch", ["--training.training-tokens", 12 * 256]
     train("--resume", run / "checkpoints" / "latest", "--run-dir", branch, *longer)

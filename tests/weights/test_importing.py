@@ -469,7 +469,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "max_position_embeddings": (2**62, "max_position_embeddings = 4611686018427387904, more than"),
     "rms_norm_eps": (float("nan"), "model.eps must be greater than 0, not nan"),
     "tie_word_embeddings": ("no", "tie_word_embeddings: input should be a valid boolean"),
-    "rope_theta": (float("inf"), "model.theta must be greater than 0, not inf"),
+    "rope_theta": (float("inf"), "model.theta must be greater than 0 and finite, not inf"),
     "rope_scaling": ({"type": "linear", "factor": 2.0}, 'rotary embeddings of type "linear"'),
     "rope_parameters": ({"rope_type": "yarn"}, 'rotary embeddings of type "yarn"'),
     "rope_scaling.factor": (LLAMA_3_SCALING | {"factor": None}, "llama3 without all of factor"),
