@@ -8,15 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import Library
 
 OPERATORS = (
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_cudnn_attention_backward",
 )
-_ATEN = Library("aten", "IMPL")
+_ATEN = library.Library("aten", "IMPL")
 
 
 def replace_operators() -> None:
