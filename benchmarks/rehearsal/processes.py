@@ -34,7 +34,9 @@ def rehearse(case: Case, *, libraries: Path, folder: Path) -> Rehearsed:
         "OMP_NUM_THREADS": "1",
     }
     if case.ranks > 1:
+        # As torchrun sets them; the null device meets nobody.
         variables |= {"RANK": "0", "WORLD_SIZE": str(case.ranks), "LOCAL_RANK": "0"}
+        variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     command = [sys.executable, "-m", "benchmarks.rehearsal.step", json.dumps(asdict(case))]
     done = subprocess.run(
         [*command, str(files)],
