@@ -126,6 +126,8 @@ def test_weights_that_do_not_fit_are_refused(
         (damaged,): f"{damaged} has no whole checkpoint: ",
         (damaged / "checkpoints" / STEP_5,): "The checkpoint is damaged: ",
         (bare,): f"{bare} has no checkpoint yet; train on, or wait for the first.",
+        (source / "checkpoints",): f"or start from it with --training.init-from {source}.",
+        (source / "config.toml",): f"or start from it with --training.init-from {source}.",
         (tmp_path,): f"training.init_from: {tmp_path} has no config.json",
         (tmp_path / "gone",): f"training.init_from: There is no folder {tmp_path / 'gone'}",
     }
