@@ -7,6 +7,7 @@ What saves calls:
   each row, rms_norm(x) W^T = (x / scale) (sqrt(D) w W)^T = (x (sqrt(D) w W)^T) / scale.
 - Elements j and K/2 + j of a query or key become neighbours: a complex number, which a product with
   cos + i sin rotates. Products of queries and keys do not depend on the order of the elements.
+  One product rotates queries, keys and values; the factors of values are 1.
 - The last matmul of a branch adds to the residual stream.
 
 Shapes as in `fastllama.model.llama`. X counts heads.
@@ -29,13 +30,36 @@ def pack_model(model: Llama) -> None:
     projections = [module for module in model.modules() if isinstance(module, Linear)]
     if not all(can_pack(projection.weight) for projection in projections):
         return
-    rotation_P1R = torch.complex(model.cos_PR, model.sin_PR).unsqueeze(1)
+    rotation = Rotation(model)
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        model.blocks[layer] = PackedBlock(block, rotation_P1R)
+        model.blocks[layer] = PackedBlock(block, rotation)
     packed = pack_weight(_with_norm(model.norm, model.output))
     model.output.weight = nn.Parameter(packed, requires_grad=False)
     model.norm = PackedNorm(model.norm)  # type: ignore[assignment]
+
+
+class Rotation:
+    """Factors that rotate packed queries, keys and values, the same for all blocks."""
+
+    def __init__(self, model: Llama) -> None:
+        """Keep cos + i sin of every position and rotary pair."""
+        config = model.config
+        self._factors_P1R = torch.complex(model.cos_PR, model.sin_PR).unsqueeze(1)
+        self._n_rotated, self._n_values = config.n_heads + config.kv_heads, config.kv_heads
+        self._positions: range | None = None
+
+    def rows(self, start: int, n_new: int) -> Tensor:
+        """The factors of `n_new` positions from `start`, (T, E / 2) complex64."""
+        positions = range(start, start + n_new)
+        # Not of the whole context: they could take gigabytes.
+        if positions != self._positions:
+            factors_T1R = self._factors_P1R.narrow(0, start, n_new)
+            rotated_TXR = factors_T1R.expand(-1, self._n_rotated, -1)
+            values_TXR = torch.ones_like(factors_T1R).expand(-1, self._n_values, -1)
+            self._positions = positions
+            self._rows_TE = torch.cat((rotated_TXR, values_TXR), dim=1).flatten(1)
+        return self._rows_TE
 
 
 class PackedNorm(nn.Module):
@@ -62,19 +86,19 @@ class PackedNorm(nn.Module):
 class PackedBlock(nn.Module):
     """Takes the place of a `Block` in evaluation mode."""
 
-    def __init__(self, block: Block, rotation_P1R: Tensor) -> None:
-        """Copy the weights of `block`; `rotation` is cos + i sin of every position, complex64."""
+    def __init__(self, block: Block, rotation: Rotation) -> None:
+        """Copy the weights of `block`."""
         super().__init__()
         attention, mlp = block.attention, block.mlp
         self.heads = attention.n_heads, 2 * attention.n_kv_heads
-        self.n_rotated = attention.n_heads + attention.n_kv_heads
         self.layer = attention.layer
         self.attention = attention.operators.attention
         self.dtype = attention.qkv.weight.dtype
-        self.rotation_P1R = rotation_P1R
+        self.rotation = rotation
         self.attention_norm, self.mlp_norm = PackedNorm(attention.norm), PackedNorm(mlp.norm)
         qkv_ED = _with_norm(attention.norm, attention.qkv)
-        self.qkv = pack_weight(_with_neighbours(qkv_ED, self.n_rotated, sum(self.heads)))
+        n_rotated = attention.n_heads + attention.n_kv_heads
+        self.qkv = pack_weight(_with_neighbours(qkv_ED, n_rotated, sum(self.heads)))
         self.output = pack_weight(attention.output.weight)
         self.gate_up = pack_weight(_with_norm(mlp.norm, mlp.gate_up))
         self.down = pack_weight(mlp.down.weight)
@@ -97,8 +121,7 @@ class PackedBlock(nn.Module):
         by_head = batch_size, n_new, self.heads[0] + self.heads[1], -1
         start = 0 if cache is None else cache.length
         qkv_BTE = linear(x_BTD, self.qkv).float().div_(self.attention_norm.scale(x_BTD.float()))
-        pairs_BTXR = qkv_BTE.view(torch.complex64).view(by_head).narrow(2, 0, self.n_rotated)
-        pairs_BTXR.mul_(self.rotation_P1R.narrow(0, start, n_new))
+        qkv_BTE.view(torch.complex64).mul_(self.rotation.rows(start, n_new))
         # `Tensor.split` is a function in Python, which takes three times as long.
         q_BTHK, kv_BSXK = qkv_BTE.view(by_head).split_with_sizes(self.heads, 2)
         if cache is not None:
