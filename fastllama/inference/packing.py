@@ -72,8 +72,8 @@ class PackedNorm(nn.Module):
         self.root = torch.tensor((norm.weight.numel() * norm.eps) ** 0.5)
 
     def scale(self, x_BTD: Tensor) -> Tensor:
-        """sqrt(D (mean(x^2) + eps)) of each row of `x`, which is float32: (B, T, 1) float32."""
-        norm_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
+        """sqrt(D (mean(x^2) + eps)) of each row of `x`, (B, T, 1) float32."""
+        norm_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
         return torch.hypot(norm_BT1, self.root)
 
     def forward(self, x_BTD: Tensor, stream_BTD: None = None) -> Tensor:
@@ -120,7 +120,7 @@ class PackedBlock(nn.Module):
         batch_size, n_new, _ = x_BTD.shape
         by_head = batch_size, n_new, self.heads[0] + self.heads[1], -1
         start = 0 if cache is None else cache.length
-        qkv_BTE = linear(x_BTD, self.qkv).float().div_(self.attention_norm.scale(x_BTD.float()))
+        qkv_BTE = linear(x_BTD, self.qkv).float().div_(self.attention_norm.scale(x_BTD))
         qkv_BTE.view(torch.complex64).mul_(self.rotation.rows(start, n_new))
         # `Tensor.split` is a function in Python, which takes three times as long.
         q_BTHK, kv_BSXK = qkv_BTE.view(by_head).split_with_sizes(self.heads, 2)
