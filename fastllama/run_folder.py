@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -166,11 +166,18 @@ class RunFolder:
                 f"--run-dir, or resume that run with --resume {path}."
             )
 
-    def create(self, config: Config, tokenizer: Path, branched_from: Path | None = None) -> None:
+    def create(
+        self,
+        config: Config,
+        tokenizer: Path,
+        branched_from: Path | None = None,
+        chosen: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write options, tokenizer and environment of a new or resumed run.
 
-        `branched_from` is the checkpoint of another run that this one begins with. Other options of
-        a start that saved no checkpoint are set aside.
+        `branched_from` is the checkpoint of another run that this one begins with. `chosen` has
+        the values of options that are "auto"; those of a resumed run that differ from before are
+        reported on stderr. Other options of a start that saved no checkpoint are set aside.
 
         Raises:
             ValueError: `checkpoints` is not a folder, or a folder has the name of a file.
@@ -181,7 +188,7 @@ class RunFolder:
                 raise ValueError(f"{path} is a folder; move it away.")
         _make_folder(self.checkpoints, "move it away, or mount the disk that it links to")
         write_atomic(self.tokenizer, tokenizer.read_bytes())
-        self._record_session(branched_from)
+        self._record_session(branched_from, chosen or {})
         if self.exists and not self.has_checkpoints and self.load_config() != config:
             aside = set_aside(self.config)
             report_once(
@@ -191,12 +198,27 @@ class RunFolder:
             )
         write_atomic(self.config, resolved_toml(config))
 
-    def _record_session(self, branched_from: Path | None) -> None:
-        session = environment()
+    def _record_session(self, branched_from: Path | None, chosen: Mapping[str, Any]) -> None:
+        sessions, session = self._sessions(), environment()
         if branched_from is not None:
             session["branched_from"] = os.path.realpath(branched_from)
-        content = json.dumps([*self._sessions(), session], indent=2)
+        session["chosen"] = dict(chosen)
+        before = sessions[-1].get("chosen") if sessions else None
+        if self.has_checkpoints and isinstance(before, dict):
+            self._report_other_choices(before, chosen)
+        content = json.dumps([*sessions, session], indent=2)
         write_atomic(self.environment, content + "\n")
+
+    def _report_other_choices(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        for name in sorted(before.keys() & now.keys()):
+            old, new = (str(each[name]).lower() for each in (before, now))
+            if old != new:
+                flag = f"--{name.replace('_', '-')} {old}"
+                report_once(
+                    f"{self.path} {name}",
+                    f'{self.path}: {name} = "auto" is {new} here and was {old} before, so the '
+                    f"numbers will differ slightly; {flag} keeps it.",
+                )
 
     def _sessions(self) -> list[dict[str, Any]]:
         """What `environment` returned at each start. A damaged file is set aside."""

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -193,4 +194,45 @@ def test_environment_keeps_all_sessions(
     run.create(Config(), run.tokenizer)
     sessions = json.loads((tmp_path / "environment.json").read_bytes())
     assert [session["command"][1:] for session in sessions] == [["fastllama", "caf\\xe9.toml"]] * 2
+    assert capsys.readouterr().err == ""
+
+
+AUTO = {"training.dtype": "bfloat16", "training.compile": True}
+
+
+@pytest.mark.parametrize(
+    ("now", "reported"),
+    [
+        (AUTO, []),
+        ({"training.compile": True}, []),
+        (
+            {"training.dtype": "float32", "training.compile": False},
+            [
+                'training.compile = "auto" is false here and was true before, so the numbers will '
+                "differ slightly; --training.compile true keeps it.",
+                'training.dtype = "auto" is float32 here and was bfloat16 before, so the numbers '
+                "will differ slightly; --training.dtype bfloat16 keeps it.",
+            ],
+        ),
+    ],
+    ids=["same", "given", "other"],
+)
+@pytest.mark.parametrize("saved", [True, False])
+def test_other_choices_of_auto_are_reported(
+    now: dict[str, Any],
+    reported: list[str],
+    saved: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = started(tmp_path)
+    if saved:
+        (run.checkpoints / "step-00000001").mkdir()
+    run.create(Config(), run.tokenizer, chosen=AUTO)
+    run.create(Config(), run.tokenizer, chosen=now)
+    lines = [f"{tmp_path}: {sentence}" for sentence in reported] if saved else []
+    assert capsys.readouterr().err.splitlines() == lines
+    # A session of an older version has recorded no choices.
+    run.create(Config(), run.tokenizer)
+    run.create(Config(), run.tokenizer, chosen=now)
     assert capsys.readouterr().err == ""

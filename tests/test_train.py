@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from fastllama.training import computation
 from tests.runs import losses, rows, train, train_in_child
 from tests.workspace import Workspace
 
@@ -105,6 +106,23 @@ def test_resume_with_other_micro_batches_and_more_tokens(
     for step, loss in expected.items():
         # Other micro-batches sum the same float32 terms in another order.
         assert float(found[step]) == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_resume_in_another_dtype_is_reported(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, auto = tmp_path / "run", ["--training.dtype", "auto", "--optimizer.schedule", "constant"]
+    for dtype, updates in (("float32", 6), ("bfloat16", 7)):
+        monkeypatch.setattr(computation, "faster_dtype", lambda device, dtype=dtype: dtype)
+        start = ["--resume", run] if updates > 6 else [workspace.recipe, "--run-dir", run, *auto]
+        train(*start, "--training.training-tokens", updates * 256)
+    assert capsys.readouterr().err.splitlines() == [
+        f'{run}: training.dtype = "auto" is bfloat16 here and was float32 before, so the numbers '
+        "will differ slightly; --training.dtype float32 keeps it."
+    ]
 
 
 def test_two_ranks_train_the_same_model(workspace: Workspace, tmp_path: Path) -> None:

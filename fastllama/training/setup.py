@@ -268,7 +268,13 @@ def choose_operators(session: Session) -> tuple[Operators, str]:
 def claim_run_folder(session: Session, start: Start) -> None:
     """Write options, tokenizer and environment of this session; set unusable checkpoints aside."""
     tokenizer = session.dataset.folder / "tokenizer.json"
-    session.run.create(session.given, tokenizer, start.branched_from)
+    given, resolved = session.given.training, session.config.training
+    chosen = {
+        f"training.{name}": getattr(resolved, name)
+        for name in ("dtype", "compile")
+        if getattr(given, name) == "auto"
+    }
+    session.run.create(session.given, tokenizer, start.branched_from, chosen)
     if session.config.checkpoint.upload:
         # A mistake, such as a missing permission, is told before the training. Each upload of a
         # checkpoint does this again, so that nothing is lost with a network that fails now.
