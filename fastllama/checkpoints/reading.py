@@ -224,6 +224,13 @@ def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
         if trained != value:
             if name == "data.fingerprint":
                 return _difference_of_data(path, str(trained), str(value))
+            if name == "data.stages":
+                name += " (start_tokens, max_seq_len, theta)"
+            if name == "data.weights":
+                name = "weights of data.sources"
+                trained, value = (
+                    ", then ".join(str(weights) for _, weights in each) for each in (trained, value)
+                )
             now = one_line(value, 100)
             return f"{path} was trained with {name} = {one_line(trained, 100)}, not {now}"
     return None

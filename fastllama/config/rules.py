@@ -98,6 +98,8 @@ _AT_LEAST_ONE = (
     "logging.sample_tokens",
     "model.rope_scaling_factor",
 )
+MINUTES_OF_A_YEAR = 525_600
+"""PyTorch counts the time that a collective may wait in nanoseconds of 64 bits."""
 _POSITIVE = (
     "model.ffn_multiplier",
     "model.eps",
@@ -148,6 +150,11 @@ def _validate_ranges(config: Config) -> None:
             if not (math.isfinite(value) and holds(value)):
                 finite = " and finite" if value == math.inf else ""
                 raise ValueError(f"{name} must be {wording}{finite}, not {value}.")
+    if config.parallel.timeout_minutes > MINUTES_OF_A_YEAR:
+        raise ValueError(
+            f"parallel.timeout_minutes must be at most {MINUTES_OF_A_YEAR}, a year, not "
+            f"{config.parallel.timeout_minutes}."
+        )
 
 
 def _validate_sources(data: DataConfig) -> None:

@@ -89,8 +89,10 @@ def _open_regular(path: Path) -> io.FileIO:
 def _parse_header(start: bytes) -> tuple[bytes, np.dtype, tuple[int, ...]]:
     """The header that `start` begins with, and the dtype and shape in it."""
     match = HEADER.match(start)
-    if match is None or int.from_bytes(match["length"], "little") != match.end() - 10:
+    if not start.startswith(b"\x93NUMPY"):
         raise ValueError("no header of a NumPy array")
+    if match is None or int.from_bytes(match["length"], "little") != match.end() - 10:
+        raise ValueError("its header is damaged, or not that of numbers in C order")
     try:
         dtype = np.dtype(match["dtype"].decode())
     except TypeError:

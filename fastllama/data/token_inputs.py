@@ -368,7 +368,8 @@ def _open_npy(path: Path) -> TokenInput:
         file = TokenFile(path)
     except ValueError as error:
         raise ValueError(
-            f"{_shown(path)} is no .npy array ({error}): write it again with numpy.save"
+            f"{_shown(path)} is no .npy array of token ids ({error}): write it again with "
+            "numpy.save"
         ) from None
     if file.dtype.kind not in "iu":
         raise ValueError(

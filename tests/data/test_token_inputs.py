@@ -78,6 +78,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty raw file": (lambda f: (f / "a.bin").touch(), r"a\.bin holds no tokens: leave it out"),
     "empty array": (lambda f: np.save(f / "a.npy", np.empty(0, "<u2")), r"a\.npy holds no tokens"),
     "no array": (lambda f: (f / "a.npy").write_bytes(b"tokens"), r"a\.npy is no \.npy array"),
+    "strings": (
+        lambda f: np.save(f / "a.npy", np.array(["some", "words"])),
+        r"a\.npy is no \.npy array of token ids \(its header is .*not that of numbers in C order\)",
+    ),
     "floats": (lambda f: np.save(f / "a.npy", np.ones(4)), "holds float64 numbers, not token ids"),
     "2-D array": (
         lambda f: np.save(f / "a.npy", np.ones((4, 3), "<u2")),

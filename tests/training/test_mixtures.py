@@ -160,10 +160,10 @@ def test_another_mixture_does_not_resume(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for option, named in (
-        (("--data.sources.0.weight", 4), "data.weights = [[0, [3, 1]], [32, [1, 9]]], not [[0, [4"),
+        (("--data.sources.0.weight", 4), "weights of data.sources = [3, 1], then [1, 9], not [4"),
         (
             ("--data.stages.0.theta", 100.0),
-            "data.stages = [[1000, 64, 500000.0], [2048, 64, ",
+            "data.stages (start_tokens, max_seq_len, theta) = [[1000, 64, 500000.0], [2048, 64, ",
         ),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -368,7 +368,10 @@ def test_a_run_with_stages_does_not_resume_without_them(
     with pytest.raises(SystemExit) as stop:
         train("--resume", run, "--training.training-tokens", 2816)
     assert stop.value.code == 2
-    assert "was trained with data.stages = [[1000, 64, " in capsys.readouterr().err
+    assert (
+        "was trained with data.stages (start_tokens, max_seq_len, theta) = [[1000, 64, "
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow  # A training.
