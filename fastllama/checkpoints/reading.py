@@ -229,7 +229,8 @@ def find_difference(path: Path, identity: dict[str, Any]) -> str | None:
             if name == "data.weights":
                 name = "weights of data.sources"
                 trained, value = (
-                    ", then ".join(str(weights) for _, weights in each) for each in (trained or (), value)
+                    ", then ".join(str(weights) for _, weights in each)
+                    for each in (trained or (), value)
                 )
             now = one_line(value, 100)
             return f"{path} was trained with {name} = {one_line(trained, 100)}, not {now}"
