@@ -97,6 +97,8 @@ class RunFolder:
         """The rest of a sentence about a folder that holds no run."""
         if not os.path.lexists(self.path):
             return "it does not exist; see the folder runs"
+        if RunFolder(self.path.parent).exists:
+            return f"it is inside of one; give {self.path.parent}"
         if (self.path / "config.json").is_file():
             imported = f"fastllama import {shlex.quote(str(self.path))} --output runs/NAME"
             return f"it is a model of Hugging Face's; make a run of it with {imported}"
@@ -171,13 +173,15 @@ class RunFolder:
         config: Config,
         tokenizer: Path,
         branched_from: Path | None = None,
+        resumed_from: str | None = None,
         chosen: Mapping[str, Any] | None = None,
     ) -> None:
         """Write options, tokenizer and environment of a new or resumed run.
 
-        `branched_from` is the checkpoint of another run that this one begins with. `chosen` has
-        the values of options that are "auto"; those of a resumed run that differ from before are
-        reported on stderr. Other options of a start that saved no checkpoint are set aside.
+        `branched_from` is the checkpoint of another run that this one begins with, `resumed_from`
+        the name of one of its own that it was told to resume from. `chosen` has the values of
+        options that are "auto"; those of a resumed run that differ from before are reported on
+        stderr. Other options of a start that saved no checkpoint are set aside.
 
         Raises:
             ValueError: `checkpoints` is not a folder, or a folder has the name of a file.
@@ -188,7 +192,7 @@ class RunFolder:
                 raise ValueError(f"{path} is a folder; move it away.")
         _make_folder(self.checkpoints, "move it away, or mount the disk that it links to")
         write_atomic(self.tokenizer, tokenizer.read_bytes())
-        self._record_session(branched_from, chosen or {})
+        self._record_session(branched_from, resumed_from, chosen or {})
         if self.exists and not self.has_checkpoints and self.load_config() != config:
             aside = set_aside(self.config)
             report_once(
@@ -198,10 +202,20 @@ class RunFolder:
             )
         write_atomic(self.config, resolved_toml(config))
 
-    def _record_session(self, branched_from: Path | None, chosen: Mapping[str, Any]) -> None:
+    def resumed_alike(self, checkpoint: str, config: Config) -> bool:
+        """Whether the last session resumed from this checkpoint of the run, with these options."""
+        if not self.exists or self.load_config() != config:
+            return False
+        return [each.get("resumed_from") for each in self._sessions()][-1:] == [checkpoint]
+
+    def _record_session(
+        self, branched_from: Path | None, resumed_from: str | None, chosen: Mapping[str, Any]
+    ) -> None:
         sessions, session = self._sessions(), environment()
         if branched_from is not None:
             session["branched_from"] = os.path.realpath(branched_from)
+        if resumed_from is not None:
+            session["resumed_from"] = resumed_from
         session["chosen"] = dict(chosen)
         before = sessions[-1].get("chosen") if sessions else None
         if self.has_checkpoints and isinstance(before, dict):

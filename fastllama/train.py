@@ -222,7 +222,10 @@ def train(
         if step >= n_updates:
             if not run.exists:  # Its last checkpoint has come from `checkpoint.upload` just now.
                 session.world.from_main(lambda: claim_run_folder(session, start))
-            console.print(f"{run.path} has done all of its {n_updates} updates.")
+            done = f"all of its {n_updates} updates"
+            if step > n_updates:
+                done = f"{step} updates, more than the {n_updates} of training.training_tokens"
+            console.print(f"{run.path} has done {done}.")
             return True
         operators = start_run(session, start)
         state = None

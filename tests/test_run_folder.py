@@ -25,11 +25,13 @@ def nothing_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("gone", "it does not exist"),
         ("some/folder", "it does not exist"),
-        ("config.toml", "it has no config.toml"),
+        ("config.toml", "it is inside of one; give .*"),
+        ("checkpoints", "it is inside of one; give .*"),
     ],
 )
 def test_error_for_another_folder(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "config.toml").touch()
+    (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match=f"{name} is not a run folder: {reason}"):
         RunFolder(tmp_path / name).load_config()
 

@@ -170,7 +170,11 @@ class CheckpointWriter:
                     remove_files(aside)
             reason = error.strerror or error
             self.failure = f"The checkpoint {final} could not be written: {reason}"
-            self._report(f"{self.failure}; training continues, and the next one is due as planned.")
+            # After the last update, `wait` raises it.
+            if progress.step < self._config.n_updates:
+                self._report(
+                    f"{self.failure}; training continues, and the next one is due as planned."
+                )
         except Exception as error:  # handed to the training thread, which raises it
             self._error = error
 

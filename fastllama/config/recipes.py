@@ -107,8 +107,12 @@ def _group_from_dict(
             raise ValueError(f"{source}: {unknown_key(key, group_name)}")
         converted[key] = _from_toml(value, hints[key], f"{group_name}.{key}", source)
         if not has_type(converted[key], hints[key]):
+            remedy = ""
+            if value in ("true", "false") and has_type(value == "true", hints[key]):
+                remedy = "; write it without quotes"
             raise ValueError(
-                f"{source}: {group_name}.{key} must be {_type_name(hints[key])}, not {value!r}."
+                f"{source}: {group_name}.{key} must be {_type_name(hints[key])}, not {value!r}"
+                f"{remedy}."
             )
     return group(**converted)
 

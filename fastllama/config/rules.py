@@ -214,7 +214,8 @@ def _validate_stages(config: Config) -> None:
                 raise ValueError(f"{name}.{option} must be {least}, not {value}.")
         if stage.start_tokens == 0:
             raise ValueError(
-                f"{name} has no start_tokens; give the tokens of the run after which it begins."
+                f"{name}.start_tokens is 0 or missing; give the tokens of the run after which the "
+                "stage begins."
             )
         first = config.first_step(stage)
         if first <= before:

@@ -191,6 +191,12 @@ def _import_into(output: Path, job: _Job, console: Console) -> Manifest:
     check_inputs(job.files("train"), record.inputs)
     check_inputs(job.files("validation"), record.validation_inputs or ())
     if not progress.splits["train"].tokens:
+        if not progress.documents:
+            raise ValueError(
+                "the token files hold no end token, so all tokens are one document, which was held "
+                "out for validation: name the token that ends a document with --end-token, or "
+                f"leave out --validation-fraction {job.validation_fraction}"
+            )
         raise ValueError(
             f"all documents ({progress.documents:,}) were held out for validation, and none is "
             f"left to train on: lower --validation-fraction {job.validation_fraction}"

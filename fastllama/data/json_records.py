@@ -31,6 +31,8 @@ _ONE_LINE_REMEDY = "; a value must fill one line: end the name in .json, or use 
 _MANY_VALUES_REMEDY = "; a line must hold one value: use `jq -c .`"
 _COMMA_REMEDY = "; remove the comma after each value, as with `sed 's/,[[:space:]]*$//'`"
 _SEPARATORS = re.compile(r"[\s,]*")
+# Python refuses integers of more than 4,300 digits, but no float.
+_ANY_NUMBER = json.JSONDecoder(parse_int=float)
 
 
 def read_json_lines(
@@ -106,7 +108,7 @@ def _parse_line(line: bytes, field: str) -> str | NoText:
     if len(line) > LONG_RECORD_BYTES:
         return _parse_long_line(line, field)
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = _loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return NoText(f"not UTF-8 at byte {error.start}{OTHER_ENCODING}")
     except RecursionError:
@@ -116,6 +118,15 @@ def _parse_line(line: bytes, field: str) -> str | NoText:
     if isinstance(record, list):
         return NoText(f"an array, not a JSON object{_ARRAY_REMEDY}")
     return _text_of(record, field)
+
+
+def _loads(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return _ANY_NUMBER.decode(text)
 
 
 def _remedy(line: bytes, error: ValueError) -> str:
@@ -181,7 +192,12 @@ def _read_values(
             in_array, at = not in_array, at + 1
             continue
         try:
-            value, end = decoder.raw_decode(text, at)
+            try:
+                value, end = decoder.raw_decode(text, at)
+            except ValueError as error:
+                if isinstance(error, json.JSONDecodeError):
+                    raise
+                value, end = _ANY_NUMBER.raw_decode(text, at)
         except RecursionError:
             raise DamagedInputError("a record is nested too deeply") from None
         except ValueError as error:

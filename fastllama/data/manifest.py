@@ -89,7 +89,12 @@ class Manifest:
         if folder.is_file():
             raise ValueError(f"{folder} is a file: name the folder that fastllama prepare wrote")
         if not folder.is_dir():
-            raise ValueError(f"data folder {folder} does not exist: make it with fastllama prepare")
+            remedy = ":"
+            if not folder.is_absolute():
+                remedy = f" in {Path.cwd()}: give its whole path, to a run with --data.path, or"
+            raise ValueError(
+                f"data folder {folder} does not exist{remedy} make it with fastllama prepare"
+            )
         path = folder / MANIFEST_FILE
         if not path.is_file():
             if parts_in(folder):

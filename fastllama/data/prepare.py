@@ -213,7 +213,6 @@ def _encode(
     """Append all remaining documents. Record progress every `COMMIT_SECONDS` and at the end."""
     sizes = [size for _, size, _ in job.inputs]
     encoder = Encoder(job.tokenizer, job.end_token_id)
-    forced_cuts = 0
     started = committed = time.monotonic()
     tokens_before = progress.tokens
     accounting = Accounting(console.print, progress.read)
@@ -244,7 +243,7 @@ def _encode(
                 raise ValueError(f"{lost_text(progress.text_loss)}; or leave out --strict")
             documents = list(accounting.documents(batch))
             _append(documents, encoded.ids, job.validation_fraction, writers)
-            forced_cuts += encoded.forced_cuts
+            progress.forced_cuts += encoded.forced_cuts
             progress.position = batch[-1].next
             now = time.monotonic()
             # Before the first document there is nothing to lose. `read_documents` reports an input
@@ -262,8 +261,8 @@ def _encode(
     _commit(output, progress, writers)
     for line in accounting.summary(job.files):
         console.print(line)
-    if forced_cuts:
-        console.print(cut_words(forced_cuts))
+    if progress.forced_cuts:
+        console.print(cut_words(progress.forced_cuts))
 
 
 def _commit(output: Path, progress: PrepareProgress, writers: dict[str, SplitWriter]) -> None:

@@ -100,7 +100,10 @@ class JobRecord:
 
 @dataclass
 class PrepareProgress:
-    """The shards hold all documents before `position`. `read` counts the records."""
+    """The shards hold all documents before `position`. `read` counts the records.
+
+    `forced_cuts` counts the cuts inside words that are too long to be encoded in one piece.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -108,6 +111,7 @@ class PrepareProgress:
     position: Position = START
     read: ReadCounts = dataclasses.field(default_factory=ReadCounts)
     text_loss: TextLoss = dataclasses.field(default_factory=TextLoss)
+    forced_cuts: int = 0
     splits: dict[SplitName, SplitProgress] = dataclasses.field(
         default_factory=lambda: {name: SplitProgress() for name in SPLITS}
     )

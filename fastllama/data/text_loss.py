@@ -35,9 +35,14 @@ class TextLoss:
         """Count a text and the characters that its decoded token ids lack."""
         self.characters += len(text)
         # Some tokenizers put a space before a text, others drop the first one.
-        if text.removeprefix(" ") == decoded.removeprefix(" "):
+        if not {text, text.removeprefix(" ")}.isdisjoint({decoded, decoded.removeprefix(" ")}):
             return
-        lost = Counter(_composed(text)) - Counter(_composed(decoded))
+        before, after = _characters(text), _characters(decoded)
+        if text.startswith(" "):
+            before[" "] -= 1
+        elif decoded.startswith(" "):
+            after[" "] -= 1
+        lost = before - after
         self.lost += lost.total()
         self._add_samples(lost)
 
@@ -85,6 +90,6 @@ class LossMeter:
             loss.add(text, returned.replace(self._unknown, "") if self._unknown else returned)
 
 
-def _composed(text: str) -> str:
-    """`text` with canonically equal spellings made equal, such as é of one and two characters."""
-    return unicodedata.normalize("NFC", text).removeprefix(" ")
+def _characters(text: str) -> Counter[str]:
+    """How often `text` has a character. Canonically equal spellings, as of é, are equal."""
+    return Counter(unicodedata.normalize("NFC", text))

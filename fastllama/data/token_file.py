@@ -92,7 +92,7 @@ def _parse_header(start: bytes) -> tuple[bytes, np.dtype, tuple[int, ...]]:
     if not start.startswith(b"\x93NUMPY"):
         raise ValueError("no header of a NumPy array")
     if match is None or int.from_bytes(match["length"], "little") != match.end() - 10:
-        raise ValueError("its header is damaged, or not that of numbers in C order")
+        raise ValueError("its header is not one of version 1 for numbers in C order")
     try:
         dtype = np.dtype(match["dtype"].decode())
     except TypeError:

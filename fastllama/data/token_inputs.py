@@ -148,7 +148,7 @@ def open_token_inputs(
 def _open(path: Path, named: Format | None, vocab_size: int) -> TokenInput:
     found = named or _recognised(path)
     if found is None:
-        if vocab_size > 2**16 or _looks_like_32_bits(path):
+        if vocab_size > 2**16 or _has_zero_halves(path, np.dtype("<u2")):
             raise ValueError(
                 f"{_shown(path)} has neither a header nor an {MEGATRON_INDEX} file beside it, and "
                 "its tokens may have 16 or 32 bits: say which with --format raw-uint16 or "
@@ -164,6 +164,11 @@ def _open(path: Path, named: Format | None, vocab_size: int) -> TokenInput:
     if found == "npy":
         return _open_npy(path)
     dtype = np.dtype(_RAW[found])
+    if found == "raw-uint32" and _has_zero_halves(path, dtype):
+        raise ValueError(
+            f"every second number of {_shown(path)}, read as raw-uint32, is 0: its tokens have 64 "
+            "bits; save them with array.astype('uint32')"
+        )
     return TokenInput(path, found, dtype, 0, _whole_tokens(path, dtype, 0))
 
 
@@ -180,10 +185,11 @@ def _recognised(path: Path) -> Format | None:
     return "llm.c" if magic in (*_LLM_C, _LLM_C_EVALUATION) else None
 
 
-def _looks_like_32_bits(path: Path) -> bool:
+def _has_zero_halves(path: Path, half: np.dtype) -> bool:
+    """Whether every second number of `path` is 0: its tokens are twice as wide as `half`."""
     start = _read(path, 2**16, 0)
-    halves = np.frombuffer(start[: len(start) // 4 * 4], "<u2")
-    return halves.size >= _GUESSED_TOKENS and not halves[1::2].any()
+    halves = np.frombuffer(start[: len(start) // half.itemsize // 2 * 2 * half.itemsize], half)
+    return halves.size >= _GUESSED_TOKENS and not halves[1::2].any() and bool(halves.any())
 
 
 def _open_datatrove(path: Path, vocab_size: int) -> TokenInput:
@@ -368,8 +374,9 @@ def _open_npy(path: Path) -> TokenInput:
         file = TokenFile(path)
     except ValueError as error:
         raise ValueError(
-            f"{_shown(path)} is no .npy array of token ids ({error}): write it again with "
-            "numpy.save"
+            f"{_shown(path)} is no .npy array of token ids ({error}): save its integers with "
+            "numpy.save, or name the format of numbers without a header, --format raw-uint16 or "
+            "--format raw-uint32"
         ) from None
     if file.dtype.kind not in "iu":
         raise ValueError(

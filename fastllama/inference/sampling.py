@@ -27,7 +27,7 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"--temperature must be 0 or more, not {self.temperature}.")
+            raise ValueError(f"--temperature must be 0 or more and finite, not {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"--top-k must be at least 1, not {self.top_k}.")
         if not 0 < self.top_p <= 1:

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch.distributed.fsdp import FSDPModule
 
 from fastllama.atomic import set_aside
-from fastllama.checkpoints.folder import complete_checkpoints, mend_latest
+from fastllama.checkpoints.folder import NAME, complete_checkpoints, mend_latest, step_of
 from fastllama.checkpoints.reading import (
     find_damage,
     find_difference,
@@ -164,18 +164,20 @@ class Start:
     """The weights that a new run starts from; None draws them."""
     branched_from: Path | None = None
     """The checkpoint of another run that `--resume` names."""
+    resumed_from: str | None = None
+    """The name of the run's own checkpoint that `--resume` names."""
 
 
 def find_start(session: Session, wanted: Path | None = None) -> Start:
     """Find the checkpoint to resume from, and read its progress.
 
     It is the newest whole one of the run. Or it is `wanted`, which may be of another run: then the
-    run branches off from it, once.
+    run branches off from it. Either way once: the same options again go on from the newest.
 
     Raises:
         ValueError: every whole checkpoint belongs to another run, the folder holds a run that did
             not branch off from `wanted`, or `wanted` or the weights of `training.init_from` cannot
-            be used.
+            be used. Or `wanted` was set aside by this run.
         OSError: `checkpoint.upload` has a newer one, and the network fails.
     """
     folder, identity = session.run.checkpoints, session.identity
@@ -185,14 +187,21 @@ def find_start(session: Session, wanted: Path | None = None) -> Start:
         session.world.from_main(lambda: session.run.refuse_other_branch(origin))
     if session.config.checkpoint.upload and (wanted is None or is_branch):
         fetch_copy(session)
+    name = None if wanted is None or is_branch else wanted.name
+    if name is not None and session.world.from_main(
+        lambda: session.run.resumed_alike(name, session.given)
+    ):
+        wanted = None
     if wanted is None or (is_branch and session.run.has_checkpoints):
         checkpoint, unusable = newest_checkpoint(folder, identity)
     else:
         _refuse_unusable(wanted, session)
         checkpoint, unusable = wanted, {}
-        for later in () if is_branch else complete_checkpoints(folder):
-            if later.name > wanted.name:
-                unusable[later] = f"the run resumes from {wanted.name}, which is older"
+        if not is_branch:
+            _refuse_other_name(wanted)
+            for later in complete_checkpoints(folder):
+                if step_of(later) > step_of(wanted):
+                    unusable[later] = f"the run resumes from {wanted.name}, which is older"
     if checkpoint is None:
         config = session.config
         weights = None
@@ -202,7 +211,7 @@ def find_start(session: Session, wanted: Path | None = None) -> Start:
     if not is_branch:
         mend_latest(checkpoint)
     progress = session.world.from_main(lambda: read_progress(checkpoint))
-    return Start(progress, checkpoint, unusable, branched_from=origin)
+    return Start(progress, checkpoint, unusable, branched_from=origin, resumed_from=name)
 
 
 def fetch_copy(session: Session) -> None:
@@ -228,6 +237,16 @@ def _refuse_unusable(checkpoint: Path, session: Session) -> None:
         raise ValueError(
             f"{difference}; keep that value to resume, or start a new run from its weights with "
             f"--training.init-from {checkpoint}."
+        )
+
+
+def _refuse_other_name(checkpoint: Path) -> None:
+    """Raise ValueError if the run would not find this checkpoint of its own by itself."""
+    if not NAME.fullmatch(checkpoint.name):
+        step = read_progress(checkpoint).step
+        raise ValueError(
+            f"{checkpoint} is not named as a checkpoint that the run goes on from; rename it to "
+            f"step-{step:08d}, or train on in another folder with --run-dir."
         )
 
 
@@ -274,7 +293,7 @@ def claim_run_folder(session: Session, start: Start) -> None:
         for name in ("dtype", "compile")
         if getattr(given, name) == "auto"
     }
-    session.run.create(session.given, tokenizer, start.branched_from, chosen)
+    session.run.create(session.given, tokenizer, start.branched_from, start.resumed_from, chosen)
     if session.config.checkpoint.upload:
         # A mistake, such as a missing permission, is told before the training. Each upload of a
         # checkpoint does this again, so that nothing is lost with a network that fails now.

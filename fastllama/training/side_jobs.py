@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastllama.checkpoints.folder import complete_checkpoints
 from fastllama.checkpoints.remote import CheckpointUploader
 from fastllama.checkpoints.state import TrainState
 from fastllama.checkpoints.writing import CheckpointWriter
@@ -171,7 +172,11 @@ class SideJobs:
             self.save()
             self.writer.wait()
         if self.writer.saved_step != step:
-            raise OSError(f"{self.writer.failure}.")
+            whole = complete_checkpoints(self.session.run.checkpoints)
+            start = whole[0].name if whole else "the beginning"
+            raise OSError(
+                f"{self.writer.failure}; mend this, and the same command goes on from {start}."
+            )
         self.writer.finish_uploads()
 
     def rewind(self) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from fastllama.atomic import fsync_file, fsync_folder, naming, write_atomic
-from fastllama.checkpoints.folder import step_of
-from fastllama.checkpoints.reading import read_identity
+from fastllama.checkpoints.reading import read_identity, read_progress
 from fastllama.checkpoints.state import EMA, MODEL
 from fastllama.data.tokenizer_variants import description, unknown_id
 from fastllama.planning.flops import n_parameters
@@ -159,7 +158,7 @@ def _tokenizer_config(source: Source) -> dict[str, Any]:
 def model_card(source: Source, name: str) -> str:
     """README.md of an export: what was trained, on what, how well, and how to load it."""
     run, model = source.run, source.config.model
-    step = step_of(source.checkpoint)
+    step = read_progress(source.checkpoint).step
     facts = {
         "parameters": f"{n_parameters(model):,}",
         "shape": f"{model.n_layers} layers of width {model.n_embd}, {model.n_heads} heads of width "

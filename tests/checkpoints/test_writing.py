@@ -306,10 +306,13 @@ def test_failed_last_checkpoint_exits_with_1(
     with pytest.raises(SystemExit) as stop:
         train(workspace.recipe, "--run-dir", run)
     assert stop.value.code == 1
-    (message,) = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr()
+    assert "training continues" not in printed.out
+    (message,) = printed.err.splitlines()
     assert message.startswith(
         f"error: The checkpoint {run / 'checkpoints' / 'step-00000010'} could"
     )
+    assert message.endswith("; mend this, and the same command goes on from step-00000005.")
     assert [path.name for path in (run / "checkpoints").glob("*step*")] == ["step-00000005"]
 
 

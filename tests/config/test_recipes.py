@@ -147,6 +147,9 @@ def test_missing_recipe_is_an_error(tmp_path: Path) -> None:
         ("data__path", 3, r"must be a string, not 3"),
         ("training__dtype", "float16", r"must be one of auto, bfloat16, float32, not 'float16'"),
         ("parallel__reshard_after_forward", 1, r"must be one of auto, true, false, not 1"),
+        ("training__compile", "false", r"false, not 'false'; write it without quotes\."),
+        ("model__tied_embeddings", "true", r"not 'true'; write it without quotes\."),
+        ("training__dtype", "true", r"float32, not 'true'\."),
     ],
 )
 def test_value_of_another_type_is_an_error(option: str, value: Any, message: str) -> None:

@@ -237,7 +237,7 @@ def mixed(**options: Any) -> Config:
         ({"sources": (DataSource("a\0"),)}, r"data\.sources\.0\.path = .* contains a NUL"),
         (
             {"stages": (Stage(),)},
-            r"stages\.0 has no start_tokens; give the tokens",
+            r"stages\.0\.start_tokens is 0 or missing; give the tokens",
         ),
         (
             {"stages": (Stage(-1),)},

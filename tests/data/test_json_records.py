@@ -86,6 +86,15 @@ def test_malformed_first_line_costs_one_record(path: Path, broken: str) -> None:
     assert len(reasons) == 1
 
 
+@pytest.mark.parametrize("between", [", ", "\n"])
+def test_integers_of_any_length(path: Path, between: str) -> None:
+    records = between.join(
+        ['{"text": "a", "n": %s}' % ("9" * 5000), '{"text": "b", "n": -1e999}', '{"text": "c"}']
+    )
+    path.write_text(f"[{records}]" if between == ", " else records)
+    assert read(path) == (["a", "b", "c"], [])
+
+
 @pytest.mark.parametrize(
     ("content", "texts", "reason"),
     [

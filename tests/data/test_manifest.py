@@ -64,6 +64,10 @@ def test_version_1_has_no_checksum(folder: Path) -> None:
 def test_missing_folder_or_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere does not exist"):
         Manifest.load(tmp_path / "nowhere")
+    with pytest.raises(
+        ValueError, match=f"nowhere does not exist in {Path.cwd()}: give its whole path"
+    ):
+        Manifest.load(Path("nowhere"))
     no_data = r"is no data folder \(it has neither manifest\.json nor job\.json\): encode its text"
     for other, message in (
         ("corpus.txt", no_data),

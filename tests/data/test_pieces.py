@@ -2,7 +2,9 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,7 +104,21 @@ def test_prepare_counts_the_cuts_of_all_batches(
     save_tokenizer(foreign.byte_level(prefix_space=True), tmp_path / "tokenizer.json")
     record = json.dumps({"text": "the " + "acgt" * 1000})
     (tmp_path / "long.jsonl").write_text(f"{record}\n{record}\n")
-    module.prepare([str(tmp_path / "long.jsonl")], tmp_path / "tokenizer.json", tmp_path / "data")
+    text, tokenizer = [str(tmp_path / "long.jsonl")], tmp_path / "tokenizer.json"
+    prepare = partial(module.prepare, text, tokenizer, tmp_path / "data")
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
+    commit = module._commit
+
+    def stop(*arguments: Any) -> None:
+        commit(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_commit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare()
+    # Four of them were cut before the interruption.
+    prepare()
     assert "were cut at 8 places" in capsys.readouterr().err
 
 

@@ -62,6 +62,24 @@ def test_tokenizers_of_all_kinds(kind: str, text: str, lost: str) -> None:
     assert "".join(loss_of(foreign.ALL[kind](), text).samples) == lost
 
 
+@pytest.mark.parametrize(
+    ("text", "decoded", "lost"),
+    [
+        ("a", " a", 0),
+        (" a", "a", 0),
+        # The decoder strips a space, and this piece of a document was encoded without one in front.
+        ("  a", " a", 0),
+        ("  aé", " a", 1),
+        ("  a", "a", 1),
+        ("a b", " ab", 1),
+    ],
+)
+def test_one_space_in_front_is_not_lost(text: str, decoded: str, lost: int) -> None:
+    loss = TextLoss()
+    loss.add(text, decoded)
+    assert (loss.characters, loss.lost) == (len(text), lost)
+
+
 def test_unknown_token_does_not_hide_its_letters() -> None:
     assert loss_of(foreign.words("the"), "the unk").lost == len("unk")
 

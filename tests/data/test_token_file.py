@@ -67,7 +67,7 @@ def test_every_changed_bit_of_the_header_is_found(path: Path) -> None:
 def test_rejects_other_headers(path: Path, header: bytes) -> None:
     path.write_bytes(header.ljust(127) + b"\n" + bytes(6))
     reason = (
-        "damaged, or not that of numbers in C order" if header else "no header of a NumPy array"
+        "not one of version 1 for numbers in C order" if header else "no header of a NumPy array"
     )
     with pytest.raises(ValueError, match=reason):
         TokenFile(path)

@@ -80,7 +80,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no array": (lambda f: (f / "a.npy").write_bytes(b"tokens"), r"a\.npy is no \.npy array"),
     "strings": (
         lambda f: np.save(f / "a.npy", np.array(["some", "words"])),
-        r"a\.npy is no \.npy array of token ids \(its header is .*not that of numbers in C order\)",
+        r"a\.npy is no \.npy array of token ids \(its header is not one of version 1 for numbers",
     ),
     "floats": (lambda f: np.save(f / "a.npy", np.ones(4)), "holds float64 numbers, not token ids"),
     "2-D array": (
@@ -265,6 +265,13 @@ def test_settings_that_do_not_fit(
     assert not (tmp_path / "data").exists()
 
 
+def test_stream_without_an_end_token_is_held_out(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    np.full(100, 5, "<u2").tofile(path)
+    with pytest.raises(ValueError, match="hold no end token, .* name the token .* --end-token, or"):
+        import_tokens([str(path)], tokenizer, tmp_path / "data", validation_fraction=0.999)
+
+
 def test_every_file_is_held_out(tokenizer: Path, tmp_path: Path) -> None:
     path = write_raw(tmp_path / "a", DOCUMENTS)
     with pytest.raises(ValueError, match="the input files hold no tokens to train on"):
@@ -321,6 +328,16 @@ def test_raw_tokens_of_a_large_vocabulary(tmp_path: Path) -> None:
         open_token_inputs([path], None, 2**16 + 1)
     [file] = open_token_inputs([path], "raw-uint16", 2**16 + 1)
     assert (file.dtype, file.tokens) == (np.dtype("<u2"), 4)
+
+
+def test_raw_tokens_of_64_bits(tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "a", [[5] * 20], "<i8")
+    with pytest.raises(ValueError, match=r"a\.bin, read as raw-uint32, is 0: .* 64 bits; save"):
+        open_token_inputs([path], "raw-uint32", 2**16 + 1)
+    # A stream of nothing but zeros has a width of its own.
+    path = write_raw(tmp_path / "b", [[0] * 40], "<u4")
+    [file] = open_token_inputs([path], "raw-uint32", 2**16 + 1)
+    assert file.tokens == 41
 
 
 def test_metadata_of_a_merger_describes_no_file(tmp_path: Path) -> None:

@@ -223,9 +223,9 @@ def test_empty_prompt_is_an_end_token(model: Llama) -> None:
     ("name", "value", "message"),
     [
         ("max_new_tokens", 0, "--max-new-tokens must be at least 1, not 0"),
-        ("temperature", -0.1, "--temperature must be 0 or more, not -0.1"),
-        ("temperature", float("nan"), "--temperature must be 0 or more, not nan"),
-        ("temperature", float("inf"), "--temperature must be 0 or more, not inf"),
+        ("temperature", -0.1, "--temperature must be 0 or more and finite, not -0.1"),
+        ("temperature", float("nan"), "--temperature must be 0 or more and finite, not nan"),
+        ("temperature", float("inf"), "--temperature must be 0 or more and finite, not inf"),
         ("top_k", 0, "--top-k must be at least 1, not 0"),
         ("top_p", 0.0, "--top-p must be greater than 0 and at most 1, not 0.0"),
         ("top_p", 1.1, "--top-p must be greater than 0 and at most 1, not 1.1"),

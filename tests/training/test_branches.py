@@ -56,6 +56,41 @@ def test_older_checkpoint_repeats_the_updates_after_it(
     assert len(list(run.glob("superseded-*"))) > 0
 
 
+def test_the_same_command_goes_on_after_a_stop(
+    run: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Stopped at once: there is nothing to save. Then stopped after an update, and saved.
+    again = ["--resume", run / "checkpoints" / STEP_5, "--training.training-tokens"]
+    train(*again, 7 * 256)
+    capsys.readouterr()
+    train(*again, 7 * 256)
+    assert f"{run} has done all of its 7 updates." in capsys.readouterr().out
+    # Other options go back again.
+    train(*again, 10 * 256)
+    assert "resuming after update 5 of 10" in capsys.readouterr().out
+    assert losses(run) == losses(finished)
+
+
+def test_a_checkpoint_that_was_set_aside_is_renamed_first(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aside = run / "checkpoints" / f"passed-over-{STEP_5}-1"
+    shutil.copytree(run / "checkpoints" / STEP_5, aside)
+    before = content(run)
+    assert f"rename it to {STEP_5}, or train on in another folder with --run-dir." in refusal(
+        capsys, "--resume", aside
+    )
+    assert content(run) == before
+
+
+def test_a_run_has_done_more_than_it_is_asked_for(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("--resume", run, "--training.training-tokens", 6 * 256)
+    done = f"{run} has done 10 updates, more than the 6 of training.training_tokens."
+    assert done in capsys.readouterr().out
+
+
 def test_older_checkpoint_goes_on_with_other_options(run: Path, finished: Path) -> None:
     longer = ["--training.training-tokens", 12 * 256]
     train("--resume", run / "checkpoints" / STEP_5, "--optimizer.max-lr", 0.05, *longer)
