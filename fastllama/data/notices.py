@@ -42,8 +42,8 @@ def notices(
 def lost_text(loss: TextLoss) -> str:
     """How much text the tokenizer cannot represent, and what helps."""
     return (
-        f"the tokenizer cannot represent {loss}; `fastllama tokenizer repair` gives it tokens for "
-        "all bytes, if its kind allows"
+        f"the tokenizer cannot represent {loss}; if it lacks tokens for bytes, `fastllama "
+        "tokenizer repair` adds them; if it drops spaces or other text, choose another one"
     )
 
 

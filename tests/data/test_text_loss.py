@@ -127,7 +127,9 @@ def test_prepare_says_and_records_what_is_lost(
     loss = TextLoss(19 + 120, 5, ["ï", "é", "日", "本", "語"])
     assert run(source).text_loss == loss
     assert Manifest.load(source / "data").text_loss == loss
-    sentence = f"warning: the tokenizer cannot represent {loss}; `fastllama tokenizer repair`"
+    sentence = (
+        f"warning: the tokenizer cannot represent {loss}; if it lacks tokens for bytes, `fastllama"
+    )
     assert sentence in capsys.readouterr().err
     run(source)
     assert sentence in capsys.readouterr().err
