@@ -8,7 +8,7 @@ import torch
 
 from fastllama.config import ModelConfig
 from fastllama.inference.generate import generate_tokens
-from fastllama.inference.packing import PackedBlock, pack_model
+from fastllama.inference.packing import PackedBlock, PackedNorm, pack_model
 from fastllama.inference.sampling import Sampling
 from fastllama.model.kv_cache import KVCache
 from fastllama.model.llama import Llama
@@ -66,6 +66,14 @@ def test_logits_are_as_exact(lengths: list[int] | None, dtype: torch.dtype) -> N
         pieces = TOKENS.split(lengths, dim=1)
         logits = torch.cat([packed_model(piece, cache=cache) for piece in pieces], dim=1)
     assert_as_exact_as(logits, model(TOKENS), exact(TOKENS))
+
+
+def test_scale_of_bfloat16_rows_is_float32() -> None:
+    norm = torch.nn.RMSNorm(48, eps=4e-5)
+    x = torch.randn(8, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = (x.double().square().sum(-1, keepdim=True) + 48 * 4e-5).sqrt()
+    # A sum of 48 squares, a root and a hypotenuse, of 2^-24 each.
+    torch.testing.assert_close(PackedNorm(norm).scale(x).double(), exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)

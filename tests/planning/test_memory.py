@@ -496,3 +496,16 @@ def test_docs_show_the_plan() -> None:
         config, world_size = config_of_row(*options)
         sent = plan_traffic(config, world_size)
         assert [float(cell) for cell in in_table] == gibibytes(*dataclasses.astuple(sent)), options
+
+
+def test_dropout_adds_masks_and_a_gradient() -> None:
+    # On a CPU PyTorch saves wider masks, so `measure` cannot tell. The rehearsal of the step can.
+    config = load_recipe(RECIPE.with_name("llama-1b.toml"))
+    model = dataclasses.replace(config.model, dropout=0.1)
+    without, with_dropout = (
+        plan_memory(each, 8) for each in (config, dataclasses.replace(config, model=model))
+    )
+    n_stream = config.training.batch_size * config.model.max_seq_len * config.model.n_embd
+    # Bytes of a mask of each branch, and bfloat16 of the gradient.
+    assert with_dropout.activations - without.activations == 2 * config.model.n_layers * n_stream
+    assert with_dropout.backward - without.backward == 2 * n_stream
