@@ -205,6 +205,11 @@ def find_start(session: Session, wanted: Path | None = None) -> Start:
     if checkpoint is None:
         config = session.config
         weights = None
+        if session.run.has_checkpoints:
+            session.console.print(
+                f"No checkpoint of {session.run.path} can be used: it starts from the beginning. "
+                "To resume from one that was set aside, give it back its name, step-N."
+            )
         if config.training.init_from:
             weights = find_initial_weights(config, session.dataset)
         return Start(TrainProgress(), None, unusable, weights, origin)

@@ -83,6 +83,16 @@ def test_a_checkpoint_that_was_set_aside_is_renamed_first(
     assert content(run) == before
 
 
+def test_a_run_that_starts_over_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (STEP_5, STEP_10):
+        (run / "checkpoints" / name).rename(run / "checkpoints" / f"passed-over-{name}-1")
+    sentence = f"No checkpoint of {run} can be used: it starts from the beginning."
+    train("--resume", run)
+    assert sentence in capsys.readouterr().out
+    train("--resume", run)
+    assert sentence not in capsys.readouterr().out
+
+
 def test_a_run_has_done_more_than_it_is_asked_for(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
