@@ -212,14 +212,15 @@ def _block_bytes(config: Config, world_size: int) -> int:
         config, training.activation_checkpointing
     )
     if training.activation_checkpointing != "none" and training.compile is False:
-        # In eager mode the block that is run again keeps its output.
-        recomputed += model.n_embd * compute
+        # In eager mode the block that is run again keeps its input, and has its output as well.
+        recomputed += 2 * model.n_embd * compute
     # Gradients of gate_up (2F) and of silu(gate) * up (F), and silu(gate) * up recomputed (F).
     saved = training.save_projection_inputs
     in_flight = (3 if saved else 4) * model.ffn_width * compute
     # Gradients of the residual stream, and of the branch before dropout. Where the inputs of
     # projections are saved, eager blocks need 1 % more than compiled ones; this is between them.
-    in_flight += ((0 if saved else 1) + (1 if model.dropout else 0)) * model.n_embd * compute
+    counts_stream = not saved and training.activation_checkpointing == "none"
+    in_flight += (counts_stream + bool(model.dropout)) * model.n_embd * compute
     n_output, n_block = model.vocab_size * model.n_embd, n_block_parameters(model)
     n_shards = world_size // parallel.replicate
     if can_sum_in_matmuls(config, world_size):
