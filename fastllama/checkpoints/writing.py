@@ -170,7 +170,7 @@ class CheckpointWriter:
                     remove_files(aside)
             reason = error.strerror or error
             self.failure = f"The checkpoint {final} could not be written: {reason}"
-            # After the last update, `wait` raises it.
+            # After the last update, `SideJobs.finish` raises it.
             if progress.step < self._config.n_updates:
                 self._report(
                     f"{self.failure}; training continues, and the next one is due as planned."
