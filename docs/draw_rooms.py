@@ -35,6 +35,7 @@ ROOMS = {
     "atomic": (0.65, "atomic file writes, locks"),
     "errors": (0.42, "failures that end a run"),
     "printable": (0.19, "text safe for a terminal"),
+    "safetensors_file": (0.19, "tensors into a file, one by one"),
     "typed_json": (0.87, "typed reading of JSON"),
     "fastllama_kernels": (0.16, "one file an operator"),
 }

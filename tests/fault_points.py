@@ -3,16 +3,15 @@
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import filesystem
-
 import fastllama.checkpoints.folder
 import fastllama.checkpoints.writing
 import fastllama.train
+from fastllama.checkpoints import shards
+from fastllama.checkpoints.shards import ShardWriter
 from fastllama.checkpoints.state import TrainState
 from fastllama.logs import log_file
 
@@ -66,37 +65,34 @@ def half_staged(trigger: Trigger) -> None:
 
 
 def half_a_shard(trigger: Trigger) -> None:
-    original = filesystem.FileSystem.create_stream
+    original = shards.write_safetensors
 
-    class TriggeringStream:
-        def __init__(self, stream: Any) -> None:
-            self._stream = stream
+    class TriggeringFile:
+        def __init__(self, file: Any) -> None:
+            self._file, self._visited = file, False
 
-        def write(self, content: bytes) -> None:
-            half = content[: len(content) // 2]
-            trigger(lambda: (self._stream.write(half), self._stream.flush()))
-            self._stream.write(content)
+        def write(self, content: bytes | memoryview) -> None:
+            # The header is bytes, a tensor a view of its memory.
+            if isinstance(content, memoryview) and not self._visited:
+                self._visited = True
+                trigger(lambda: self._file.write(content[: len(content) // 2]))
+            self._file.write(content)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._stream, name)
+    def write_safetensors(file: Any, *arguments: Any) -> None:
+        original(TriggeringFile(file), *arguments)
 
-    @contextmanager
-    def create_stream(self: Any, path: Any, mode: str) -> Iterator[Any]:
-        with original(self, path, mode) as stream:
-            yield TriggeringStream(stream)
-
-    filesystem.FileSystem.create_stream = create_stream
+    shards.write_safetensors = write_safetensors  # type: ignore[assignment]
 
 
-def before_checksums(trigger: Trigger) -> None:
-    original = fastllama.checkpoints.writing.describe
+def after_the_shards(trigger: Trigger) -> None:
+    original = ShardWriter.write_data
 
-    def describe(folder: Path, names: list[str]) -> Any:
-        if any(name.startswith("shard") for name in names):
-            trigger()
-        return original(folder, names)
+    def write_data(self: ShardWriter, *arguments: Any) -> Any:
+        written = original(self, *arguments)
+        trigger()
+        return written
 
-    fastllama.checkpoints.writing.describe = describe
+    ShardWriter.write_data = write_data  # type: ignore[method-assign]
 
 
 def half_a_json(name: str) -> Callable[[Trigger], None]:
@@ -160,7 +156,7 @@ POINTS = {
     "half a log row": Point(half_a_log_row, 12, True),
     "half staged": Point(half_staged, 2, False),
     "half a shard": Point(half_a_shard, 2, False),
-    "before checksums": Point(before_checksums, 2, False),
+    "after the shards": Point(after_the_shards, 2, False),
     "half a progress.json": Point(half_a_json("progress.json"), 2, True),
     "half a manifest.json": Point(half_a_json("manifest.json"), 2, True),
     "before the rename": Point(at_rename(r"step-\d+", after=False), 2, True),

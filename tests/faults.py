@@ -28,7 +28,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,9 @@ from tests.ranks import Outcome, forked, launch  # first, because it sets PyTorc
 
 # isort: split
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import filesystem
 
 import fastllama.training.side_jobs
+from fastllama.checkpoints import shards
 from fastllama.checkpoints.folder import complete_checkpoints, latest_name, step_of
 from fastllama.checkpoints.reading import find_damage, read_progress
 from fastllama.cli.errors import STOPPED
@@ -80,19 +79,17 @@ def use_file_system(kind: str) -> None:
 
 def train_while_writing() -> None:
     """Make writing a shard take longer than an update, so that they overlap; draw no plot."""
-    original = filesystem.FileSystem.create_stream
+    original = shards.write_shard
 
-    @contextmanager
-    def create_stream(self: Any, path: Any, mode: str) -> Iterator[Any]:
+    def write_shard(*arguments: Any) -> Any:
         time.sleep(0.1)
-        with original(self, path, mode) as stream:
-            yield stream
+        return original(*arguments)
 
-    filesystem.FileSystem.create_stream = create_stream
+    shards.write_shard = write_shard
     fastllama.training.side_jobs.plot_loss = lambda *args, **keywords: None
 
 
-FULL_DISK_POINTS = ("half a shard", "before checksums", "half a manifest.json", "before the rename")
+FULL_DISK_POINTS = ("half a shard", "after the shards", "half a manifest.json", "before the rename")
 CONSOLE_POINTS = ("before the update", "half a log row", "half a shard")
 FILES = ("shard", "progress.json", "manifest.json", "latest")
 FILE_SYSTEMS = ("complete", "no locks", "no links")

@@ -5,6 +5,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from fastllama.atomic import report_once
 from fastllama.checkpoints.folder import (
     CheckpointManifest,
+    FileEntry,
     complete_checkpoints,
     describe,
     locate,
@@ -31,6 +33,9 @@ from fastllama.config import Config
 from fastllama.printable import one_line
 from fastllama.run_folder import RunFolder, model_identity
 from fastllama.typed_json import DamagedFileError, read_json
+
+READERS = 4
+"""Files that a rank checks at once. SHA-256 of one takes a core about as long as reading it."""
 
 
 @dataclass(frozen=True)
@@ -166,22 +171,25 @@ def _find_damage_in_share(path: Path, rank: int, size: int, wanted: str) -> str 
     if unlisted := shards - entries.keys():
         return f"{path / min(unlisted)} is not in {manifest.name}"
     # Dealt out in order of size, so that all ranks read about as much.
-    names = sorted(entries, key=lambda name: entries[name].bytes)
-    for file in (path / name for name in names[rank::size]):
-        try:
-            status = file.stat()
-            if not stat.S_ISREG(status.st_mode):
-                return f"{file} is not a regular file"
-            whole = status.st_size == entries[file.name].bytes
-            if whole and _may_hold(file, wanted):
-                whole = describe(path, [file.name])[file.name] == entries[file.name]
-        except FileNotFoundError:
-            return f"{file} is missing"
-        except OSError as error:
-            return f"{file} cannot be read: {error.strerror}"
-        if not whole:
-            return f"{file} is not what was written"
-    return None
+    names = sorted(entries, key=lambda name: entries[name].bytes)[rank::size]
+    with ThreadPoolExecutor(READERS) as threads:
+        damages = threads.map(lambda name: _damage(path / name, entries[name], wanted), names)
+        return next((damage for damage in damages if damage is not None), None)
+
+
+def _damage(file: Path, entry: FileEntry, wanted: str) -> str | None:
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{file} is not a regular file"
+        whole = status.st_size == entry.bytes
+        if whole and _may_hold(file, wanted):
+            whole = describe(file.parent, [file.name])[file.name] == entry
+    except FileNotFoundError:
+        return f"{file} is missing"
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror}"
+    return None if whole else f"{file} is not what was written"
 
 
 def _is_file_name(name: str) -> bool:

@@ -1,21 +1,16 @@
 """Checkpoints of update 0: weights that no training of this run has made, without moments."""
 
-import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 
-from fastllama.atomic import fsync_folder, naming
-from fastllama.checkpoints.folder import complete_checkpoints, describe, point_latest
-from fastllama.checkpoints.reading import first_failure
+from fastllama.atomic import fsync_folder
+from fastllama.checkpoints.folder import complete_checkpoints, point_latest
+from fastllama.checkpoints.shards import file_name, file_numbers, write_shard
 from fastllama.checkpoints.state import TrainProgress
-from fastllama.checkpoints.writing import complete, file_numbers
+from fastllama.checkpoints.writing import complete
 from fastllama.run_folder import RunFolder
 
 
@@ -27,7 +22,7 @@ def write_weights(
 ) -> Path:
     """Write the checkpoint of update 0 into a folder of checkpoints, in this process alone.
 
-    One file after the other is loaded and written, so host memory holds a file three times.
+    One tensor after the other is loaded and written.
 
     Args:
         folder: the folder of checkpoints.
@@ -44,30 +39,18 @@ def write_weights(
     final = folder / "step-00000000"
     aside = final.with_name(f".{final.name}.partial")
     aside.mkdir()
-    numbers = file_numbers(shapes)
-    names_of: dict[int, list[str]] = {}
-    for name, number in numbers.items():
-        names_of.setdefault(number, []).append(name)
-    for names in names_of.values():
-        _write_file(aside, numbers, {name: load(name) for name in names})
-    complete(aside, final, TrainProgress(), identity, describe(aside, os.listdir(aside)))
+    parts: dict[int, dict[str, Tensor]] = {}
+    for name, number in file_numbers(shapes).items():
+        parts.setdefault(number, {})[name] = shapes[name]
+    files = {}
+    for number, part in parts.items():
+        path = aside / file_name(0, number, len(parts))
+        offsets = {name: [0] * tensor.dim() for name, tensor in part.items()}
+        files[path.name] = write_shard(path, part, map(load, part), offsets)
+    complete(aside, final, TrainProgress(), identity, files)
     fsync_folder(folder)
     point_latest(final)
     return final
-
-
-def _write_file(folder: Path, numbers: dict[str, int], tensors: dict[str, Tensor]) -> None:
-    """Write the tensors of one file; `numbers` has the file number of each tensor of all files."""
-    writer = HuggingFaceStorageWriter(
-        str(folder), fqn_to_index_mapping=numbers, save_distributed=True
-    )
-    with warnings.catch_warnings(), naming(folder):
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
-        except CheckpointException as error:
-            failure = first_failure(error)
-            raise (failure if isinstance(failure, OSError) else OSError(str(failure))) from None
 
 
 def refuse_resume(run: RunFolder, checkpoint: Path | None) -> None:

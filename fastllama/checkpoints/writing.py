@@ -12,8 +12,6 @@ import copy
 import dataclasses
 import errno
 import json
-import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -25,9 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from fastllama.atomic import fsync_folder, replace, write_atomic
 from fastllama.checkpoints.folder import (
@@ -43,18 +39,13 @@ from fastllama.checkpoints.folder import (
 )
 from fastllama.checkpoints.reading import first_failure
 from fastllama.checkpoints.remote import CheckpointUploader
+from fastllama.checkpoints.shards import ShardWriter, file_numbers
 from fastllama.checkpoints.state import TrainProgress
 from fastllama.config import Config
 from fastllama.planning.out_of_memory import is_out_of_memory
 
 Result = TypeVar("Result")
 
-FILE_BYTES = 128 * 2**20
-"""Size of one file of a rank, unless a single tensor is larger.
-
-While PyTorch's writer serialises a file, it holds two copies in memory and Python's global lock, so
-training launches no kernel.
-"""
 UPLOAD_STEP_S = 10.0
 
 
@@ -219,20 +210,14 @@ class CheckpointWriter:
         self, staged: dict[str, Tensor], progress: TrainProgress, aside: Path, final: Path
     ) -> None:
         self._on_main(lambda: self._make_room(aside))
-        writer = HuggingFaceStorageWriter(
-            str(aside), fqn_to_index_mapping=file_numbers(staged), save_distributed=True
-        )
+        writer = ShardWriter(aside, file_numbers(staged))
         try:
             # The planner lets one replica write. `save` returns when the files are durable.
-            with own_stream(self._device):
-                dcp.save(staged, storage_writer=writer, process_group=self._group)
+            dcp.save(staged, storage_writer=writer, process_group=self._group)
         except CheckpointException as error:
             failure = first_failure(error)
             raise (failure if isinstance(failure, OSError) else OSError(str(failure))) from None
-        shard = f"shard-{dist.get_rank() + 1:05d}-"
-        parts = self._on_each(
-            lambda: describe(aside, [name for name in os.listdir(aside) if name.startswith(shard)])
-        )
+        parts = self._on_each(lambda: writer.files)
         files = {name: entry for part in parts for name, entry in part.items()}
         self._on_main(lambda: complete(aside, final, progress, self._identity, files))
 
@@ -302,33 +287,3 @@ def complete(
     write_atomic(aside / "manifest.json", json.dumps(dataclasses.asdict(manifest), indent=2))
     make_way(final)
     replace(aside, final)
-
-
-def file_numbers(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The file number, from 1, of each tensor; the same on every rank."""
-    numbers = {}
-    number, filled = 1, 0
-    for name, tensor in sorted(tensors.items()):
-        # Not the local size, which differs between ranks when a split is uneven.
-        size = tensor.nbytes // _n_shards(tensor)
-        if filled and filled + size > FILE_BYTES:
-            number, filled = number + 1, 0
-        numbers[name] = number
-        filled += size
-    return numbers
-
-
-def _n_shards(tensor: Tensor) -> int:
-    if not isinstance(tensor, DTensor):
-        return 1
-    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return math.prod(size for size, placement in sizes if placement.is_shard())
-
-
-def own_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Keep the thread inside from waiting for the kernels of training on `device`."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    # PyTorch's writer waits for the current stream every 10 MB, even for tensors in host memory.
-    # The current stream of a new thread is the one that training launches on.
-    return torch.cuda.stream(torch.cuda.Stream(device))

@@ -16,15 +16,14 @@ from fastllama.data.tokenizer_variants import description, unknown_id
 from fastllama.planning.flops import n_parameters
 from fastllama.printable import printable
 from fastllama.run_folder import RunFolder
+from fastllama.safetensors_file import write_safetensors
 from fastllama.typed_json import DamagedFileError, read_json
 from fastllama.weights.llama_layout import Rows, config_json, tensors
 from fastllama.weights.new_run import keep_tokenizer_model, new_path, refuse_output
-from fastllama.weights.source import Source, find_source, stored
+from fastllama.weights.source import Source, find_source
 
 FILE_BYTES = 4 * 2**30
 """Size of one file of weights, unless a single tensor is larger."""
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-"""Their names in safetensors."""
 
 
 def export(path: Path, output: Path, dtype: str = "bfloat16", weights: str = MODEL) -> Path:
@@ -107,24 +106,12 @@ def _n_bytes(rows: Rows, dtype: torch.dtype) -> int:
 
 
 def _write_file(path: Path, part: Mapping[str, Rows], source: Source, dtype: torch.dtype) -> None:
-    """Write one safetensors file, tensor by tensor: the library would hold all of them."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, rows in part.items():
-        start, end = end, end + _n_bytes(rows, dtype)
-        header[name] = {
-            "dtype": DTYPES[dtype],
-            "shape": list(rows.shape),
-            "data_offsets": [start, end],
-        }
-    content = json.dumps(header).encode()
-    # So that the tensors, of which all have an even number of bytes, are aligned.
-    content += b" " * (-len(content) % 8)
+    """Write one safetensors file."""
+    layout = {
+        name: torch.empty(rows.shape, dtype=dtype, device="meta") for name, rows in part.items()
+    }
     with naming(path), open(path, "xb") as file:
-        file.write(len(content).to_bytes(8, "little"))
-        file.write(content)
-        for tensor in source.read(part):
-            file.write(stored(tensor, dtype))
+        write_safetensors(file, layout, source.read(part), {"format": "pt"})
     fsync_file(path)
 
 

@@ -14,9 +14,10 @@ from fastllama.config import ModelConfig
 from fastllama.data.tokenizer_variants import description, missing_bytes, steps
 from fastllama.model.rotary import rope_frequencies
 from fastllama.printable import printable
+from fastllama.safetensors_file import stored
 from fastllama.weights.llama_layout import tensors
 from fastllama.weights.new_run import new_path, refuse_output
-from fastllama.weights.source import Source, find_source, stored
+from fastllama.weights.source import Source, find_source
 
 LLAMA_3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -81,8 +81,3 @@ def find_source(path: Path, weights: str) -> Source:
     end_token = read_end_token(checkpoint, config.model.vocab_size)
     start_token = read_start_token(checkpoint, config.model.vocab_size)
     return Source(run, checkpoint, weights, config, tokenizer, end_token, start_token)
-
-
-def stored(tensor: Tensor, dtype: torch.dtype) -> memoryview:
-    """The bytes of a tensor in `dtype`, as files of weights hold them."""
-    return tensor.to(dtype).contiguous().flatten().view(torch.uint8).numpy().data

@@ -266,7 +266,7 @@ def test_generation_reads_no_moments(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # Small files, so that weights and moments are in several files each.
-    monkeypatch.setattr("fastllama.checkpoints.writing.FILE_BYTES", 2**13)
+    monkeypatch.setattr("fastllama.checkpoints.shards.FILE_BYTES", 2**13)
     run = tmp_path / "run"
     train(workspace.recipe, "--run-dir", run)
     newest = run / "checkpoints" / "step-00000010"
