@@ -105,8 +105,8 @@ class RunFolder:
         return "it has no config.toml; see the folder runs"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock of the run, and create its folder.
+    def locked(self, option: str = "--run-dir") -> Iterator[None]:
+        """Hold the lock of the run, and create its folder, which `option` names.
 
         On exit, remove the folder if it was created here and is still empty.
 
@@ -115,9 +115,9 @@ class RunFolder:
                 folder.
         """
         if (self.path / MANIFEST_FILE).is_file():
-            raise ValueError(f"{self.path} is a data folder; choose another --run-dir.")
+            raise ValueError(f"{self.path} is a data folder; choose another {option}.")
         created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        _make_folder(self.path, "choose another --run-dir")
+        _make_folder(self.path, f"choose another {option}")
         with locked(self.path):
             try:
                 yield
@@ -152,8 +152,9 @@ class RunFolder:
                 old, new = before[group].get(name), options.get(name)
                 if old != new:
                     raise ValueError(
-                        f"{self.path} holds a run with {group}.{name} = {old}, not {new}; choose "
-                        f"another --run-dir for a new run, or resume with --resume {self.path}."
+                        f"{self.path} holds a run with {group}.{name} = {_shown(old)}, not "
+                        f"{_shown(new)}; choose another --run-dir for a new run, or resume with "
+                        f"--resume {self.path}."
                     )
 
     def refuse_other_branch(self, origin: Path) -> None:
@@ -246,6 +247,11 @@ class RunFolder:
             aside = set_aside(path)
             report_once(str(path), f"Not used: {reason}. It is kept as {aside.name}.")
             return []
+
+
+def _shown(value: Any) -> str:
+    """The value of an option in a sentence."""
+    return '""' if value == "" else str(value)
 
 
 def _make_folder(path: Path, remedy: str) -> None:

@@ -60,5 +60,5 @@ def refuse_resume(run: RunFolder, checkpoint: Path | None) -> None:
     if paths and all(path.name == "step-00000000" for path in paths):
         raise ValueError(
             f"{run.path} has weights without the moments of AdamW, so there is nothing to resume; "
-            f"start a new run from them with --training.init-from {run.path}."
+            f"start a new run from them in another folder with --training.init-from {run.path}."
         )

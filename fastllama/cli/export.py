@@ -32,7 +32,7 @@ class ExportOptions:
 def run(args: list[str]) -> None:
     """Write the folder, and print what it was made of and how to use it."""
     options = parse(ExportOptions, args, "fastllama export")
-    if options.output.suffix == ".gguf" and not options.gguf:
+    if options.output.suffix.lower() == ".gguf" and not options.gguf:
         raise UsageError(
             f"--output {options.output} names a GGUF file, and without --gguf it would be a folder "
             "for transformers; add --gguf, or choose another --output."

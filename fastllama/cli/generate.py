@@ -53,12 +53,12 @@ def run(args: list[str]) -> None:
     options.sampling.validate()
     prompt = prompt_of(options)
     weights = EMA if options.ema else MODEL
-    loaded = load_run(options.run, choose_device(options.device), weights, options.dtype)
+    device = choose_device(options.device, "--device")
+    loaded = load_run(options.run, device, weights, options.dtype)
     pack_model(loaded.model)
     loss = prompt_loss(loaded.tokenizer, prompt, loaded.end_token)
     if loss.lost:
         print(f"note: of the prompt, the tokenizer cannot represent {loss}", file=sys.stderr)
-    print_result(prompt, end="")
     pieces = generate_text(
         loaded.model,
         loaded.tokenizer,
@@ -68,6 +68,7 @@ def run(args: list[str]) -> None:
         special_tokens=options.special_tokens,
         start_token=loaded.start_token,
     )
+    print_result(prompt, end="")
     try:
         # Each operator call is cheaper in it, and decoding on a CPU is many small calls.
         with torch.inference_mode():

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import typing
+from collections.abc import Collection
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
@@ -116,8 +117,8 @@ def parse(
         if stop.code == 0:
             require_stdout()
             raise
-        problem = unbox(printed.getvalue())
-        remedy = _with_equals(problem, args) or f"see {prog} --help"
+        problem = unbox(printed.getvalue()).replace("Expected 1 values", "Expected 1 value")
+        remedy = _with_equals(problem, args, hints) or f"see {prog} --help"
         raise UsageError(f"{problem}; {remedy}.") from None
     if unknown:
         raise UsageError(_unknown_option(unknown[0], hints, prog, getattr(default, "config", None)))
@@ -247,11 +248,12 @@ def _with_dashes(arg: str) -> str:
     return nearest_key(key) if equals else "; see --help."
 
 
-def _with_equals(problem: str, args: list[str]) -> str:
+def _with_equals(problem: str, args: list[str], hints: Collection[str]) -> str:
     """How to write a value that starts with `-`, if tyro took one for an option."""
     if missing := re.match(r"Missing value for argument '(--[\w.-]+)'", problem):
         for option, value in itertools.pairwise(args):
-            if option == missing[1] and value.startswith("-") and not value.startswith("--"):
+            is_option = value.startswith("--") and value[2:].partition("=")[0] in hints
+            if option == missing[1] and value.startswith("-") and not is_option:
                 return f"if {value!r} is the value, write {option}={shlex.quote(value)}"
     return ""
 

@@ -43,10 +43,13 @@ def run(args: list[str]) -> None:
     if options.print_config:
         print_config(options.config)
         return
+    from fastllama.checkpoints.weights_only import refuse_resume
     from fastllama.console import Console
     from fastllama.run_folder import RunFolder
     from fastllama.train import train
 
+    if options.resume is None:
+        refuse_resume(RunFolder(path), None)
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     finished = train(
         options.config,
@@ -170,14 +173,12 @@ def explain_memory(config: Config) -> str:
     """What a run on this machine would do about memory, or why its device has too little."""
     import torch
 
-    from fastllama.distributed.fsdp import device_memory
+    from fastllama.distributed.fsdp import choose_on
     from fastllama.distributed.world import world_size
-    from fastllama.planning.memory import choose_by_memory
 
     on_cuda = config.training.device != "cpu" and torch.cuda.is_available()
-    available = device_memory(torch.device("cuda" if on_cuda else "cpu"))
     try:
-        return choose_by_memory(config, world_size(), available)[1]
+        return choose_on(torch.device("cuda" if on_cuda else "cpu"), config, world_size())[1]
     except ValueError as error:
         return str(error)
 

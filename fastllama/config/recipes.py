@@ -57,7 +57,8 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = read_toml(path)
     except DamagedFileError as error:
-        raise ValueError(f"{error}{because}.") from None
+        origin = f"; {seen[-1]} extends it" if seen else ""
+        raise ValueError(f"{error}{origin}.") from None
     except FileNotFoundError:
         raise ValueError(f"There is no recipe {path}{because}; see the folder configs.") from None
     except OSError as error:

@@ -34,7 +34,7 @@ def validate_values(config: Config) -> None:
     _validate_model(config.model)
     _validate_optimizer(config)
     _validate_skipped_steps(config.training)
-    if (upload := config.checkpoint.upload) and "://" not in upload:
+    if (upload := config.checkpoint.upload) and not re.match(r"[A-Za-z][\w.+-]*://", upload):
         raise ValueError(
             f"checkpoint.upload = {upload!r} is not a URL; give one such as s3://bucket/runs, or "
             "for a folder file:///path."
@@ -98,8 +98,13 @@ _AT_LEAST_ONE = (
     "logging.sample_tokens",
     "model.rope_scaling_factor",
 )
-MINUTES_OF_A_YEAR = 525_600
-"""PyTorch counts the time that a collective may wait in nanoseconds of 64 bits."""
+_AT_MOST = {
+    "model.ffn_multiplier": 1_000,
+    "model.logit_softcap": 1e9,
+    "data.prefetch": 1_000,
+    "parallel.timeout_minutes": 525_600,
+}
+"""Values above would take all memory, leave float32, or, a year, leave PyTorch's nanoseconds."""
 _POSITIVE = (
     "model.ffn_multiplier",
     "model.eps",
@@ -150,11 +155,11 @@ def _validate_ranges(config: Config) -> None:
             if not (math.isfinite(value) and holds(value)):
                 finite = " and finite" if value == math.inf else ""
                 raise ValueError(f"{name} must be {wording}{finite}, not {value}.")
-    if config.parallel.timeout_minutes > MINUTES_OF_A_YEAR:
-        raise ValueError(
-            f"parallel.timeout_minutes must be at most {MINUTES_OF_A_YEAR}, a year, not "
-            f"{config.parallel.timeout_minutes}."
-        )
+    for name, most in _AT_MOST.items():
+        group, _, key = name.partition(".")
+        value = getattr(getattr(config, group), key)
+        if value is not None and value > most:
+            raise ValueError(f"{name} must be at most {most:,}, not {value}.")
 
 
 def _validate_sources(data: DataConfig) -> None:

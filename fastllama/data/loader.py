@@ -125,6 +125,7 @@ class BatchLoader:
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Slot | Exception] = queue.SimpleQueue()
+        self._closed = threading.Event()
         self._current: _Slot | None = None
         for _ in range(depth):
             self._free.put(_Slot(batch_size, seq_len, len(data.streams), device, packing))
@@ -174,8 +175,8 @@ class BatchLoader:
                 # A new thread starts on GPU 0 and would create a CUDA context there.
                 torch.cuda.set_device(self._device)
             first = ahead = self._first
-            while (slot := self._free.get()) is not None:
-                while is_remote and ahead < first + n_ahead:
+            while (slot := self._free.get()) is not None and not self._closed.is_set():
+                while is_remote and ahead < first + n_ahead and not self._closed.is_set():
                     wanted = range(ahead, ahead + slot.host.shape[1])
                     self._data.fetch(self._data.places(wanted, self._seq_len), self._seq_len)
                     ahead += self._stride
@@ -198,8 +199,8 @@ class BatchLoader:
             self._ready.put(error)
 
     def close(self) -> None:
-        """Stop the reader thread and wait for its copies."""
-        self._free.put(None)
+        """Stop the reader thread after its micro-batch, and wait for its copies."""
+        self._stop()
         self._thread.join()
         if self._copy_stream is not None:
             # The allocator does not know about pending copies and could reuse the buffers.
@@ -218,4 +219,9 @@ class BatchLoader:
             self.close()
         else:
             # Copies wait for training, which may wait for a collective that never ends.
-            self._free.put(None)
+            self._stop()
+
+    def _stop(self) -> None:
+        self._closed.set()
+        # Free slots may be in front of it.
+        self._free.put(None)

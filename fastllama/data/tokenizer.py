@@ -76,6 +76,8 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"output {path} is a folder: name a file in it, {path / 'tokenizer.json'}")
     if path.exists() and not path.is_file():
         raise ValueError(f"output {path} is not a file: choose another --output")
+    if path.name == "..":
+        raise ValueError(f"output {path} ends in no name: choose another --output")
     if path.is_file() and path.stat().st_size:
         try:
             load_tokenizer(path)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ from rich.console import Console
 from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
+from torch._inductor import cpu_vec_isa
 
 from fastllama.config import Config
 from fastllama.distributed.world import World
@@ -71,6 +73,15 @@ def compile_model(model: Llama, config: Config) -> None:
         modules += [model.norm, model.output]
     for module in modules:
         module.compile(dynamic=False)
+
+
+def probe_vector_instructions() -> None:
+    """Begin to find out, in a thread, which vector instructions compiled code may use on this CPU.
+
+    Inductor asks several processes, one after the other, and remembers the answer. It asks when it
+    has the first graph; until then the main thread traces the model.
+    """
+    threading.Thread(target=cpu_vec_isa.valid_vec_isa_list, daemon=True).start()
 
 
 class CompileWatch:

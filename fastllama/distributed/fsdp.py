@@ -1,5 +1,6 @@
 """FSDP2: shards the model over the processes. A single one on a CPU needs no FSDP2."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,11 @@ from fastllama.config import Config, ParallelConfig
 from fastllama.distributed.gloo import uses_gloo
 from fastllama.distributed.world import World
 from fastllama.model.llama import Linear, Llama
-from fastllama.planning.memory import can_sum_in_matmuls, choose_by_memory
+from fastllama.planning.memory import (
+    can_sum_in_matmuls,
+    choose_by_memory,
+    refuse_small_host,
+)
 
 AUTOGRAD_SUMS = hasattr(FSDPParam, "unsharded_accumulated_grad")
 """Since PyTorch 2.15, autograd sums whole gradients in `grad` of the gathered parameter.
@@ -33,17 +38,25 @@ def resolve_by_memory(config: Config, world: World) -> tuple[Config, str]:
         The new config, and the choice and its reason in one phrase.
 
     Raises:
-        ValueError: the smallest plan is larger than the memory of the main process's device.
+        ValueError: the smallest plan is larger than the memory of the main process's device, or
+            on CPUs the weights and their moments are.
     """
-    available = device_memory(world.device)
-    return world.from_main(lambda: choose_by_memory(config, world.size, available))
+    return world.from_main(lambda: choose_on(world.device, config, world.size))
 
 
-def device_memory(device: torch.device) -> int | None:
-    """Bytes of memory of a GPU; None for a CPU, where memory is not the limit."""
-    if device.type == "cpu":
-        return None
-    return torch.cuda.get_device_properties(device).total_memory
+def choose_on(device: torch.device, config: Config, world_size: int) -> tuple[Config, str]:
+    """The choice and its reason as `choose_by_memory` makes it on `device`.
+
+    Raises:
+        ValueError: as `resolve_by_memory`.
+    """
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory
+        return choose_by_memory(config, world_size, available)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    refuse_small_host(config, world_size, n_here, memory)
+    return choose_by_memory(config, world_size, None)
 
 
 def shard_model(model: Llama, config: Config, world: World) -> None:

@@ -143,8 +143,8 @@ def nccl_settings() -> str:
     return ", ".join([version, *(f"{name}={os.environ[name]}" for name in names)])
 
 
-def choose_device(kind: str) -> torch.device:
-    """The device of this process for "auto", "cuda" or "cpu".
+def choose_device(kind: str, option: str = "training.device") -> torch.device:
+    """The device of this process for "auto", "cuda" or "cpu", the value of `option`.
 
     Where every process sees all GPUs of its node, the local rank is the index. Where the launcher
     shows each process a single GPU, the process takes that GPU.
@@ -157,7 +157,7 @@ def choose_device(kind: str) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("training.device = cuda, but PyTorch sees no GPU here; use auto or cpu.")
+        raise ValueError(f"{option} = cuda, but PyTorch sees no GPU here; use auto or cpu.")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     visible = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
     if gpus == 1 and len(visible) == 1:

@@ -37,7 +37,6 @@ def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
     return torch.where(is_finite, drawn, -1)
 
 
-@torch.no_grad()
 def generate_tokens(
     model: Llama,
     prompt: list[int],
@@ -51,7 +50,8 @@ def generate_tokens(
 
     Raises:
         ValueError: the prompt fills the whole context.
-        SideJobFailedError: the logits are not finite, on the main process and so on every rank.
+        SideJobFailedError: the logits are not finite, on the main process and so on every rank;
+            raised when the token is asked for.
     """
     room = model.config.max_seq_len - len(prompt)
     if room < 1:
@@ -59,9 +59,20 @@ def generate_tokens(
             f"The prompt has {len(prompt)} tokens and the model's context is "
             f"{model.config.max_seq_len}; shorten the prompt."
         )
+    return _tokens(model, prompt, sampling, min(sampling.max_new_tokens, room), end_token, agree)
+
+
+@torch.no_grad()
+def _tokens(
+    model: Llama,
+    prompt: list[int],
+    sampling: Sampling,
+    n_new: int,
+    end_token: int,
+    agree: Callable[[Tensor], Tensor],
+) -> Iterator[int]:
     device = model.cos_PR.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    n_new = min(sampling.max_new_tokens, room)
     # Not the whole context: at 131,072 positions the cache of a small model is several gigabytes.
     cache = KVCache(model.config.n_layers, len(prompt) + n_new)
     tokens = prompt
@@ -90,7 +101,7 @@ def generate_text(
     special_tokens: bool = False,
     start_token: int | None = None,
 ) -> Iterator[str]:
-    """Yield the text that follows `prompt`, in pieces of whole characters.
+    """The text that follows `prompt`, in pieces of whole characters.
 
     `start_token` goes in front of the prompt, unless the prompt begins with it. Without one, a
     document starts after an end token, so an empty prompt becomes one. With `special_tokens`, the
@@ -98,12 +109,17 @@ def generate_text(
 
     Raises:
         ValueError: the tokenizer cannot encode the prompt, or the prompt fills the whole context.
-        SideJobFailedError: as `generate_tokens`.
+        SideJobFailedError: as `generate_tokens`, when the next piece is asked for.
     """
     ids = encode_prompt(tokenizer, prompt, end_token, special_tokens)
     stream = TextStream(tokenizer, ids)
     if start_token is not None and ids[:1] != [start_token]:
         ids = [start_token, *ids]
-    for token in generate_tokens(model, ids or [end_token], sampling, end_token, agree):
+    tokens = generate_tokens(model, ids or [end_token], sampling, end_token, agree)
+    return _pieces(tokens, stream)
+
+
+def _pieces(tokens: Iterator[int], stream: TextStream) -> Iterator[str]:
+    for token in tokens:
         yield stream.add(token)
     yield stream.finish()

@@ -115,6 +115,8 @@ def run_tokenizer(run: RunFolder, vocab_size: int) -> Tokenizer:
     Raises:
         ValueError: it cannot be read, or it has more ids than the model.
     """
+    if not run.tokenizer.exists():
+        raise ValueError(f"{run.tokenizer} does not exist; restore the tokenizer of the run.")
     tokenizer = load_tokenizer(run.tokenizer)
     n_ids = vocabulary_size(tokenizer)
     if n_ids > vocab_size:

@@ -280,6 +280,29 @@ def choose_by_memory(config: Config, world_size: int, available: int | None) -> 
     return replace(config, parallel=stage.parallel), reason
 
 
+def refuse_small_host(config: Config, world_size: int, n_here: int, memory: int) -> None:
+    """Refuse a model whose training state does not fit on a machine without GPUs.
+
+    What an operator needs on a CPU beyond that is not planned.
+
+    Args:
+        config: the run.
+        world_size: processes of the run.
+        n_here: processes on this machine.
+        memory: bytes of this machine.
+
+    Raises:
+        ValueError: weights, moments and average of its processes are larger than `memory`.
+    """
+    plan = plan_memory(possible_choices(config, world_size)[0], world_size)
+    state = n_here * (plan.parameters + plan.optimizer + plan.ema)
+    if state > memory:
+        raise ValueError(
+            f"The weights and AdamW's moments alone need {_gibibytes(state)} GiB, and this machine "
+            f"has {_gibibytes(memory)} GiB; train a smaller model, or use more machines."
+        )
+
+
 def largest_stage(config: Config, world_size: int) -> Config:
     """The stage of a run that needs most memory."""
     return max(config.stages, key=lambda stage: plan_memory(stage, world_size).total)

@@ -68,6 +68,10 @@ def end_position(run: RunFolder, config: Config, step: int) -> int:
             "the place by --position."
         )
     last = max(saved.step for saved in progress)
+    if not last:
+        raise ValueError(
+            f"{run.path} has not trained yet, so it has no updates; name the place by --position."
+        )
     if not 1 <= step <= last:
         raise ValueError(
             f"{run.path} has checkpoints up to update {last}, and none of update {step}; give a "

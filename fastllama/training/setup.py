@@ -26,7 +26,11 @@ from fastllama.config import Config, validate
 from fastllama.data.dataset import Dataset, open_dataset
 from fastllama.data.loader import BatchLoader
 from fastllama.data.packing import Packing
-from fastllama.distributed.compilation import compile_model, refuse_missing_compiler
+from fastllama.distributed.compilation import (
+    compile_model,
+    probe_vector_instructions,
+    refuse_missing_compiler,
+)
 from fastllama.distributed.compute_copies import ComputeCopies
 from fastllama.distributed.determinism import deterministic_algorithms, fix_cublas_workspace
 from fastllama.distributed.flight_recorder import record_collectives
@@ -325,6 +329,8 @@ def build_state(session: Session, start: Start, operators: Operators) -> TrainSt
     checkpoint_activations(model, config)
     if config.training.compile:
         compile_model(model, config)
+        if world.device.type == "cpu":
+            probe_vector_instructions()
     shard_model(model, config, world)
     model.init_weights(config.training.seed)
     spikes = None
@@ -353,7 +359,9 @@ def begin_stage(session: Session, state: TrainState) -> None:
 
 def open_loader(session: Session, state: TrainState) -> BatchLoader:
     """The micro-batches of this rank in the current stage, from the position of the run."""
-    config, world = session.config.at(state.progress.step + 1), session.world
+    step, world = state.progress.step, session.world
+    config = session.config.at(step + 1)
+    n_left = (session.config.last_step(step + 1) - step) * config.accumulation_steps(world.size)
     return BatchLoader(
         session.dataset.train,
         seq_len=config.model.max_seq_len,
@@ -362,7 +370,7 @@ def open_loader(session: Session, state: TrainState) -> BatchLoader:
         position=state.progress.position,
         rank=world.rank,
         world_size=world.size,
-        depth=config.data.prefetch,
+        depth=min(config.data.prefetch, n_left),
         packing=Packing.of(config, session.dataset),
     )
 

@@ -34,10 +34,10 @@ def validation_due(step: int, config: Config) -> bool:
 
 def sample_due(step: int, config: Config) -> bool:
     """After `sample_interval` updates, then after growing intervals, and after the last."""
-    interval = float(config.logging.sample_interval)
-    due = interval
+    interval = due = float(config.logging.sample_interval)
     while 0 < due < step:
-        interval *= config.logging.sample_growth
+        # No longer than the run, so that no growth overflows.
+        interval = min(interval * config.logging.sample_growth, config.n_updates)
         due += round(interval)
     return due > 0 and step in (due, config.n_updates)
 

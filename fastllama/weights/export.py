@@ -118,12 +118,29 @@ def _write_file(path: Path, part: Mapping[str, Rows], source: Source, dtype: tor
 def _tokenizer_json(source: Source) -> bytes:
     """The tokenizer as training used it: whole texts, and only the start token put before them."""
     content = description(source.tokenizer)
-    if source.start_token is None and source.tokenizer.num_special_tokens_to_add(False):
+    n_added = source.tokenizer.num_special_tokens_to_add(False)
+    if source.start_token is None and n_added:
         content["post_processor"] = None
+    elif source.start_token is not None and n_added > 1:
+        name = source.tokenizer.id_to_token(source.start_token)
+        assert name is not None
+        content["post_processor"] = _template(name, source.start_token)
     saved = source.run.tokenizer.read_bytes()
     if json.loads(saved.decode("utf-8-sig")) == content:
         return saved
     return json.dumps(content, ensure_ascii=False, indent=2).encode()
+
+
+def _template(name: str, token: int) -> dict[str, Any]:
+    """The template of the tokenizers library that puts one token before a text."""
+    start: dict[str, Any] = {"SpecialToken": {"id": name, "type_id": 0}}
+    texts = [{"Sequence": {"id": text, "type_id": 0}} for text in "AB"]
+    return {
+        "type": "TemplateProcessing",
+        "single": [start, texts[0]],
+        "pair": [start, texts[0], start, texts[1]],
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}},
+    }
 
 
 def _tokenizer_config(source: Source) -> dict[str, Any]:

@@ -90,8 +90,8 @@ class LlamaTensors:
         allowed = {OUTPUT} if model.tied_embeddings else set()
         extra = [
             name
-            for name in self._stored.keys() - wanted.keys() - allowed
-            if not BUFFER.fullmatch(name)
+            for name in self._stored
+            if name not in wanted and name not in allowed and not BUFFER.fullmatch(name)
         ]
         if missing := [name for name in wanted if name not in self._stored]:
             also = f", and {_listed(extra)} are not part of it" if extra else ""
@@ -115,9 +115,12 @@ class LlamaTensors:
                     f"config.json describes {list(shape)}; {ORIGINAL}."
                 )
             if stored.dtype not in DTYPES:
+                remedy = "take the version of the model that is not quantised"
+                if stored.dtype == "F64":
+                    remedy = "save the model as float32 with transformers"
                 raise ValueError(
                     f"{stored.file} has {name} as {stored.dtype}, and only {', '.join(DTYPES)} can "
-                    "be imported; take the version of the model that is not quantised."
+                    f"be imported; {remedy}."
                 )
 
     def _refuse_untied(self) -> None:

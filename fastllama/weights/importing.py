@@ -219,13 +219,21 @@ def _end_token(folder: Path, found: LlamaJson, tokenizer: Tokenizer) -> Document
 
 
 def _start_token(folder: Path, tokenizer: Tokenizer) -> DocumentToken | None:
-    """The token that the template of the tokenizer puts before a text, if it adds nothing else."""
-    if tokenizer.num_special_tokens_to_add(False) != 1:
-        return None
+    """The token that the template of the tokenizer puts before a text.
+
+    Tokens that it puts after a text are those of an encoder: training ends documents by itself.
+    """
     plain, framed = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
-    if framed[1:] != plain:
+    n = len(plain)
+    starts = [start for start in range(len(framed) - n + 1) if framed[start : start + n] == plain]
+    if not starts or starts[0] == 0:
         return None
     path, token = folder / "tokenizer.json", framed[0]
+    if starts[0] > 1:
+        raise ValueError(
+            f"{path} puts {starts[0]} tokens before a text, and fastllama one at most; remove the "
+            "others from its post_processor."
+        )
     text = tokenizer.id_to_token(token)
     if text is None:
         raise ValueError(

@@ -15,6 +15,8 @@ def refuse_output(output: Path) -> None:
     """Raise ValueError if `output` exists or cannot be created."""
     if os.path.lexists(output):
         raise ValueError(f"output {output} exists: choose another --output")
+    if output.name == "..":
+        raise ValueError(f"output {output} ends in no name: choose another --output")
     nearest = next(path for path in output.absolute().parents if os.path.lexists(path))
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise ValueError(
@@ -27,7 +29,7 @@ def refuse_output(output: Path) -> None:
 def new_run(output: Path) -> Iterator[RunFolder]:
     """A run folder under a hidden name, renamed to `output` at the end, or removed."""
     run = RunFolder(output.with_name(f".{output.name}.partial"))
-    with run.locked():
+    with run.locked("--output"):
         # What a killed command left.
         _empty(run.path)
         try:

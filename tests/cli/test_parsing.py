@@ -34,7 +34,11 @@ def test_debug_is_not_a_value(capsys: pytest.CaptureFixture[str]) -> None:
 def test_value_that_looks_like_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "generate", "gone", "--prompt", "-the end")
     assert "if '-the end' is the value, write --prompt='-the end'." in message
-    assert "see fastllama generate --help" in refusal(capsys, "generate", "gone", "--prompt")
+    message = refusal(capsys, "generate", "gone", "--prompt", "--the end")
+    assert "Expected 1 value; if '--the end' is the value, write --prompt='--the end'." in message
+    for arguments in (["--prompt"], ["--prompt", "--seed", "3"]):
+        message = refusal(capsys, "generate", "gone", *arguments)
+        assert "Expected 1 value; see fastllama generate --help" in message
 
 
 @pytest.mark.parametrize("command", ["prepare --tokenizer t.json", "tokenizer train"])

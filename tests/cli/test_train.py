@@ -210,6 +210,17 @@ def test_shard_truncated_while_training(
     assert error.endswith("restore the file and run the same command again\n")
 
 
+def test_model_larger_than_the_machine(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--training.device", "cpu", "--model.n-layers", "1000000000000")
+    message = refusal(capsys, "train", workspace.recipe, "--run-dir", tmp_path / "run", *options)
+    assert "The weights and AdamW's moments alone need " in message
+    assert not (tmp_path / "run").exists()
+    main(["train", str(workspace.recipe), "--print-config", *options])
+    assert "# memory                 The weights and AdamW's moments" in capsys.readouterr().out
+
+
 def test_print_config_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:
     configs = Path(__file__).parents[2] / "configs"
     main(["train", str(configs / "llama-1b.toml"), "--print-config", "--model.n_kv_heads", "8"])

@@ -67,7 +67,7 @@ def test_cycle_of_extends_is_an_error(tmp_path: Path) -> None:
         (r'extends = "a\u0000b"', r"recipe\.toml: extends must be the path of one recipe"),
         ("extends = 'gone.toml'", r"no recipe .*gone\.toml, which .*/recipe\.toml extends"),
         ("extends = '.'", r"no recipe .*, which .*/recipe\.toml extends: it is a folder"),
-        ("extends = '/dev/zero'", r"zero is not a regular file, which .*/recipe\.toml extends"),
+        ("extends = '/dev/zero'", r"zero is not a regular file; .*/recipe\.toml extends it\."),
         (f"extends = '{300 * 'a'}'", r", which .*/recipe\.toml extends cannot be read: .*too long"),
         ("[model", r"recipe\.toml cannot be read as TOML"),
         (

@@ -129,7 +129,11 @@ def test_nonfinite_number_is_an_error(option: str, value: float) -> None:
         ("training__seed", 2**63, "training.seed must be at most 9223372036854775807, and it is"),
         ("training__eval_interval", 10**400, "eval_interval must be at most .* about 10\\^400"),
         ("logging__sample_prompt", "caf\udce9", r"sample_prompt = 'caf\\udce9' is not valid UTF-8"),
-        ("parallel__timeout_minutes", 1e12, "timeout_minutes must be at most 525600, a year, not"),
+        ("parallel__timeout_minutes", 1e12, "timeout_minutes must be at most 525,600, not 1"),
+        ("model__ffn_multiplier", 1e308, r"ffn_multiplier must be at most 1,000, not 1e\+308"),
+        ("model__logit_softcap", 1e39, r"logit_softcap must be at most 1,000,000,000"),
+        ("data__prefetch", 10**18, r"data.prefetch must be at most 1,000, not 10"),
+        ("checkpoint__upload", "://x", r"checkpoint.upload = '://x' is not a URL"),
         ("data__path", "a\0b", r"data.path = 'a\\x00b' contains a NUL character"),
     ],
 )

@@ -253,6 +253,15 @@ def test_failed_training_waits_for_no_copy(
         time.sleep(0.01)
 
 
+def test_close_waits_for_one_micro_batch(slow_stream: TokenStream) -> None:
+    loader = open_loader(slow_stream, depth=200)
+    loader.next()
+    began = time.perf_counter()
+    loader.close()
+    # A micro-batch takes 0.04 s, and the ring 8 s.
+    assert time.perf_counter() - began < 2
+
+
 @pytest.mark.parametrize("n_batches", [0, 3])
 def test_close_ends_thread(stream: TokenStream, n_batches: int) -> None:
     before = threading.active_count()

@@ -229,6 +229,7 @@ def test_end_token_must_be_special() -> None:
         (".", "is a folder: name a file in it"),
         ("file/tokenizer.json", "file is not a writable folder: choose another"),
         ("pipe", "pipe is not a file: choose another"),
+        ("new/..", "new/.. ends in no name: choose another"),
     ],
 )
 def test_check_writable_rejects(tmp_path: Path, output: str, message: str) -> None:

@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import os
+import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import cpu_vec_isa
 from torch._inductor.utils import fresh_cache
 
 from fastllama.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
@@ -23,9 +26,11 @@ from fastllama.distributed.compilation import FIRST_UPDATE_MINUTES, CompileWatch
 from fastllama.distributed.world import World, distributed
 from fastllama.errors import SideJobFailedError
 from fastllama.model.llama import Llama
+from fastllama.training.setup import build_state
 from fastllama_kernels import CPU, REFERENCE, TRITON, Operators
 from tests.distributed.test_world import timeouts
 from tests.runs import losses, train
+from tests.sessions import fresh_start, resolved_session
 from tests.workspace import Workspace
 
 MODEL = ModelConfig(vocab_size=32, n_embd=16, n_layers=2, n_heads=2, multiple_of=16, max_seq_len=8)
@@ -50,6 +55,23 @@ def test_compile_scope(scope: str, operators: Operators, monkeypatch: pytest.Mon
     # Kernels need no compiler.
     behind_blocks = [] if operators is TRITON else [model.norm, model.output]
     assert compiled == ([model] if scope == "model" else [*model.blocks, *behind_blocks])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_vector_instructions_are_probed_beside_the_main_thread(
+    compiled: bool, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed = queue.SimpleQueue[threading.Thread]()
+    monkeypatch.setattr(
+        cpu_vec_isa, "valid_vec_isa_list", lambda: probed.put(threading.current_thread())
+    )
+    config = dataclasses.replace(
+        CONFIG, model=MODEL, training=dataclasses.replace(CONFIG.training, compile=compiled)
+    )
+    build_state(resolved_session(config, world), fresh_start(), CPU)
+    if compiled:
+        assert probed.get(timeout=60) is not threading.main_thread()
+    assert probed.empty()
 
 
 # PyTorch warns about its own code.

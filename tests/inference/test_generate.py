@@ -187,7 +187,7 @@ def test_stops_when_the_context_is_full(model: Llama) -> None:
     sampling = Sampling(max_new_tokens=100, temperature=0)
     assert len(list(generate_tokens(model, [5] * 13, sampling, end_token=-1))) == 3
     with pytest.raises(ValueError, match="The prompt has 16 tokens and the model's context is 16;"):
-        next(generate_tokens(model, [5] * 16, sampling, end_token=-1))
+        generate_tokens(model, [5] * 16, sampling, end_token=-1)
 
 
 def text_pieces(ids: list[int], model: Llama, monkeypatch: pytest.MonkeyPatch) -> list[str]:

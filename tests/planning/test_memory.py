@@ -25,6 +25,7 @@ from fastllama.model.activation_checkpointing import checkpoint_activations
 from fastllama.model.llama import Llama
 from fastllama.optim.adamw import build_optimizer
 from fastllama.optim.clipping import update
+from fastllama.planning.flops import n_parameters
 from fastllama.planning.memory import (
     TrafficPlan,
     _gathered_bytes,
@@ -32,6 +33,7 @@ from fastllama.planning.memory import (
     choose_by_memory,
     plan_memory,
     plan_traffic,
+    refuse_small_host,
 )
 from fastllama_kernels import TRITON, TRITON_SAVING
 from fastllama_kernels.linear_cross_entropy import chunk_length
@@ -397,6 +399,19 @@ def test_cpu_keeps_all() -> None:
         "unsharded",
         "parameters kept for the backward, gradients summed whole: 82.2 GiB, not limited on a CPU",
     )
+
+
+def test_training_state_must_fit_on_a_machine_without_gpus() -> None:
+    config = recipe(8, n_micro_batches=8)
+    # Weights and two moments in float32; 4 of 8 processes hold half of the shards.
+    state = 12 * n_parameters(config.model) // 2
+    refuse_small_host(config, 8, 4, state)
+    with pytest.raises(ValueError, match=r"alone need 44\.9 GiB, and this machine has 44\.8 GiB; "):
+        refuse_small_host(config, 8, 4, int(44.8 * 2**30))
+    training = dataclasses.replace(config.training, ema_decay=0.99)
+    averaged = dataclasses.replace(config, training=training)
+    with pytest.raises(ValueError, match=r"alone need 59\.8 GiB, and this machine has 44\.9 GiB; "):
+        refuse_small_host(averaged, 8, 4, state)
 
 
 def test_one_device_has_no_shards_to_sum_in() -> None:

@@ -44,6 +44,9 @@ def test_sample_intervals_grow() -> None:
     assert [step for step in range(1, 101) if sample_due(step, CONFIG)] == [8, 20, 38, 65, 100]
     never = dataclasses.replace(CONFIG, logging=LoggingConfig(sample_interval=0))
     assert not any(sample_due(step, never) for step in range(1, 101))
+    logging = LoggingConfig(sample_interval=8, sample_growth=1e308)
+    once = dataclasses.replace(CONFIG, logging=logging)
+    assert [step for step in range(1, 101) if sample_due(step, once)] == [8, 100]
 
 
 def test_checkpoint_is_due_at_multiples_of_tokens() -> None:

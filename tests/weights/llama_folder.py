@@ -117,10 +117,13 @@ def write_llama(
     return tensors
 
 
-def put_before_texts(path: Path, token: int = 0) -> None:
-    """Make the tokenizer of a folder put `<SOS>` before every text, as those of Llama 2 and 3."""
+def put_before_texts(path: Path, token: int = 0, template: str = "<SOS> $A") -> None:
+    """Make the tokenizer of a folder put `<SOS>` before every text, as those of Llama 2 and 3.
+
+    `token` is the id of `<SOS>`. Another `template` may also put `<EOS>` somewhere.
+    """
     tokenizer = load_tokenizer(path / "tokenizer.json")
     tokenizer.post_processor = TemplateProcessing(  # type: ignore[assignment]
-        single="<SOS> $A", special_tokens=[("<SOS>", token)]
+        single=template, special_tokens=[("<SOS>", token), ("<EOS>", 1)]
     )
     save_tokenizer(tokenizer, path / "tokenizer.json")

@@ -211,6 +211,8 @@ def test_refusals(
             "new.gguf",
             "new.gguf names a GGUF file, and without --gguf it would be a folder",
         ),
+        (trained, "NEW.GGUF", "NEW.GGUF names a GGUF file, and without --gguf"),
+        (trained, "new/..", "new/.. ends in no name: choose another --output"),
         (trained / "checkpoints" / "step-00000007", "new", "There is no checkpoint "),
         (damaged, "new", "has no whole checkpoint: "),
         (damaged / "checkpoints" / "latest", "new", "The checkpoint is damaged: "),
@@ -291,6 +293,10 @@ def test_files_of_the_run_that_do_not_belong_together(
     save_tokenizer(train_tokenizer(map(str, range(2000)), 321), run / "tokenizer.json")
     line = refusal(capsys, "export", run, "--output", tmp_path / "export")
     assert "has 321 token ids and the model 320; restore the tokenizer of the run" in line
+    (run / "tokenizer.json").unlink()
+    for command in (("export", run, "--output", tmp_path / "export"), ("generate", run)):
+        line = refusal(capsys, *command)
+        assert f"{run}/tokenizer.json does not exist; restore the tokenizer of the run" in line
     assert os.listdir(tmp_path) == ["run"]
 
 

@@ -170,9 +170,10 @@ def test_resume_names_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     run = imported(tmp_path / "llama")
     sentence = (
         f"error: {run} has weights without the moments of AdamW, so there is nothing to resume; "
-        f"start a new run from them with --training.init-from {run}.\n"
+        f"start a new run from them in another folder with --training.init-from {run}.\n"
     )
     assert refusal(capsys, "train", "--resume", run) == sentence
+    assert refusal(capsys, "train", run / "config.toml", "--run-dir", run) == sentence
     latest, branch = run / "checkpoints" / "latest", tmp_path / "branch"
     assert refusal(capsys, "train", "--resume", latest, "--run-dir", branch) == sentence
     assert not branch.exists()
@@ -338,7 +339,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
                 {f"model.layers.{n}.self_attn.q_proj.bias": torch.ones(32) for n in range(2)}
             )
         ),
-        r"have model.layers.\d.self_attn.q_proj.bias, .*q_proj.bias, not part of the model",
+        r"have model.layers.0.self_attn.q_proj.bias, model.layers.1.*q_proj.bias, not part of the",
     ),
     "other shape": (
         change_tensors(lambda found: found.update({DOWN: torch.ones(32, 81)})),
@@ -347,6 +348,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "integers": (
         change_tensors(lambda found: found.update({DOWN: torch.ones(32, 80, dtype=torch.int8)})),
         f"has {DOWN} as I8, and only F32, BF16, F16 can be imported",
+    ),
+    "64-bit floats": (
+        change_tensors(lambda found: found.update({DOWN: found[DOWN].double()})),
+        f"has {DOWN} as F64, and only .* imported; save the model as float32 with transformers",
     ),
     "8-bit floats": (
         change_tensors(lambda found: found.update({DOWN: found[DOWN].to(torch.float8_e4m3fn)})),
@@ -503,6 +508,14 @@ def test_field_that_is_refused(
     assert os.listdir(tmp_path) == ["llama"]
 
 
+def test_several_start_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_llama(tmp_path / "llama")
+    put_before_texts(tmp_path / "llama", template="<SOS> <SOS> $A")
+    line = refusal(capsys, "import", tmp_path / "llama", "--output", tmp_path / "run")
+    assert "tokenizer.json puts 2 tokens before a text, and fastllama one at most; remove" in line
+    assert os.listdir(tmp_path) == ["llama"]
+
+
 def test_start_token_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_llama(tmp_path / "llama")
     put_before_texts(tmp_path / "llama", 999)
@@ -557,6 +570,10 @@ def test_second_import_at_the_same_time(tmp_path: Path, capsys: pytest.CaptureFi
     with RunFolder(tmp_path / ".run.partial").locked():
         line = refusal(capsys, "import", tmp_path / "llama", "--output", tmp_path / "run")
     assert "another process is writing into" in line
+    (tmp_path / ".run.partial").touch()
+    line = refusal(capsys, "import", tmp_path / "llama", "--output", tmp_path / "run")
+    assert ".run.partial is not a folder, or is inside a file; choose another --output." in line
+    (tmp_path / ".run.partial").unlink()
     assert os.listdir(tmp_path) == ["llama"]
 
 

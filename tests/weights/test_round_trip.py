@@ -75,6 +75,22 @@ def test_start_token_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert content["add_bos_token"] is True
 
 
+def test_end_token_after_texts_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, run, result = (tmp_path / name for name in ("source", "run", "result"))
+    write_llama(source)
+    put_before_texts(source, template="<SOS> $A <EOS>")
+    main(["import", str(source), "--output", str(run)])
+    assert "start  token 0, '<SOS>', in front of every prompt" in capsys.readouterr().out
+    main(["export", str(run), "--output", str(result)])
+    # A prompt that ends in an end token is not continued.
+    tokenizer = load_tokenizer(result / "tokenizer.json")
+    text = tokenizer.encode("def f", add_special_tokens=False).ids
+    assert tokenizer.encode("def f").ids == [0, *text]
+    assert tokenizer.encode("def f", "def f").ids == [0, *text, 0, *text]
+
+
 def test_sentencepiece_model_is_kept(tmp_path: Path) -> None:
     source, run, result = (tmp_path / name for name in ("source", "run", "result"))
     write_llama(source)
