@@ -28,14 +28,12 @@ from fastllama.checkpoints.folder import (
     describe,
     locate,
 )
+from fastllama.checkpoints.shards import THREADS
 from fastllama.checkpoints.state import EMA, MODEL, TrainProgress, TrainState
 from fastllama.config import Config
 from fastllama.printable import one_line
 from fastllama.run_folder import RunFolder, model_identity
 from fastllama.typed_json import DamagedFileError, read_json
-
-READERS = 4
-"""Files that a rank checks at once. SHA-256 of one takes a core about as long as reading it."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def _find_damage_in_share(path: Path, rank: int, size: int, wanted: str) -> str 
         return f"{path / min(unlisted)} is not in {manifest.name}"
     # Dealt out in order of size, so that all ranks read about as much.
     names = sorted(entries, key=lambda name: entries[name].bytes)[rank::size]
-    with ThreadPoolExecutor(READERS) as threads:
+    with ThreadPoolExecutor(THREADS) as threads:
         damages = threads.map(lambda name: _damage(path / name, entries[name], wanted), names)
         return next((damage for damage in damages if damage is not None), None)
 

@@ -8,17 +8,17 @@ lock, so that training launches no kernel.
 import hashlib
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
@@ -30,8 +30,10 @@ from fastllama.safetensors_file import write_safetensors
 FILE_BYTES = 64 * 2**20
 """Size of one file of a rank, unless a single tensor is larger.
 
-Ranks and threads share the checking of a checkpoint file by file.
+Ranks and threads share the writing and the checking of a checkpoint file by file.
 """
+THREADS = 4
+"""Files that a rank writes or checks at once. SHA-256 takes a core as long as the file itself."""
 
 
 def file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -79,19 +81,25 @@ class ShardWriter(HuggingFaceStorageWriter):
         parts = defaultdict(list)
         for item in plan.items:
             parts[self._numbers[item.index.fqn]].append(item)
-        for number, items in parts.items():
-            name = file_name(dist.get_rank(), number, max(self._numbers.values()))
-            tensors, offsets = {}, {}
-            for item in items:
-                tensor, piece = planner.resolve_data(item), item.tensor_data
-                assert isinstance(tensor, Tensor)
-                assert piece is not None
-                tensors[item.index.fqn], offsets[item.index.fqn] = tensor, piece.chunk.offsets
-            self.files[name] = write_shard(self._folder / name, tensors, tensors.values(), offsets)
+        with ThreadPoolExecutor(THREADS) as threads:
+            write = partial(self._write_file, planner)
+            self.files = dict(threads.map(write, parts.keys(), parts.values()))
         # The results only serve an index file, which a checkpoint in shards does not have.
-        written: Future[list[WriteResult]] = Future()
-        written.set_result([])
-        return written
+        results: Future[list[WriteResult]] = Future()
+        results.set_result([])
+        return results
+
+    def _write_file(
+        self, planner: SavePlanner, number: int, items: Sequence[WriteItem]
+    ) -> tuple[str, FileEntry]:
+        name = file_name(dist.get_rank(), number, max(self._numbers.values()))
+        tensors, offsets = {}, {}
+        for item in items:
+            tensor, piece = planner.resolve_data(item), item.tensor_data
+            assert isinstance(tensor, Tensor)
+            assert piece is not None
+            tensors[item.index.fqn], offsets[item.index.fqn] = tensor, piece.chunk.offsets
+        return name, write_shard(self._folder / name, tensors, tensors.values(), offsets)
 
 
 def write_shard(
@@ -119,31 +127,22 @@ def write_shard(
         "format": "pt",
     }
     with naming(path), open(path, "xb") as file:
-        with _HashedFile(file) as hashed:
-            write_safetensors(hashed, layout, values, metadata)
-        file.flush()
-        size = os.fstat(file.fileno()).st_size
+        hashed = _HashedFile(file)
+        write_safetensors(hashed, layout, values, metadata)
+        size = file.tell()
     fsync_file(path)
     return FileEntry(size, hashed.sha256())
 
 
 class _HashedFile:
-    """Hashes what is written into a file, in a second thread while the system takes it."""
+    """Hashes what is written into a file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest = file, hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)
 
     def write(self, content: bytes | memoryview) -> None:
-        hashing = self._thread.submit(self._digest.update, content)
+        self._digest.update(content)
         self._file.write(content)
-        hashing.result()
 
     def sha256(self) -> str:
         return self._digest.hexdigest()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown()
