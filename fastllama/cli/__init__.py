@@ -34,6 +34,10 @@ from fastllama.errors import PeerFailedError, RankFailedError
 
 SPIN_COUNT = "3000"
 """Rounds that a thread of GNU's OpenMP spins before it sleeps; its own default is 300,000."""
+NEW_OBJECTS = 100_000
+"""Objects after which Python looks for garbage. Its own default, 700 or 2,000, costs a tenth of the
+time until the first update: imports and torch.compile make a million objects, and hardly a cycle.
+"""
 
 # In the order of the help text, which follows the way from text to a trained model.
 COMMANDS: dict[tuple[str, ...], Command] = {
@@ -87,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     if argv is None:
         limit_spinning()
+        gc.set_threshold(NEW_OBJECTS)
     guard_streams()
     given = split_options(list(sys.argv[1:] if argv is None else argv))
     args = without_debug(given)

@@ -1,5 +1,6 @@
 """Arguments for which tyro's own rules do not fit."""
 
+import gc
 import io
 import sys
 from pathlib import Path
@@ -29,6 +30,17 @@ def test_debug_is_not_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["generate", "gone", "--prompt", "--debug", "hello"]
     assert "Missing value for argument '--prompt'" in refusal(capsys, *args)
     assert "gone is not a run folder" in refusal(capsys, "generate", "gone", "--prompt=--debug")
+
+
+def test_process_seldom_looks_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = gc.get_threshold()
+    try:
+        for argv, expected in ((["--version"], before[0]), (None, 100_000)):
+            monkeypatch.setattr(sys, "argv", ["fastllama", "--version"])
+            main(argv)
+            assert gc.get_threshold() == (expected, *before[1:])
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_value_that_looks_like_an_option(capsys: pytest.CaptureFixture[str]) -> None:
