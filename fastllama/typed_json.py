@@ -1,11 +1,9 @@
 """Reads the project's JSON files into typed values. Every error names the file and the field."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
-
-from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
@@ -54,21 +52,26 @@ def parse_json(content: bytes | str, kind: type[T], source: str) -> T:
     Raises:
         DamagedFileError: as for `read_json`.
     """
+    # Not above: every command imports this module, and few read such a file.
+    from pydantic import ValidationError
+
     try:
         value: T = _adapter(cast(Hashable, kind)).validate_json(content, strict=True)
     except ValidationError as error:
-        raise DamagedFileError(f"{source}: {_first_problem(error)}") from None
+        problem = error.errors(include_url=False, include_context=False)[0]
+        raise DamagedFileError(f"{source}: {_in_words(problem)}") from None
     return value
 
 
 @cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+def _adapter(kind: Hashable) -> Any:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(cast(Any, kind))
 
 
-def _first_problem(error: ValidationError) -> str:
-    """One clause about the first field that is wrong, with 60 characters of its name and value."""
-    problem = error.errors(include_url=False, include_context=False)[0]
+def _in_words(problem: Mapping[str, Any]) -> str:
+    """One clause about a problem that pydantic found: 60 characters of the field and the value."""
     field = _shortened(".".join(map(str, problem["loc"])))
     message = problem["msg"][:1].lower() + problem["msg"][1:]
     if problem["type"] == "json_invalid":

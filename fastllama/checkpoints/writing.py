@@ -142,7 +142,7 @@ class CheckpointWriter:
     ) -> None:
         start = time.perf_counter()
         if self._device.type == "cuda":
-            # A new thread starts on GPU 0, where PyTorch's writer would create a context.
+            # A new thread starts on GPU 0, where a call of PyTorch's could create a context.
             torch.cuda.set_device(self._device)
         final = self._folder / f"step-{progress.step:08d}"
         aside = final.with_name(f".{final.name}.partial")

@@ -99,12 +99,14 @@ _AT_LEAST_ONE = (
     "model.rope_scaling_factor",
 )
 _AT_MOST = {
+    # More would take all memory.
     "model.ffn_multiplier": 1_000,
-    "model.logit_softcap": 1e9,
     "data.prefetch": 1_000,
+    # Near the end of float32, the bounded logits are not finite.
+    "model.logit_softcap": 1e9,
+    # A year: PyTorch counts nanoseconds of 64 bits.
     "parallel.timeout_minutes": 525_600,
 }
-"""Values above would take all memory, leave float32, or, a year, leave PyTorch's nanoseconds."""
 _POSITIVE = (
     "model.ffn_multiplier",
     "model.eps",

@@ -298,8 +298,9 @@ def refuse_small_host(config: Config, world_size: int, n_here: int, memory: int)
     state = n_here * (plan.parameters + plan.optimizer + plan.ema)
     if state > memory:
         raise ValueError(
-            f"The weights and AdamW's moments alone need {_gibibytes(state)} GiB, and this machine "
-            f"has {_gibibytes(memory)} GiB; train a smaller model, or use more machines."
+            f"On CPUs, the weights and AdamW's moments alone need {_gibibytes(state)} GiB here, "
+            f"and the machine has {_gibibytes(memory)} GiB; train on GPUs or more machines, or "
+            "train a smaller model."
         )
 
 

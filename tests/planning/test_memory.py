@@ -406,11 +406,15 @@ def test_training_state_must_fit_on_a_machine_without_gpus() -> None:
     # Weights and two moments in float32; 4 of 8 processes hold half of the shards.
     state = 12 * n_parameters(config.model) // 2
     refuse_small_host(config, 8, 4, state)
-    with pytest.raises(ValueError, match=r"alone need 44\.9 GiB, and this machine has 44\.8 GiB; "):
+    with pytest.raises(
+        ValueError, match=r"alone need 44\.9 GiB here, and the machine has 44\.8 GiB; "
+    ):
         refuse_small_host(config, 8, 4, int(44.8 * 2**30))
     training = dataclasses.replace(config.training, ema_decay=0.99)
     averaged = dataclasses.replace(config, training=training)
-    with pytest.raises(ValueError, match=r"alone need 59\.8 GiB, and this machine has 44\.9 GiB; "):
+    with pytest.raises(
+        ValueError, match=r"alone need 59\.8 GiB here, and the machine has 44\.9 GiB; "
+    ):
         refuse_small_host(averaged, 8, 4, state)
 
 
