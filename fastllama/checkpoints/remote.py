@@ -162,6 +162,7 @@ class CheckpointUploader:
             elif name < newest.name and Path(name) not in kept:
                 _remove(url, [MANIFEST] if MANIFEST in files else [])
                 _remove(url, [file for file in files if FILE.fullmatch(file) and file != MANIFEST])
+                patiently(url, _remove_empty_folder, verb="write", remedy="check the network")
 
 
 def list_checkpoints(url: str) -> dict[str, dict[str, int]]:
@@ -298,6 +299,13 @@ def _remove(url: str, names: Sequence[str]) -> None:
 
     with suppress(FileNotFoundError):
         patiently(url, remove, verb="write", remedy="check the network")
+
+
+def _remove_empty_folder(files: AbstractFileSystem, folder: str) -> None:
+    """Remove a folder without files, where the store has folders."""
+    files.invalidate_cache()
+    if files.isdir(folder) and not files.ls(folder):
+        files.rmdir(folder)
 
 
 def _hide(checkpoint: str) -> None:

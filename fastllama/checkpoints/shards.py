@@ -28,7 +28,7 @@ from fastllama.checkpoints.folder import FileEntry
 from fastllama.safetensors_file import write_safetensors
 
 FILE_BYTES = 64 * 2**20
-"""Size of one file of a rank, unless a single tensor is larger.
+"""Size of the tensors in one file of a rank, unless a single one is larger.
 
 Ranks and threads share the writing and the checking of a checkpoint file by file.
 """

@@ -107,7 +107,7 @@ class CheckpointWriter:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            first_line = str(error).partition("\n")[0]
+            first_line = str(error).partition("\n")[0] or type(error).__name__
             return OSError(f"the host has no memory for a copy ({first_line})")
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
@@ -216,7 +216,10 @@ class CheckpointWriter:
             dcp.save(staged, storage_writer=writer, process_group=self._group)
         except CheckpointException as error:
             failure = first_failure(error)
-            raise (failure if isinstance(failure, OSError) else OSError(str(failure))) from None
+            if isinstance(failure, OSError) or not isinstance(failure, (MemoryError, RuntimeError)):
+                raise failure from None
+            # No memory, or no thread. Training may go on.
+            raise OSError(str(failure) or "the host has no memory left") from None
         parts = self._on_each(lambda: writer.files)
         files = {name: entry for part in parts for name, entry in part.items()}
         self._on_main(lambda: complete(aside, final, progress, self._identity, files))

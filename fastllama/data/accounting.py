@@ -62,7 +62,7 @@ class Accounting:
                 if counts.malformed < REPORTED_RECORDS:
                     self._report(f"{record.where}: {record.reason}")
                 number = record.where.rpartition(":")[2]
-                file.problem = file.problem or f"record {number}: {record.reason}"
+                file.problem = file.problem or f"{number}: {record.reason}"
                 file.malformed += record.records
                 counts.malformed += record.records
 
@@ -73,7 +73,7 @@ class Accounting:
         lines = [f"{_number(len(files.paths), 'file')} read: {_describe(counts)}"]
         for file in counts.files:
             name = shortened(printable(files.paths[file.file]), 300)
-            first = f"; first, {file.problem}" if file.problem else ""
+            first = f"; first at {file.problem}" if file.problem else ""
             lines.append(f"  {name}: {_describe(file)}{first}")
         if counts.unlisted:
             lines.append(f"  {_number(counts.unlisted, 'more file')} with records lost")

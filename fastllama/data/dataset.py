@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -14,6 +15,7 @@ from fastllama.data.encoding import encode_prompt
 from fastllama.data.manifest import DataFolder, Manifest
 from fastllama.data.remote_folder import RemoteFolder
 from fastllama.data.stream import TokenStream
+from fastllama.data.text_bytes import TextBytes
 from fastllama.data.tokenizer import fingerprint, load_tokenizer
 from fastllama.data.training_data import TrainingData
 from fastllama.typed_json import DamagedFileError
@@ -38,8 +40,6 @@ class HeldOut:
 
     name: str
     stream: TokenStream
-    bytes_per_token: float
-    """Mean UTF-8 bytes of text per token of the split."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Dataset:
     def folder(self) -> DataFolder:
         """The first data folder; the tokenizer of all is in it."""
         return self.sources[0].folder
+
+    @cached_property
+    def text_bytes(self) -> TextBytes:
+        """Counts the bytes of the text of token ids."""
+        return TextBytes(self.tokenizer, self.end_token_id)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the training data. Equal data has equal values."""
@@ -113,9 +118,9 @@ def open_dataset(config: Config) -> Dataset:
             "leaves no room for a sample; shorten it."
         )
     held_out = tuple(
-        HeldOut(name, stream, split.text_bytes / split.tokens)
+        HeldOut(name, stream)
         for name, folder, manifest, split_name in validation
-        if (split := manifest.splits.get(split_name)) is not None
+        if split_name in manifest.splits
         and (stream := TokenStream(folder, manifest, split_name)).n_sequences(
             config.model.max_seq_len
         )

@@ -4,7 +4,7 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import IO
 
@@ -30,7 +30,10 @@ _ARRAY_REMEDY = "; end the name of a file that is one array in .json"
 _ONE_LINE_REMEDY = "; a value must fill one line: end the name in .json, or use `jq -c .`"
 _MANY_VALUES_REMEDY = "; a line must hold one value: use `jq -c .`"
 _COMMA_REMEDY = "; remove the comma after each value, as with `sed 's/,[[:space:]]*$//'`"
+_TOO_LONG = "longer than 8 MB: write JSON Lines, with one record a line"
 _SEPARATORS = re.compile(r"[\s,]*")
+_OPENING = '{["'
+_MARKS = re.compile(r'\\.|["{}\[\]]', re.DOTALL)
 # Python refuses integers of more than 4,300 digits, but no float.
 _ANY_NUMBER = json.JSONDecoder(parse_int=float)
 
@@ -186,11 +189,23 @@ def _read_values(
     # Invalid UTF-8 becomes surrogates, which spoil only the text that holds them.
     utf8 = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
     text, at, number, in_array, at_end = "", 0, 0, False, False
+
+    def read(n_bytes: int = BUFFER_BYTES) -> str:
+        nonlocal at_end
+        part = ""
+        # A character may be cut.
+        while not part and not at_end:
+            data = content.read1(n_bytes)
+            at_end = not data
+            part = utf8.decode(data, final=at_end)
+        return part
+
     while True:
         at = next(_SEPARATORS.finditer(text, at)).end()
         if text[at : at + 1] == ("]" if in_array else "[") and (in_array or not number):
             in_array, at = not in_array, at + 1
             continue
+        begin, too_large = at, ""
         try:
             try:
                 value, end = decoder.raw_decode(text, at)
@@ -199,7 +214,7 @@ def _read_values(
                     raise
                 value, end = _ANY_NUMBER.raw_decode(text, at)
         except RecursionError:
-            raise DamagedInputError("a record is nested too deeply") from None
+            too_large = "nested too deeply"
         except ValueError as error:
             if at_end and at == len(text) and not in_array:
                 return
@@ -215,10 +230,36 @@ def _read_values(
                 at = end
                 continue
         if len(text) - at > LONG_RECORD_BYTES:
-            raise DamagedInputError(
-                f"a record is longer than {LONG_RECORD_BYTES / 1e6:.0f} MB, or not JSON: write "
-                "JSON Lines, with one record a line"
-            )
-        data = content.read1(max(BUFFER_BYTES, len(text) - at))
-        at_end = not data
-        text, at = text[at:] + utf8.decode(data, final=at_end), 0
+            too_large = too_large or _TOO_LONG
+        if too_large:
+            rest = _after_value(text[begin:], read) if text[begin] in _OPENING else None
+            if rest is None:
+                raise DamagedInputError(f"a record is not JSON, or {too_large}")
+            number += 1
+            yield Record(number, NoText(too_large), raw.tell())
+            text, at = rest, 0
+            continue
+        text, at = text[at:] + read(max(BUFFER_BYTES, len(text) - at)), 0
+
+
+def _after_value(text: str, read: Callable[[], str]) -> str | None:
+    """What follows the object, array or string at the beginning of `text`, which is not parsed.
+
+    `read` gives the next part of the file, and "" at its end. None if the value does not end.
+    """
+    depth, in_string = 0, False
+    while text:
+        end = 0
+        for match in _MARKS.finditer(text):
+            mark, end = match[0], match.end()
+            if mark == '"':
+                in_string = not in_string
+            elif not in_string and len(mark) == 1:
+                depth += 1 if mark in _OPENING else -1
+            if not depth and not in_string:
+                return text[end:]
+        # An escape may be cut.
+        cut = "\\" if text.endswith("\\") and end < len(text) else ""
+        part = read()
+        text = cut + part if part else ""
+    return None

@@ -43,7 +43,7 @@ _NOT_TEXT = {
 }
 """First bytes of a file that is neither text nor JSON, and the remedy."""
 _TAR_PLACE, _TAR = 257, b"ustar"
-MAX_NUL_SHARE = 0.1
+MAX_NUL_SHARE, MAX_NULS = 0.1, 4
 """Text may hold the character U+0000. UTF-16 without a mark holds it at every second byte."""
 
 
@@ -127,7 +127,7 @@ def _records(
             raise DamagedInputError(problem)
     if first.startswith(_TAR, _TAR_PLACE):
         raise DamagedInputError("it is a tar archive: unpack it")
-    if first.count(b"\0") > len(first) * MAX_NUL_SHARE:
+    if first.count(b"\0") > max(MAX_NULS, len(first) * MAX_NUL_SHARE):
         raise DamagedInputError(
             "it is full of NUL bytes, so it is no UTF-8 text: convert it, as with `iconv -f "
             "UTF-16LE -t UTF-8`, or leave it out"

@@ -1,4 +1,4 @@
-"""The loss on held-out text."""
+"""The loss on held-out text, a token and a byte."""
 
 import math
 
@@ -9,6 +9,7 @@ from fastllama.config import Config
 from fastllama.data.batch import IGNORED, fill_batch
 from fastllama.data.packing import Packing
 from fastllama.data.stream import TokenStream
+from fastllama.data.text_bytes import TextBytes
 from fastllama.distributed.world import World
 from fastllama.errors import SideJobFailedError
 
@@ -17,14 +18,19 @@ from fastllama.errors import SideJobFailedError
 def validation_loss(
     model: nn.Module,
     stream: TokenStream,
+    text_bytes: TextBytes,
     config: Config,
     world: World,
     packing: Packing | None = None,
-) -> float:
-    """Mean negative log-likelihood in nats over the first `eval_tokens` of the stream.
+) -> tuple[float, float]:
+    """Mean negative log-likelihood over the first `eval_tokens` of the stream.
 
     Sequences come in the order of the stream. Every rank computes batches of one shape; the targets
     of rows past the end are ignored. `packing` keeps documents apart, as in training.
+
+    Returns:
+        Nats a token, and bits a UTF-8 byte of the text that these tokens stand for; NaN if they
+        stand for none.
 
     Raises:
         SideJobFailedError: a rank could not read a batch. Every rank computes all batches and then
@@ -34,14 +40,18 @@ def validation_loss(
     wanted = max(1, config.training.eval_tokens // seq_len)
     n_sequences = min(wanted, stream.n_sequences(seq_len))
     failure = ""
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    # On the CPU, so that the loop does not wait for the device.
+    n_bytes = 0
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     batch = torch.empty(2, batch_size, seq_len, dtype=torch.int64)
     model.eval()
     for first in range(0, n_sequences, batch_size * world.size):
         begin = first + world.rank * batch_size
         rows = range(begin, min(begin + batch_size, n_sequences))
         try:
-            fill_batch((stream.read(row, seq_len) for row in rows), batch)
+            sequences = [stream.read(row, seq_len) for row in rows]
+            fill_batch(sequences, batch)
+            n_bytes += sum(text_bytes.count(tokens[1:], int(tokens[0])) for tokens in sequences)
         except (OSError, ValueError) as error:
             failure = f": {error}"
             batch[0], batch[1] = 0, IGNORED
@@ -52,15 +62,11 @@ def validation_loss(
         loss = model(inputs, targets, cu_seqlens=cu_seqlens)
         sums[0] += loss.double() * (len(rows) * seq_len)
     model.train()
-    sums[1] = bool(failure)
-    loss_sum, failed = (world.size * mean for mean in world.mean(sums).tolist())
+    sums[1], sums[2] = n_bytes, bool(failure)
+    loss_sum, total_bytes, failed = (world.size * mean for mean in world.mean(sums).tolist())
     if failed:
         raise SideJobFailedError(
             f"{round(failed)} of {world.size} ranks cannot read the held-out text{failure}"
         )
-    return loss_sum / (n_sequences * seq_len)
-
-
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Convert a loss in nats a token to bits a UTF-8 byte of text."""
-    return loss / math.log(2) / bytes_per_token
+    bits = loss_sum / math.log(2)
+    return loss_sum / (n_sequences * seq_len), bits / total_bytes if total_bytes else math.nan

@@ -118,7 +118,7 @@ class Recorder:
             tokens=tokens,
             tokens_total=result.step * per_update,
             loss=result.loss,
-            perplexity=math.exp(result.loss) if result.loss < 700 else math.inf,
+            perplexity=math.inf if result.loss >= 700 else math.exp(result.loss),
             lr=learning_rate(result.step, n_updates, self._config.optimizer),
             grad_norm=result.grad_norm,
             tok_per_s=tok_per_s,

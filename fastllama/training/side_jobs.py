@@ -15,7 +15,7 @@ from fastllama.config import Config
 from fastllama.distributed.compilation import CompileWatch
 from fastllama.distributed.fsdp import reshard
 from fastllama.errors import SideJobFailedError, reason
-from fastllama.inference.evaluate import bits_per_byte, validation_loss
+from fastllama.inference.evaluate import validation_loss
 from fastllama.inference.generate import generate_text
 from fastllama.inference.sampling import Sampling
 from fastllama.logs.log_file import append
@@ -101,10 +101,14 @@ class SideJobs:
         ):
             results = {}
             for held_out in session.dataset.validation:
-                loss = validation_loss(
-                    model, held_out.stream, session.config, session.world, session.packing
+                results[held_out.name] = validation_loss(
+                    model,
+                    held_out.stream,
+                    session.dataset.text_bytes,
+                    session.config,
+                    session.world,
+                    session.packing,
                 )
-                results[held_out.name] = loss, bits_per_byte(loss, held_out.bytes_per_token)
             self.monitor.recorder.add_validation(results)
 
     def sample(self) -> None:

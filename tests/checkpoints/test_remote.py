@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,11 +64,11 @@ def whole(store: ObjectStore) -> list[str]:
     return list(found)
 
 
-def uploader(run: Path, **options: Any) -> tuple[CheckpointUploader, list[str]]:
+def uploader(run: Path, url: str = URL, **options: Any) -> tuple[CheckpointUploader, list[str]]:
     reports: list[str] = []
     config = Config(
         training=TrainingConfig(tokens_per_update=10),
-        checkpoint=CheckpointConfig(upload=URL, **options),
+        checkpoint=CheckpointConfig(upload=url, **options),
     )
     return CheckpointUploader(RunFolder(run), config, reports.append), reports
 
@@ -198,6 +199,19 @@ def test_copies_are_kept_as_checkpoints_are(run: Path, store: ObjectStore) -> No
         assert upload.wait(60)
     assert whole(store) == ["step-00000014", "step-00000012", STEP_10]
     assert copied(store, STEP_5) == {"notes.txt": b"mine"}
+
+
+def test_no_empty_folder_is_left_on_a_file_system(run: Path, tmp_path: Path) -> None:
+    upload, reports = uploader(run, f"file://{tmp_path / 'copies'}", keep_last=1)
+    copies = tmp_path / "copies" / "run" / "checkpoints"
+    (copies / STEP_5).mkdir(parents=True)
+    (copies / STEP_5 / "notes.txt").write_text("mine")
+    for path in saved(run, 5, 10, 12):
+        upload.upload(path)
+        assert upload.wait(60)
+    assert sorted(os.listdir(copies)) == [STEP_5, "step-00000012"]
+    assert os.listdir(copies / STEP_5) == ["notes.txt"]
+    assert all(report.startswith("uploaded ") for report in reports)
 
 
 def test_a_permanent_checkpoint_is_uploaded_later(run: Path, store: ObjectStore) -> None:

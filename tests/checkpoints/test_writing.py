@@ -375,6 +375,48 @@ def test_copy_without_memory_loses_only_that_checkpoint(
     ) in capsys.readouterr().out
 
 
+def fail_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let the first file of tensors raise `error`."""
+    original, n_files = shards.write_shard, itertools.count()
+
+    def write_shard(*arguments: Any) -> Any:
+        if not next(n_files):
+            raise error
+        return original(*arguments)
+
+    monkeypatch.setattr(shards, "write_shard", write_shard)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "the host has no memory left"),
+        (RuntimeError("can't start new thread"), "can't start new thread"),
+    ],
+)
+def test_write_without_resources_loses_only_that_checkpoint(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    reason: str,
+) -> None:
+    run = tmp_path / "run"
+    fail_once(monkeypatch, error)
+    train(workspace.recipe, "--run-dir", run)
+    assert f"step-00000005 could not be written: {reason}; training" in capsys.readouterr().out
+    assert [path.name for path in (run / "checkpoints").glob("*step-*")] == ["step-00000010"]
+
+
+def test_mistake_in_the_code_is_no_failure_of_the_disk(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_once(monkeypatch, KeyError("float8"))
+    with pytest.raises(KeyError, match="float8"):
+        train(workspace.recipe, "--run-dir", tmp_path / "run")
+
+
 @pytest.mark.parametrize("removed", ["checkpoints", "."])
 def test_training_survives_a_removed_folder(
     workspace: Workspace,

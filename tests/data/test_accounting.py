@@ -35,7 +35,7 @@ def test_summary(files: InputFiles, tmp_path: Path) -> None:
     assert accounting.summary(files) == [
         "3 files read: 3 documents, 2 without text, 2 malformed",
         f"  {tmp_path}/a.jsonl: 1 document, 1 without text, 2 malformed; "
-        "first, record 3: no field 'text' among body",
+        "first at 3: no field 'text' among body",
         f"  {tmp_path}/c.txt: 0 documents, 1 without text, 0 malformed",
         f"left out: other suffixes 1 ({tmp_path}/d.csv)",
     ]

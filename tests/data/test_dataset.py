@@ -36,7 +36,6 @@ def test_opens_streams_and_tokenizer(folder: Path) -> None:
     assert dataset.sources[0].stream.n_tokens == 50
     (held_out,) = dataset.validation
     assert held_out.stream.read(0, 3).tolist() == [50, 51, 52, 53]
-    assert held_out.bytes_per_token == 4
     assert dataset.tokenizer.get_vocab_size() == VOCAB_SIZE
 
 

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from fastllama.data import json_records
 from fastllama.data.documents import Document, Empty, Malformed, read_documents
+from fastllama.data.readers import read_file
+from fastllama.data.records import NoText
 
 TEXTS = ["a", "b\nc", "é日🦙", " ", '"]}, {[', "d" * 3000]
 RECORDS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
@@ -140,14 +142,36 @@ def test_empty_array(path: Path) -> None:
     assert read(path) == ([], [])
 
 
-def test_long_record_of_an_array_ends_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_records, "BUFFER_BYTES", 100)
-    monkeypatch.setattr(json_records, "LONG_RECORD_BYTES", 2**11)
-    path.write_text(json.dumps([{"text": "a"}, {"text": "b" * 5000}]))
-    texts, [reason] = read(path)
-    assert texts == ["a"]
-    assert "a record is longer than" in reason
-    assert "write JSON Lines" in reason
+def in_small_parts(patch: pytest.MonkeyPatch) -> None:
+    """Read files byte by byte, and parse no value of more than 20 characters."""
+    patch.setattr(json_records, "BUFFER_BYTES", 1)
+    patch.setattr(json_records, "LONG_RECORD_BYTES", 20)
+
+
+LONG = "longer than 8 MB: write JSON Lines, with one record a line"
+
+
+@pytest.mark.parametrize(
+    ("long", "reasons"),
+    [
+        ('{"text": "%s"}' % ("b" * 500), [LONG]),
+        ('"%s\\\\\\"]}{[ 日本語"' % ("\\\\" * 100), [LONG]),
+        ('{"a": [{"b": "}]"}, {}, "\\\\"], "text": "%s"}' % ("\\u00e9" * 50), [LONG]),
+        ("[" * 100_000 + '"]"' + "]" * 100_000, ["nested too deeply"]),
+        # None of its ends is known.
+        ('{"text": "%s}' % ("b" * 500), ["a record is not JSON, or longer than 8 MB: write"]),
+        ("1" * 500, ["a record is not JSON, or longer than 8 MB: write"]),
+    ],
+)
+def test_long_record_of_an_array_is_passed_over(
+    path: Path, monkeypatch: pytest.MonkeyPatch, long: str, reasons: list[str]
+) -> None:
+    if reasons != ["nested too deeply"]:
+        in_small_parts(monkeypatch)
+    path.write_text('[{"text": "a"}, ' + long + ' , {"text": "c"}]')
+    texts, found = read(path)
+    assert texts == (["a"] if "a record" in reasons[0] else ["a", "c"])
+    assert [reason in each for reason, each in zip(reasons, found, strict=True)] == [True]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +206,16 @@ def test_long_line_with_invalid_utf8(path: Path, monkeypatch: pytest.MonkeyPatch
     assert read(lines) == ([], ["not UTF-8 at byte 207"])
 
 
+def test_record_after_a_long_one_keeps_its_number(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_small_parts(monkeypatch)
+    path.write_text('[{"text": "a"}, {"text": "%s"}, {"text": "c"}]' % ("b" * 500))
+    records = [record for record in read_file(path, "text", 1, 2**30)]
+    assert [record.number for record in records] == [2, 3]
+    assert records[1].content == "c"
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
@@ -203,3 +237,23 @@ def test_long_lines_are_read_as_short_ones(
         long = read(path)
     assert long[0] == short[0]
     assert len(long[1]) == len(short[1])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(JSON, min_size=1), st.booleans())
+def test_long_values_end_where_parsed_ones_do(
+    tmp_path_factory: pytest.TempPathFactory, values: list[object], ascii_only: bool
+) -> None:
+    path = tmp_path_factory.mktemp("values") / "x.json"
+    after = {"text": "after"}
+    parts = [json.dumps(value, ensure_ascii=ascii_only) for value in [*values, after]]
+    path.write_text("[" + ",\n".join(parts) + "]")
+    with pytest.MonkeyPatch.context() as patch:
+        in_small_parts(patch)
+        records = list(read_file(path, "text", 0, 2**30))
+    assert [record.number for record in records] == list(range(1, len(values) + 2))
+    for text, record in zip(parts, records, strict=True):
+        # Parts of up to 40 characters may be read before the limit of 20 is looked at.
+        is_long = len(text) > 60 and text[0] in '[{"'
+        assert (isinstance(record.content, NoText) and record.content.reason == LONG) or not is_long
+    assert records[-1].content == "after"

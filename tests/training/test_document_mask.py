@@ -26,7 +26,7 @@ def test_resumes_bit_identically(
 ) -> None:
     packings = []
 
-    def record(*arguments: Any) -> float:
+    def record(*arguments: Any) -> tuple[float, float]:
         packings.append(arguments[-1])
         return validation_loss(*arguments)
 
