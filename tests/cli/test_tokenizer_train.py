@@ -44,7 +44,9 @@ def test_malformed_records_are_reported(tmp_path: Path, capsys: pytest.CaptureFi
     *shown, total, of_file = printed.err.splitlines()
     assert [line.split(": ")[0] for line in shown] == [f"{corpus}:{n}" for n in range(2, 12)]
     assert total == "1 file read: 2 documents, 0 without text, 12 malformed"
-    assert of_file.startswith(f"  {corpus}: 2 documents, 0 without text, 12 malformed; first, rec")
+    assert of_file.startswith(
+        f"  {corpus}: 2 documents, 0 without text, 12 malformed; first at 2: "
+    )
     summary, following = printed.out.splitlines()
     assert summary.endswith(", 12 malformed records skipped")
     assert following.startswith("next: ")

@@ -118,7 +118,7 @@ def test_device_memory_decides_resharding_and_sums(
         # The main process of 8 decides, as in a real run.
         one_of_many = dataclasses.replace(world, size=8, device=torch.device("cuda"))
         resolved, reason = resolve_by_memory(config, one_of_many)
-        on_cpu, _ = resolve_by_memory(config, world)
+        on_cpu, _ = resolve_by_memory(Config(), world)
     parallel = resolved.parallel
     assert (parallel.reshard_after_forward, parallel.accumulate) == expected
     assert f" of {gibibytes}.0 GiB" in reason
