@@ -44,7 +44,6 @@ def quickstart(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyP
     }.items():
         recipe, n_replaced = re.subn(rf"^{option} = .*", f"{option} = {value}", recipe, flags=re.M)
         assert n_replaced == 1
-    recipe = recipe.replace("[training]", "[training]\nema_decay = 0.9")
     (tmp_path / "configs" / "quickstart.toml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -85,7 +84,8 @@ def test_commands(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (merged,) = commands("Merge")
     run(merged)
     assert "merged 2 checkpoints into runs/merged" in capsys.readouterr().out
-    (generated,) = commands("The average of the weights")
+    averaged, generated = commands("The average of the weights")
+    run(averaged)
     capsys.readouterr()
     run(generated)
     assert capsys.readouterr().out.startswith("def ")
