@@ -30,9 +30,8 @@ _ARRAY_REMEDY = "; end the name of a file that is one array in .json"
 _ONE_LINE_REMEDY = "; a value must fill one line: end the name in .json, or use `jq -c .`"
 _MANY_VALUES_REMEDY = "; a line must hold one value: use `jq -c .`"
 _COMMA_REMEDY = "; remove the comma after each value, as with `sed 's/,[[:space:]]*$//'`"
-_TOO_LONG = "longer than 8 MB: write JSON Lines, with one record a line"
 _SEPARATORS = re.compile(r"[\s,]*")
-_OPENING = '{["'
+_OPENING = ("{", "[", '"')
 _MARKS = re.compile(r'\\.|["{}\[\]]', re.DOTALL)
 # Python refuses integers of more than 4,300 digits, but no float.
 _ANY_NUMBER = json.JSONDecoder(parse_int=float)
@@ -205,7 +204,7 @@ def _read_values(
         if text[at : at + 1] == ("]" if in_array else "[") and (in_array or not number):
             in_array, at = not in_array, at + 1
             continue
-        begin, too_large = at, ""
+        is_long, problem = len(text) - at > LONG_RECORD_BYTES, ""
         try:
             try:
                 value, end = decoder.raw_decode(text, at)
@@ -214,52 +213,58 @@ def _read_values(
                     raise
                 value, end = _ANY_NUMBER.raw_decode(text, at)
         except RecursionError:
-            too_large = "nested too deeply"
+            problem = "nested too deeply"
         except ValueError as error:
             if at_end and at == len(text) and not in_array:
                 return
-            if at_end:
-                raise DamagedInputError(f"not JSON ({getattr(error, 'msg', error)})") from None
+            if at_end or is_long:
+                problem = f"not JSON ({getattr(error, 'msg', error)})"
         else:
             # A number at the end of `text` may go on.
             if at_end or end < len(text):
                 number += 1
-                is_long = end - at > max_bytes
-                record = too_long(max_bytes) if is_long else _text_of(value, field)
+                too_large = end - at > max_bytes
+                record = too_long(max_bytes) if too_large else _text_of(value, field)
                 yield Record(number, record, raw.tell())
                 at = end
                 continue
-        if len(text) - at > LONG_RECORD_BYTES:
-            too_large = too_large or _TOO_LONG
-        if too_large:
-            rest = _after_value(text[begin:], read) if text[begin] in _OPENING else None
-            if rest is None:
-                raise DamagedInputError(f"a record is not JSON, or {too_large}")
-            number += 1
-            yield Record(number, NoText(too_large), raw.tell())
-            text, at = rest, 0
+        if not (problem or is_long):
+            text, at = text[at:] + read(max(BUFFER_BYTES, len(text) - at)), 0
             continue
-        text, at = text[at:] + read(max(BUFFER_BYTES, len(text) - at)), 0
+        after = _pass_over(text, at, lambda: "")
+        if after is None:
+            if is_long:
+                problem = "longer than 8 MB: write JSON Lines, with one record a line"
+            after = _pass_over(text, at, read)
+        if after is None:
+            raise DamagedInputError(f"a record is {problem}")
+        number += 1
+        yield Record(number, NoText(problem), raw.tell())
+        text, at = after
 
 
-def _after_value(text: str, read: Callable[[], str]) -> str | None:
-    """What follows the object, array or string at the beginning of `text`, which is not parsed.
+def _pass_over(text: str, at: int, read: Callable[[], str]) -> tuple[str, int] | None:
+    """Find the end of the value that begins at `at`, without parsing it.
 
-    `read` gives the next part of the file, and "" at its end. None if the value does not end.
+    Returns:
+        A text, and the place in it behind the value. None if the value has no end, or is no
+        object, array or string. `read` gives the next part of the file, and "" at its end.
     """
+    if not text.startswith(_OPENING, at):
+        return None
     depth, in_string = 0, False
-    while text:
-        end = 0
-        for match in _MARKS.finditer(text):
-            mark, end = match[0], match.end()
+    while True:
+        for match in _MARKS.finditer(text, at):
+            mark, at = match[0], match.end()
             if mark == '"':
                 in_string = not in_string
             elif not in_string and len(mark) == 1:
                 depth += 1 if mark in _OPENING else -1
             if not depth and not in_string:
-                return text[end:]
+                return text, at
         # An escape may be cut.
-        cut = "\\" if text.endswith("\\") and end < len(text) else ""
+        cut = "\\" if text.endswith("\\") and at < len(text) else ""
         part = read()
-        text = cut + part if part else ""
-    return None
+        if not part:
+            return None
+        text, at = cut + part, 0

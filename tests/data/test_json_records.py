@@ -102,7 +102,9 @@ def test_integers_of_any_length(path: Path, between: str) -> None:
     [
         ('[{"text": "a"}, {"text": "b"', ["a"], "not JSON"),
         ('[{"text": "a"}, {"text": "b"}', ["a", "b"], "not JSON"),
-        ('[{"text": "a"}, {broken}, {"text": "b"}]', ["a"], "not JSON"),
+        ('[{"text": "a"}, {broken}, {"text": "b"}]', ["a", "b"], "not JSON (Expecting property"),
+        ('[{"text": "a"}, {"b": "}" "]"}, {"text": "b"}]', ["a", "b"], "not JSON (Expecting ','"),
+        ('[{"text": "a"}, broken, {"text": "b"}]', ["a"], "not JSON"),
         ('[{"text": "a"}, 12, {"text": "b"}]', ["a", "b"], "not a JSON object"),
         ('[{"text": "a"}, {"body": 1}]', ["a"], "no field 'text' among body"),
         ('[{"text": "a"}]\n[{"text": "b"}]', ["a"], "not a JSON object"),
@@ -159,8 +161,8 @@ LONG = "longer than 8 MB: write JSON Lines, with one record a line"
         ('{"a": [{"b": "}]"}, {}, "\\\\"], "text": "%s"}' % ("\\u00e9" * 50), [LONG]),
         ("[" * 100_000 + '"]"' + "]" * 100_000, ["nested too deeply"]),
         # None of its ends is known.
-        ('{"text": "%s}' % ("b" * 500), ["a record is not JSON, or longer than 8 MB: write"]),
-        ("1" * 500, ["a record is not JSON, or longer than 8 MB: write"]),
+        ('{"text": "%s}' % ("b" * 500), ["a record is longer than 8 MB: write JSON Lines"]),
+        ("1" * 500, ["a record is longer than 8 MB: write JSON Lines"]),
     ],
 )
 def test_long_record_of_an_array_is_passed_over(
