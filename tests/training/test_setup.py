@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,19 @@ from torch import Tensor
 import fastllama.train as trainer
 import fastllama.training.setup as setup
 from fastllama.atomic import locked
+from fastllama.checkpoints.state import TrainProgress
 from fastllama.config import load_recipe
 from fastllama.data.dataset import open_dataset
 from fastllama.data.prepare import prepare
 from fastllama.data.stream import TokenStream
 from fastllama.distributed import fsdp
+from fastllama.distributed.world import distributed
 from fastllama.inference.load import load_run
 from fastllama.model.llama import Llama
 from fastllama.run_folder import RunFolder
 from fastllama_kernels import REFERENCE
 from tests.runs import losses, rows, train, train_in_child
+from tests.sessions import resolved_session
 from tests.workspace import Workspace
 
 
@@ -140,6 +144,23 @@ def test_failed_setup_removes_the_folders_it_created(
         assert stop.value.code == 2
     # The folder `old` existed before.
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_ring_is_no_larger_than_the_rest_of_the_run(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_recipe(workspace.recipe)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, prefetch=25))
+    depths: list[int] = []
+    monkeypatch.setattr(setup, "BatchLoader", lambda *_, depth, **options: depths.append(depth))
+    with distributed(config) as world:
+        session = resolved_session(config, world, open_dataset(config))
+        for step in (0, 3, 7, 9):
+            state: Any = SimpleNamespace(progress=TrainProgress(step=step))
+            setup.open_loader(session, state)
+    n_micro_batches = config.accumulation_steps(1)
+    assert depths == [min(25, left * n_micro_batches) for left in (10, 7, 3, 1)]
+    assert depths[0] == 25 > depths[-1]
 
 
 def test_too_large_a_model_leaves_nothing_in_the_way(
