@@ -118,7 +118,7 @@ class Recorder:
             tokens=tokens,
             tokens_total=result.step * per_update,
             loss=result.loss,
-            perplexity=math.inf if result.loss >= 700 else math.exp(result.loss),
+            perplexity=perplexity(result.loss),
             lr=learning_rate(result.step, n_updates, self._config.optimizer),
             grad_norm=result.grad_norm,
             tok_per_s=tok_per_s,
@@ -191,3 +191,8 @@ class Recorder:
         if self._world.device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated(self._world.device) / 2**30
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats; infinite where it overflows."""
+    return math.inf if loss >= 700 else math.exp(loss)

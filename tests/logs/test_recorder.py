@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastllama.logs.recorder import SourceLosses
+from fastllama.logs.recorder import SourceLosses, perplexity
 from fastllama.logs.results import SourceResult, UpdateResult
 from fastllama.logs.rows import COLUMNS
 from tests.runs import make_losses_nan, rows, train
@@ -31,6 +31,12 @@ def test_session_counts_continue_after_a_rewind(
     in_order = times[:5] + superseded_times + times[5:]
     assert in_order == sorted(in_order)
     assert all(float(row["tok_per_s"]) > 0 for row in logged)
+
+
+def test_perplexity_of_any_loss() -> None:
+    assert perplexity(2.0) == math.exp(2.0)
+    assert perplexity(1e4) == perplexity(math.inf) == math.inf
+    assert math.isnan(perplexity(math.nan))
 
 
 def test_losses_of_sources_between_rows() -> None:

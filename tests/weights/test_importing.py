@@ -174,6 +174,8 @@ def test_resume_names_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     )
     assert refusal(capsys, "train", "--resume", run) == sentence
     assert refusal(capsys, "train", run / "config.toml", "--run-dir", run) == sentence
+    message = refusal(capsys, "data", "show", run, "--step", "1")
+    assert f"{run} has not trained yet, so it has no updates; name the place by" in message
     latest, branch = run / "checkpoints" / "latest", tmp_path / "branch"
     assert refusal(capsys, "train", "--resume", latest, "--run-dir", branch) == sentence
     assert not branch.exists()
